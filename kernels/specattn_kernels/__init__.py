@@ -1,0 +1,30 @@
+"""Attention and selection ops for speculating sparse attention: pure functions on JAX arrays.
+
+The ops of SpecAttn (arXiv 2510.27641) without a model around them: dense attention of a few new tokens over a KV cache,
+the same over selected blocks of it, and the selection of those blocks from somebody's attention scores.
+"""
+
+from specattn_kernels.api import (
+    IMPLEMENTATIONS,
+    Implementation,
+    compact_blocks,
+    decode_attention,
+    merge_states,
+    select_blocks,
+    sparse_decode_attention,
+    top_p_threshold,
+)
+from specattn_kernels.types import AttentionOutput, SelectionPlan
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "AttentionOutput",
+    "Implementation",
+    "SelectionPlan",
+    "compact_blocks",
+    "decode_attention",
+    "merge_states",
+    "select_blocks",
+    "sparse_decode_attention",
+    "top_p_threshold",
+]

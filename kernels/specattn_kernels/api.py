@@ -1,0 +1,334 @@
+"""The public ops: arguments are checked here and the call goes to one implementation.
+
+Axes: B batch, T new tokens of this call, S cache slots, N query heads, K kv heads, H head dim, P blocks of a plan.
+Every op is pure, works under `jax.jit` and `jax.vmap`, and takes traced lengths and p. `implementation` names the
+backend; None chooses one. A backend named explicitly never falls back to another.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Literal, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from specattn_kernels import checks, xla
+from specattn_kernels.types import AttentionOutput, SelectionPlan
+
+Implementation: TypeAlias = Literal["xla", "pallas_triton", "pallas_mosaic_gpu", "pallas_tpu"]
+IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
+
+
+def _backend(op: str, implementation: str | None) -> ModuleType:
+    """Finds the module that implements `op`.
+
+    Raises:
+        ValueError: for an unknown name.
+        NotImplementedError: for a known backend that this version lacks.
+    """
+    if implementation is None or implementation == "xla":
+        return xla
+    known = ", ".join(map(repr, IMPLEMENTATIONS))
+    checks.require(
+        implementation in IMPLEMENTATIONS, op, "implementation", repr(implementation), f"None or one of {known}"
+    )
+    raise NotImplementedError(
+        f"{op}: the backend {implementation!r} does not exist in this version for this op; "
+        "use implementation='xla', or None to let the library choose."
+    )
+
+
+def decode_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    lengths: Int[Array, " B"],
+    *,
+    scale: float | Float[Array, ""] | None = None,
+    return_scores: bool = False,
+    return_lse: bool = False,
+    implementation: Implementation | None = None,
+) -> AttentionOutput:
+    """Attention of the T newest tokens over the whole KV cache, causal among themselves.
+
+    The new tokens' keys and values are already in the cache: query t sits at slot `lengths - T + t` and sees the slots
+    up to and including that one. Slots at or beyond `lengths` may hold anything, NaN included. Softmax and lse are
+    float32 whatever the dtype, and float32 inputs are multiplied in float32. A row that sees nothing, as there are
+    when `lengths < T`, gives zeros and an lse of -inf.
+
+    Unless scores are asked for, large calls (long prefill chunks) run as a loop up to the longest sequence, which
+    reverse-mode differentiation does not support.
+
+    Args:
+        q: queries, any floating dtype. The N / K consecutive query heads n with equal n // (N / K) share a kv head.
+        k: cached keys.
+        v: cached values, in the dtype of `k`.
+        lengths: valid slots of each sequence, the new tokens included; at most S.
+        scale: factor on the logits; H ** -0.5 if None.
+        return_scores: whether to return the softmax weights, [B, T, N, S] float32.
+        return_lse: whether to return the log-sum-exp of the scaled logits, [B, T, N] float32.
+        implementation: backend, see the module.
+
+    Returns:
+        The output in the dtype of `q`, and what else was asked for.
+
+    Raises:
+        ValueError: if an argument has the wrong shape, dtype or value.
+        NotImplementedError: if this version lacks the named backend.
+    """
+    op = "decode_attention"
+    backend = _backend(op, implementation)
+    q, k, v, lengths = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(lengths)
+    checks.check_attention(op, q, k, v, lengths)
+    result: AttentionOutput = backend.decode_attention(
+        q,
+        k,
+        v,
+        lengths.astype(jnp.int32),
+        scale=_scale(op, scale, q.shape[-1]),
+        return_scores=return_scores,
+        return_lse=return_lse,
+    )
+    return result
+
+
+def sparse_decode_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    plan: SelectionPlan,
+    lengths: Int[Array, " B"],
+    *,
+    scale: float | Float[Array, ""] | None = None,
+    return_lse: bool = False,
+    implementation: Implementation | None = None,
+) -> AttentionOutput:
+    """Attention of the T newest tokens over the plan's blocks of the past and over themselves (SpecAttn, step 5).
+
+    As `decode_attention`, except that of the past (slots below `lengths - T`) only the plan's blocks are read, each of
+    them whole. The softmax is over what was read. A plan of everything gives `decode_attention`, an empty plan gives
+    attention over the new tokens alone. Source: arXiv 2510.27641, there with CSR masks and FlashInfer.
+
+    Args:
+        q: queries, any floating dtype.
+        k: cached keys.
+        v: cached values, in the dtype of `k`.
+        plan: which blocks to read, per kv head; ids in any order, each at most once, inside the cache.
+        lengths: valid slots of each sequence, the new tokens included; at most S.
+        scale: factor on the logits; H ** -0.5 if None.
+        return_lse: whether to return the log-sum-exp of the scaled logits that were read, [B, T, N] float32.
+        implementation: backend, see the module.
+
+    Returns:
+        The output in the dtype of `q`, and the lse if it was asked for.
+
+    Raises:
+        ValueError: if an argument has the wrong shape, dtype or value.
+        NotImplementedError: if this version lacks the named backend.
+    """
+    op = "sparse_decode_attention"
+    backend = _backend(op, implementation)
+    q, k, v, lengths = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(lengths)
+    checks.check_attention(op, q, k, v, lengths)
+    checks.check_plan(op, plan, k)
+    plan = SelectionPlan(plan.block_ids.astype(jnp.int32), plan.counts.astype(jnp.int32), plan.block_size)
+    result: AttentionOutput = backend.sparse_decode_attention(
+        q, k, v, plan, lengths.astype(jnp.int32), scale=_scale(op, scale, q.shape[-1]), return_lse=return_lse
+    )
+    return result
+
+
+def top_p_threshold(
+    scores: Float[Array, "*rows S"],
+    p: Float[Array, ...] | float,
+    *,
+    lengths: Int[Array, ...] | int | None = None,
+    method: Literal["exact", "linear"] = "exact",
+    steps: int = 10,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*rows"]:
+    """The threshold whose set `{scores >= threshold}` is the nucleus of each row, found without a sort.
+
+    Relative to the row's own total over its valid slots, so scores need not sum to one. NaN, negative and subnormal
+    scores count as 0; scores above float32 max / 2 / S, +inf included, count as that. A row without mass gives 0, and
+    so does p >= 1: then everything valid is selected, zeros included.
+
+    Args:
+        scores: non-negative scores, any floating dtype; sums and thresholds are float32.
+        p: share of the row's total to reach, above 0; a scalar or broadcastable to the rows. At or below 0 (possible
+            for an array) only the row's largest scores are selected.
+        lengths: valid leading slots of each row, a scalar or broadcastable to the rows; all if None.
+        method: "exact" gives the minimal set that reaches p, ties included: the largest such threshold, which is one
+            of the row's scores, by bisection on the float's bit pattern. "linear" is the published bisection of
+            arXiv 2510.27641, `steps` halvings of [0, max] and then the lower end; it cannot resolve below
+            max / 2 ** steps and keeps far too much on peaked rows. Kept to reproduce the paper.
+        steps: halvings of the linear method; unused by the exact one.
+        implementation: backend, see the module.
+
+    Returns:
+        One float32 threshold a row.
+
+    Raises:
+        ValueError: if an argument has the wrong shape, dtype or value.
+        NotImplementedError: if this version lacks the named backend.
+    """
+    op = "top_p_threshold"
+    backend = _backend(op, implementation)
+    scores = jnp.asarray(scores)
+    checks.check_floating(op, "scores", scores)
+    at_least_one = scores.ndim >= 1 and scores.shape[-1] >= 1
+    checks.require(at_least_one, op, "scores", checks.shape_text(scores.shape), "[..., S] with at least one slot")
+    checks.check_method(op, method, steps)
+    rows = scores.shape[:-1]
+    if lengths is not None:
+        lengths = jnp.asarray(lengths)
+        checks.check_integer(op, "lengths", lengths)
+        checks.check_broadcast(op, "lengths", lengths, rows, "the rows of `scores`")
+        lengths = jnp.broadcast_to(lengths, rows)
+    share = _share(op, p, rows, "the rows of `scores`")
+    result: jax.Array = backend.top_p_threshold(scores, share, lengths=lengths, method=method, steps=steps)
+    return result
+
+
+def select_blocks(
+    scores: Float[Array, "B K S"],
+    p: Float[Array, ...] | float,
+    lengths: Int[Array, " B"],
+    *,
+    block_size: int = 1,
+    num_sink: int = 0,
+    num_recent: int = 0,
+    method: Literal["exact", "linear"] = "exact",
+    steps: int = 10,
+    implementation: Implementation | None = None,
+) -> SelectionPlan:
+    """Selects the blocks that hold share p of each row's score, plus sinks and a recent window.
+
+    A block's score is the sum over its valid slots, and the nucleus is taken over blocks (`top_p_threshold`). Blocks
+    that touch the first `num_sink` or the last `num_recent` valid slots join it. Blocks that start at or beyond
+    `lengths` are never selected.
+
+    Args:
+        scores: non-negative scores of the cache slots per kv head; those at or beyond `lengths` may be anything.
+        p: share of the total to reach, above 0; a scalar or broadcastable to [B, K]. 1 or more
+            selects all that is valid.
+        lengths: valid slots of each sequence.
+        block_size: slots per block, static.
+        num_sink: slots at the beginning to select in any case, static.
+        num_recent: slots before `lengths` to select in any case, static.
+        method: see `top_p_threshold`.
+        steps: see `top_p_threshold`.
+        implementation: backend, see the module.
+
+    Returns:
+        A plan with room for all P = ceil(S / block_size) blocks, selected ids ascending.
+
+    Raises:
+        ValueError: if an argument has the wrong shape, dtype or value.
+        NotImplementedError: if this version lacks the named backend.
+    """
+    op = "select_blocks"
+    backend = _backend(op, implementation)
+    scores, lengths = jnp.asarray(scores), jnp.asarray(lengths)
+    checks.check_floating(op, "scores", scores)
+    three_axes = scores.ndim == 3 and scores.shape[-1] >= 1
+    checks.require(three_axes, op, "scores", checks.shape_text(scores.shape), "[B, K, S] with at least one slot")
+    checks.check_shape(op, "lengths", lengths, scores.shape[:1], "[B]")
+    checks.check_integer(op, "lengths", lengths)
+    checks.check_block_size(op, "block_size", block_size)
+    checks.check_count(op, "num_sink", num_sink, least=0)
+    checks.check_count(op, "num_recent", num_recent, least=0)
+    checks.check_method(op, method, steps)
+    share = _share(op, p, scores.shape[:2], "[B, K]")
+    plan: SelectionPlan = backend.select_blocks(
+        scores,
+        share,
+        lengths.astype(jnp.int32),
+        block_size=block_size,
+        num_sink=num_sink,
+        num_recent=num_recent,
+        method=method,
+        steps=steps,
+    )
+    return plan
+
+
+def compact_blocks(
+    mask: Bool[Array, "B K P"], *, block_size: int, implementation: Implementation | None = None
+) -> SelectionPlan:
+    """Turns a mask over the cache's blocks into a plan, on the device.
+
+    Args:
+        mask: True for the blocks to read, for all P = ceil(S / block_size) blocks of the cache.
+        block_size: slots per block, static.
+        implementation: backend, see the module.
+
+    Returns:
+        A plan with selected ids ascending. The entries beyond `counts` are the ids that were not selected.
+
+    Raises:
+        ValueError: if an argument has the wrong shape, dtype or value.
+        NotImplementedError: if this version lacks the named backend.
+    """
+    op = "compact_blocks"
+    backend = _backend(op, implementation)
+    mask = jnp.asarray(mask)
+    checks.require(mask.dtype == jnp.bool_, op, "mask", f"of dtype {mask.dtype}", "boolean")
+    three_axes = mask.ndim == 3 and mask.shape[-1] >= 1
+    checks.require(three_axes, op, "mask", checks.shape_text(mask.shape), "[B, K, P] with at least one block")
+    checks.check_block_size(op, "block_size", block_size)
+    plan: SelectionPlan = backend.compact_blocks(mask, block_size=block_size)
+    return plan
+
+
+def merge_states(
+    out_a: Float[Array, "*rows H"],
+    lse_a: Float[Array, "*rows"],
+    out_b: Float[Array, "*rows H"],
+    lse_b: Float[Array, "*rows"],
+) -> tuple[Float[Array, "*rows H"], Float[Array, "*rows"]]:
+    """Combines the attention of the same queries over two disjoint sets of slots into that over their union.
+
+    Args:
+        out_a: attention output over the first set, e.g. [B, T, N, H].
+        lse_a: log-sum-exp of its scaled logits, e.g. [B, T, N]; -inf where the set is empty.
+        out_b: attention output over the second set.
+        lse_b: log-sum-exp of its scaled logits.
+
+    Returns:
+        The output over the union, in the dtype of `out_a`, and its float32 lse: zero and -inf where both are empty.
+
+    Raises:
+        ValueError: if an argument has the wrong shape or dtype.
+    """
+    op = "merge_states"
+    out_a, lse_a, out_b, lse_b = jnp.asarray(out_a), jnp.asarray(lse_a), jnp.asarray(out_b), jnp.asarray(lse_b)
+    checks.require(out_a.ndim >= 1, op, "out_a", checks.shape_text(out_a.shape), "[..., H]")
+    checks.check_shape(op, "out_b", out_b, out_a.shape, "that of `out_a`")
+    checks.check_shape(op, "lse_a", lse_a, out_a.shape[:-1], "that of `out_a` without the head dim")
+    checks.check_shape(op, "lse_b", lse_b, out_a.shape[:-1], "that of `out_a` without the head dim")
+    for name, array in (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
+        checks.check_floating(op, name, array)
+    return xla.merge_states(out_a, lse_a.astype(jnp.float32), out_b, lse_b.astype(jnp.float32))
+
+
+def _scale(op: str, scale: float | jax.Array | None, head_dim: int) -> float | jax.Array:
+    """The factor on the logits, H ** -0.5 by default."""
+    if scale is None:
+        return float(head_dim**-0.5)
+    if isinstance(scale, (int, float)):
+        checks.require(scale > 0, op, "scale", repr(scale), "above 0, or None for H ** -0.5")
+        return scale
+    scale = jnp.asarray(scale, jnp.float32)
+    checks.check_shape(op, "scale", scale, (), "a scalar")
+    return scale
+
+
+def _share(op: str, p: float | jax.Array, rows: tuple[int, ...], meaning: str) -> Float[Array, "*rows"]:
+    """Casts p to one float32 for every row."""
+    checks.check_p(op, p)
+    share = jnp.asarray(p, jnp.float32)
+    checks.check_broadcast(op, "p", share, rows, meaning)
+    return jnp.broadcast_to(share, rows)

@@ -1,0 +1,121 @@
+"""Argument checks of the public ops.
+
+Each failure is one sentence that names the argument, what it was and what it should be. Only shapes, dtypes and
+Python values are looked at, so every check also runs while an op is being traced.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from specattn_kernels.types import SelectionPlan
+
+
+def require(condition: bool, op: str, argument: str, was: object, expected: str) -> None:
+    """Raises the one-sentence error of a bad argument.
+
+    Args:
+        condition: whether the argument is fine.
+        op: name of the public op.
+        argument: name of the argument.
+        was: what it was; shown as text.
+        expected: what it should have been.
+
+    Raises:
+        ValueError: if `condition` is false.
+    """
+    if not condition:
+        raise ValueError(f"{op}: `{argument}` is {was}, but must be {expected}.")
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    """Writes a shape the way the documentation does, e.g. `[2, 4]`."""
+    return "of shape [" + ", ".join(map(str, shape)) + "]"
+
+
+def check_shape(op: str, argument: str, array: jax.Array, shape: tuple[int, ...], meaning: str) -> None:
+    """Requires exactly `shape`; `meaning` says which axes these are."""
+    require(array.shape == shape, op, argument, shape_text(array.shape), f"{shape_text(shape)} ({meaning})")
+
+
+def check_floating(op: str, argument: str, array: jax.Array) -> None:
+    """Requires a floating dtype."""
+    require(jnp.issubdtype(array.dtype, jnp.floating), op, argument, f"of dtype {array.dtype}", "floating point")
+
+
+def check_integer(op: str, argument: str, array: jax.Array) -> None:
+    """Requires an integer dtype."""
+    require(
+        jnp.issubdtype(array.dtype, jnp.integer), op, argument, f"of dtype {array.dtype}", "an integer array (int32)"
+    )
+
+
+def check_attention(op: str, q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> None:
+    """Requires q [B, T, N, H], k and v [B, K, S, H] of one dtype, lengths [B], with N a multiple of K and T <= S."""
+    require(q.ndim == 4, op, "q", shape_text(q.shape), "[B, T, N, H] (batch, new tokens, query heads, head dim)")
+    require(k.ndim == 4, op, "k", shape_text(k.shape), "[B, K, S, H] (batch, kv heads, cache slots, head dim)")
+    batch, tokens, heads, head_dim = q.shape
+    kv_heads, slots = k.shape[1:3]
+    check_shape(op, "k", k, (batch, kv_heads, slots, head_dim), "[B, K, S, H], B and H as in `q`")
+    check_shape(op, "v", v, k.shape, "that of `k`")
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        check_floating(op, name, array)
+        require(0 not in array.shape, op, name, shape_text(array.shape), "without an empty axis")
+    require(v.dtype == k.dtype, op, "v", f"of dtype {v.dtype}", f"of the dtype of `k`, {k.dtype}")
+    require(
+        heads % kv_heads == 0, op, "q", f"for {heads} query heads", f"for a multiple of the {kv_heads} kv heads of `k`"
+    )
+    require(tokens <= slots, op, "q", f"for {tokens} new tokens", f"for at most the {slots} slots of the cache `k`")
+    check_shape(op, "lengths", lengths, (batch,), "[B]")
+    check_integer(op, "lengths", lengths)
+
+
+def check_plan(op: str, plan: SelectionPlan, k: jax.Array) -> None:
+    """Requires a plan with block_ids [B, K, P] and counts [B, K] for the cache `k`."""
+    require(isinstance(plan, SelectionPlan), op, "plan", f"a {type(plan).__name__}", "a SelectionPlan")
+    batch, kv_heads, slots = k.shape[:3]
+    ids = plan.block_ids
+    check_block_size(op, "plan.block_size", plan.block_size)
+    require(ids.ndim == 3, op, "plan.block_ids", shape_text(ids.shape), "[B, K, P] (batch, kv heads, blocks)")
+    check_shape(op, "plan.block_ids", ids, (batch, kv_heads, ids.shape[2]), "[B, K, P], B and K as in `k`")
+    check_shape(op, "plan.counts", plan.counts, (batch, kv_heads), "[B, K]")
+    check_integer(op, "plan.block_ids", ids)
+    check_integer(op, "plan.counts", plan.counts)
+    blocks = -(-slots // plan.block_size)
+    require(
+        ids.shape[2] <= blocks, op, "plan.block_ids", f"for {ids.shape[2]} blocks", f"for at most the {blocks} of `k`"
+    )
+
+
+def check_block_size(op: str, argument: str, block_size: int) -> None:
+    """Requires a positive Python integer."""
+    fine = isinstance(block_size, int) and not isinstance(block_size, bool) and block_size > 0
+    require(fine, op, argument, repr(block_size), "a positive integer (static slots per block)")
+
+
+def check_count(op: str, argument: str, count: int, least: int) -> None:
+    """Requires a Python integer of at least `least`."""
+    fine = isinstance(count, int) and not isinstance(count, bool) and count >= least
+    require(fine, op, argument, repr(count), f"an integer of at least {least}")
+
+
+def check_broadcast(op: str, argument: str, array: jax.Array, shape: tuple[int, ...], meaning: str) -> None:
+    """Requires a shape that broadcasts to `shape`."""
+    try:
+        fine = jnp.broadcast_shapes(array.shape, shape) == shape
+    except ValueError:
+        fine = False
+    require(fine, op, argument, shape_text(array.shape), f"a scalar or broadcastable to {list(shape)} ({meaning})")
+
+
+def check_method(op: str, method: str, steps: int) -> None:
+    """Requires a known bisection and at least one step of it."""
+    require(method in ("exact", "linear"), op, "method", repr(method), "'exact' or 'linear'")
+    check_count(op, "steps", steps, least=1)
+
+
+def check_p(op: str, p: object) -> None:
+    """Requires a p above zero where it is a Python number; a traced or array p cannot be looked at."""
+    if isinstance(p, (int, float)):
+        require(p > 0, op, "p", repr(p), "above 0 (1 or more selects everything)")

@@ -1,0 +1,412 @@
+"""Portable implementation in plain JAX: for the CPU, and for any accelerator without a kernel of ours.
+
+Arguments are those of the public ops (api.py), already checked. Attention works on grouped queries `[B, K, T, G, H]`,
+so that the G = N / K query heads of one kv head share one read of the cache. No function copies the cache: dense
+attention slices it, sparse attention gathers only the selected rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, Int32
+
+from specattn_kernels.types import AttentionOutput, SelectionPlan
+
+# Float32 logits up to this many bytes are held at once; above it (and above half of the layer's keys) the cache is
+# read in chunks, each with at most CHUNK_LOGITS_BYTES of them.
+SINGLE_PASS_LOGITS_BYTES = 64 * 2**20
+CHUNK_LOGITS_BYTES = 16 * 2**20
+MAX_CHUNK = 2048
+
+# Radix of the summation tree: 3 levels for 32k slots, so rounding errors add up over at most 3 * 32 additions.
+SUM_RADIX = 32
+
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+FLOAT32_TINY = float(np.finfo(np.float32).tiny)
+
+
+def decode_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    lengths: Int32[Array, " B"],
+    *,
+    scale: float | Float[Array, ""],
+    return_scores: bool = False,
+    return_lse: bool = False,
+) -> AttentionOutput:
+    """Dense attention; see `api.decode_attention`."""
+    return _attend_cache(q, k, v, lengths, None, scale, return_scores, return_lse)
+
+
+def sparse_decode_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    plan: SelectionPlan,
+    lengths: Int32[Array, " B"],
+    *,
+    scale: float | Float[Array, ""],
+    return_lse: bool = False,
+) -> AttentionOutput:
+    """Attention over a plan's blocks and the new tokens; see `api.sparse_decode_attention`.
+
+    Which way is decided by the plan's static capacity: gathering costs about three reads of what is gathered, so it
+    pays only while that is well below the whole cache.
+    """
+    slots = k.shape[2]
+    if plan.block_ids.shape[2] * plan.block_size >= slots // 2:
+        return _attend_cache(q, k, v, lengths, _plan_mask(plan, slots), scale, False, return_lse)
+    rows, visible = _plan_rows(plan, lengths, q.shape[1], slots)
+    row_is_read = visible.any(axis=2)
+    # Rows that no query sees come from an arbitrary slot, which may hold NaN.
+    values = jnp.where(row_is_read[..., None], _take_rows(v, rows), 0)
+    part = _attend(_grouped(q, k.shape[1]), _take_rows(k, rows), values, visible, scale)
+    return _output(part, q.dtype, False, return_lse)
+
+
+class _Attended(NamedTuple):
+    """Attention of grouped queries, in float32.
+
+    out is [B, K, T, G, H], lse [B, K, T, G], and weights, if they were held, [B, K, T, G, S].
+    """
+
+    out: jax.Array
+    lse: jax.Array
+    weights: jax.Array | None = None
+
+
+def _attend_cache(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array,
+    past_mask: jax.Array | None,
+    scale: float | jax.Array,
+    return_scores: bool,
+    return_lse: bool,
+) -> AttentionOutput:
+    """Attends to the whole cache, or to the slots of `past_mask` [B, K, S] and the new tokens."""
+    queries = _grouped(q, k.shape[1])
+    slots = k.shape[2]
+    logits_bytes = 4 * queries.size // queries.shape[-1] * slots
+    if return_scores or logits_bytes <= max(SINGLE_PASS_LOGITS_BYTES, k.size * k.dtype.itemsize // 2):
+        visible = _visible(jnp.arange(slots), lengths, q.shape[1], past_mask)
+        # Slots beyond the length may hold NaN, and zero weight times NaN is NaN. Logits are masked after the dot.
+        in_use = (jnp.arange(slots) < lengths[:, None])[:, None, :, None]
+        part = _attend(queries, k, jnp.where(in_use, v, 0), visible, scale)
+    else:
+        part = _attend_in_chunks(queries, k, v, lengths, past_mask, scale)
+    return _output(part, q.dtype, return_scores, return_lse)
+
+
+def _visible(slot: jax.Array, lengths: jax.Array, tokens: int, past_mask: jax.Array | None) -> Bool[Array, "B _ T S"]:
+    """Which of the slots `slot` [S] each of the T queries sees.
+
+    `past_mask` [B, K, S] narrows the past, not the new tokens. The kv head axis of the result may be 1.
+    """
+    first_new = lengths - tokens
+    position = first_new[:, None] + jnp.arange(tokens)
+    causal = (slot <= position[..., None])[:, None]
+    if past_mask is None:
+        return causal
+    is_new = slot >= first_new[:, None]
+    return causal & (past_mask | is_new[:, None])[:, :, None]
+
+
+def _attend(queries: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, scale: float | jax.Array) -> _Attended:
+    """Attends to all of k and v [B, K, s, H] in one pass, under `visible` [B, K or 1, T, s]."""
+    logits = _logits(queries, k, visible, scale)
+    top = _finite_max(logits.max(axis=-1))
+    exps = jnp.exp(logits - top[..., None])
+    total = exps.sum(axis=-1)
+    weights = exps / jnp.where(total > 0, total, 1.0)[..., None]
+    return _Attended(_weighted_values(weights, v, queries.dtype), _log_sum(top, total), weights)
+
+
+def _attend_in_chunks(
+    queries: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array,
+    past_mask: jax.Array | None,
+    scale: float | jax.Array,
+) -> _Attended:
+    """Online softmax over chunks of the cache, up to the longest sequence: no array has both T and S axes."""
+    slots, tokens = k.shape[2], queries.shape[2]
+    bytes_per_slot = 4 * queries.size // queries.shape[-1]
+    chunk = min(slots, MAX_CHUNK, max(128, CHUNK_LOGITS_BYTES // bytes_per_slot // 128 * 128))
+
+    def step(index: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        acc, top, total = state
+        # The last chunk is moved back inside the cache; what it shares with the one before is masked.
+        start = jnp.minimum(index * chunk, slots - chunk)
+        slot = start + jnp.arange(chunk)
+        past = None if past_mask is None else lax.dynamic_slice_in_dim(past_mask, start, chunk, axis=2)
+        visible = _visible(slot, lengths, tokens, past) & (slot >= index * chunk)
+        in_use = (slot < lengths[:, None])[:, None, :, None]
+        keys = lax.dynamic_slice_in_dim(k, start, chunk, axis=2)
+        values = jnp.where(in_use, lax.dynamic_slice_in_dim(v, start, chunk, axis=2), 0)
+
+        logits = _logits(queries, keys, visible, scale)
+        new_top = jnp.maximum(top, logits.max(axis=-1))
+        shift = _finite_max(new_top)
+        exps = jnp.exp(logits - shift[..., None])
+        fade = jnp.exp(top - shift)
+        acc = acc * fade[..., None] + _weighted_values(exps, values, queries.dtype)
+        return acc, new_top, total * fade + exps.sum(axis=-1)
+
+    rows = queries.shape[:-1]
+    start_state = jnp.zeros(queries.shape, jnp.float32), jnp.full(rows, -jnp.inf), jnp.zeros(rows)
+    chunks = jnp.minimum(-(-lengths.max() // chunk), -(-slots // chunk))
+    acc, top, total = lax.fori_loop(0, chunks, step, start_state)
+    return _Attended(acc / jnp.where(total > 0, total, 1.0)[..., None], _log_sum(_finite_max(top), total))
+
+
+def _grouped(q: jax.Array, kv_heads: int) -> Float[Array, "B K T G H"]:
+    """Puts the query heads that share a kv head side by side."""
+    batch, tokens, heads, head_dim = q.shape
+    return q.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 1, 3, 4)
+
+
+def _ungrouped(x: jax.Array) -> jax.Array:
+    """Back from [B, K, T, G, ...] to [B, T, N, ...]."""
+    x = jnp.moveaxis(x, 2, 1)
+    return x.reshape(x.shape[0], x.shape[1], x.shape[2] * x.shape[3], *x.shape[4:])
+
+
+def _output(part: _Attended, dtype: DTypeLike, return_scores: bool, return_lse: bool) -> AttentionOutput:
+    """Puts the parts that were asked for into the public layout."""
+    return AttentionOutput(
+        out=_ungrouped(part.out).astype(dtype),
+        lse=_ungrouped(part.lse) if return_lse else None,
+        scores=_ungrouped(part.weights) if return_scores and part.weights is not None else None,
+    )
+
+
+def _precision(dtype: DTypeLike) -> lax.Precision:
+    """Float32 means float32: accelerators would otherwise multiply in bfloat16 or TF32."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+
+
+def _logits(queries: jax.Array, k: jax.Array, visible: jax.Array, scale: float | jax.Array) -> jax.Array:
+    """Float32 logits [B, K, T, G, s], -inf where a query may not look."""
+    dtype = jnp.result_type(queries, k)
+    batch, kv_heads, tokens, group, head_dim = queries.shape
+    # With T and G as two axes of the product, XLA on the CPU transposes a copy of the keys first.
+    rows = queries.reshape(batch, kv_heads, tokens * group, head_dim)
+    logits = jnp.einsum("bkrh,bksh->bkrs", rows, k, precision=_precision(dtype), preferred_element_type=jnp.float32)
+    logits = logits.reshape(batch, kv_heads, tokens, group, k.shape[2]) * scale
+    return jnp.where(visible[:, :, :, None], logits, -jnp.inf)
+
+
+def _weighted_values(weights: jax.Array, v: jax.Array, query_dtype: DTypeLike) -> jax.Array:
+    """Float32 sum of the values; the weights are rounded to the values' dtype so that the values need no conversion."""
+    dtype = jnp.promote_types(query_dtype, v.dtype)
+    batch, kv_heads, tokens, group, slots = weights.shape
+    rows = weights.reshape(batch, kv_heads, tokens * group, slots).astype(dtype)
+    out = jnp.einsum("bkrs,bksh->bkrh", rows, v, precision=_precision(dtype), preferred_element_type=jnp.float32)
+    return out.reshape(batch, kv_heads, tokens, group, v.shape[3])
+
+
+def _finite_max(top: jax.Array) -> jax.Array:
+    """The maximum to subtract: 0 for a row that sees nothing, where -inf - -inf would be NaN."""
+    return jnp.where(top == -jnp.inf, 0.0, top)
+
+
+def _log_sum(top: jax.Array, total: jax.Array) -> jax.Array:
+    """Log-sum-exp from a row's maximum and its sum of exponentials relative to it."""
+    return jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
+
+
+def _plan_mask(plan: SelectionPlan, slots: int) -> Bool[Array, "B K S"]:
+    """The slots that a plan selects."""
+    blocks = -(-slots // plan.block_size)
+    entry_used = jnp.arange(plan.block_ids.shape[2]) < plan.counts[..., None]
+    ids = jnp.where(entry_used, plan.block_ids, blocks)
+
+    marked = _scatter_rows(ids, jnp.ones_like(entry_used), blocks + 1, unique=False)[..., :blocks]
+    return jnp.repeat(marked, plan.block_size, axis=-1)[..., :slots]
+
+
+def _scatter_rows(places: Int32[Array, "B K P"], values: Array, width: int, *, unique: bool) -> Array:
+    """Rows [B, K, width], zero but for `values` at `places`, which must lie inside.
+
+    The rows are scattered as one flat array: batched, XLA would build an index of three columns per entry.
+    """
+    batch, heads, _ = places.shape
+    first = (jnp.arange(batch * heads, dtype=jnp.int32) * width).reshape(batch, heads, 1)
+    empty = jnp.zeros(batch * heads * width, values.dtype)
+    scattered = empty.at[(first + places).reshape(-1)].set(
+        values.reshape(-1), mode="promise_in_bounds", unique_indices=unique
+    )
+    return scattered.reshape(batch, heads, width)
+
+
+def _plan_rows(
+    plan: SelectionPlan, lengths: jax.Array, tokens: int, slots: int
+) -> tuple[Int32[Array, "B K R"], Bool[Array, "B K T R"]]:
+    """The slots to gather, R = P * block_size + T, and which of them each query sees.
+
+    Every index is inside the cache. The new tokens come last, at lengths - T .. lengths - 1.
+    """
+    batch, kv_heads, capacity = plan.block_ids.shape
+    past = plan.block_ids[..., None] * plan.block_size + jnp.arange(plan.block_size)
+    entry_used = jnp.arange(capacity) < plan.counts[..., None]
+    first_new = (lengths - tokens)[:, None]
+    read = (entry_used[..., None] & (past < first_new[..., None, None])).reshape(batch, kv_heads, -1)
+
+    new = jnp.broadcast_to((first_new + jnp.arange(tokens))[:, None], (batch, kv_heads, tokens))
+    causal = jnp.arange(tokens) <= jnp.arange(tokens)[:, None]
+    new_visible = causal & (new >= 0)[:, :, None]
+    past_visible = jnp.broadcast_to(read[:, :, None], (batch, kv_heads, tokens, read.shape[-1]))
+    rows = jnp.concatenate([past.reshape(batch, kv_heads, -1), new], axis=-1)
+    return jnp.clip(rows, 0, slots - 1), jnp.concatenate([past_visible, new_visible], axis=-1)
+
+
+def _take_rows(cache: jax.Array, rows: jax.Array) -> Float[Array, "B K R H"]:
+    """Gathers rows of [B, K, S, H] by [B, K, R]; the indices are known to be inside."""
+
+    def take(table: jax.Array, index: jax.Array) -> jax.Array:
+        return table.at[index].get(mode="promise_in_bounds")
+
+    gathered: jax.Array = jax.vmap(jax.vmap(take))(cache, rows)
+    return gathered
+
+
+def top_p_threshold(
+    scores: Float[Array, "*rows S"],
+    p: Float[Array, "*rows"],
+    *,
+    lengths: Int[Array, "*rows"] | None = None,
+    method: str = "exact",
+    steps: int = 10,
+) -> Float[Array, "*rows"]:
+    """The nucleus threshold of every row, by bisection on the mass above it; see `api.top_p_threshold`."""
+    clean = _clean_scores(scores, lengths)
+    wanted = p * _row_sum(clean)
+    threshold = _exact_threshold(clean, wanted) if method == "exact" else _linear_threshold(clean, wanted, steps)
+    return jnp.where(p >= 1.0, 0.0, threshold)
+
+
+def _clean_scores(scores: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    """Float32 scores in [0, max / 2 / S]: NaN, negative, subnormal and invalid ones become 0, and no sum overflows.
+
+    Subnormals go because hardware that flushes them would compare them differently as numbers and as bits.
+    """
+    x = scores.astype(jnp.float32)
+    slots = scores.shape[-1]
+    keep = x >= FLOAT32_TINY
+    if lengths is not None:
+        keep &= jnp.arange(slots) < lengths[..., None]
+    return jnp.where(keep, jnp.minimum(x, FLOAT32_MAX / 2 / slots), 0.0)
+
+
+def _exact_threshold(scores: jax.Array, wanted: jax.Array) -> jax.Array:
+    """The largest threshold whose mass reaches `wanted`, which is one of the scores: 31 halvings of the bit pattern.
+
+    Non-negative floats are ordered like their bits, so the halvings meet at neighbouring floats whatever the range.
+    """
+    bits = lax.bitcast_convert_type(scores, jnp.int32)
+
+    def halve(_: jax.Array, bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        enough_at, too_high = bracket
+        middle = enough_at + (too_high - enough_at) // 2
+        enough = _row_sum(jnp.where(bits >= middle[..., None], scores, 0.0)) >= wanted
+        return jnp.where(enough, middle, enough_at), jnp.where(enough, too_high, middle)
+
+    highest = bits.max(axis=-1)
+    enough_at, _ = lax.fori_loop(0, 31, halve, (jnp.zeros_like(highest), highest + 1))
+    threshold: jax.Array = lax.bitcast_convert_type(enough_at, jnp.float32)
+    return threshold
+
+
+def _linear_threshold(scores: jax.Array, wanted: jax.Array, steps: int) -> jax.Array:
+    """The published bisection (SpecAttn, arXiv 2510.27641): `steps` halvings of [0, max], the lower end returned."""
+
+    def halve(_: jax.Array, bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bracket
+        middle = 0.5 * (low + high)
+        enough = _row_sum(jnp.where(scores >= middle[..., None], scores, 0.0)) >= wanted
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    highest = scores.max(axis=-1)
+    bracket: tuple[jax.Array, jax.Array] = lax.fori_loop(0, steps, halve, (jnp.zeros_like(highest), highest))
+    return bracket[0]
+
+
+def _row_sum(x: jax.Array) -> jax.Array:
+    """Sums the last axis as a tree: right to about 1e-6 for 128k addends, where a running sum would drift."""
+    while x.shape[-1] > SUM_RADIX:
+        padding = -x.shape[-1] % SUM_RADIX
+        if padding:
+            x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)])
+        # Adding up columns, not rows, keeps the innermost axis long for vector units.
+        x = x.reshape(*x.shape[:-1], SUM_RADIX, x.shape[-1] // SUM_RADIX).sum(axis=-2)
+    total: jax.Array = x.sum(axis=-1)
+    return total
+
+
+def select_blocks(
+    scores: Float[Array, "B K S"],
+    p: Float[Array, "B K"],
+    lengths: Int32[Array, " B"],
+    *,
+    block_size: int = 1,
+    num_sink: int = 0,
+    num_recent: int = 0,
+    method: str = "exact",
+    steps: int = 10,
+) -> SelectionPlan:
+    """The blocks of the nucleus, the sinks and the recent window; see `api.select_blocks`."""
+    batch, kv_heads, slots = scores.shape
+    blocks = -(-slots // block_size)
+    length = lengths[:, None, None]
+    clean = _clean_scores(scores, jnp.broadcast_to(lengths[:, None], (batch, kv_heads)))
+    padded = jnp.pad(clean, ((0, 0), (0, 0), (0, blocks * block_size - slots)))
+    block_scores = padded.reshape(batch, kv_heads, blocks, block_size).sum(axis=-1)
+    threshold = top_p_threshold(block_scores, p, method=method, steps=steps)
+
+    start = jnp.arange(blocks) * block_size
+    chosen = block_scores >= threshold[..., None]
+    chosen |= start < num_sink
+    if num_recent:
+        chosen |= start + block_size > length - num_recent
+    return compact_blocks(chosen & (start < length), block_size=block_size)
+
+
+def compact_blocks(mask: Bool[Array, "B K P"], *, block_size: int) -> SelectionPlan:
+    """The plan of a mask; see `api.compact_blocks`.
+
+    Every block is scattered to its rank, the selected ones first. Of the compactions measured on the CPU (90 rows of
+    4,096 blocks) this is the cheapest: 2.3 to 4 ms, against 5 to 14 ms for a sort and 10 to 20 ms for searchsorted.
+    """
+    rank = jnp.cumsum(mask, axis=-1, dtype=jnp.int32)
+    counts = rank[..., -1]
+    block = jnp.arange(mask.shape[-1], dtype=jnp.int32)
+    place = jnp.where(mask, rank - 1, counts[..., None] + block - rank)
+
+    ids = _scatter_rows(place, jnp.broadcast_to(block, place.shape), mask.shape[-1], unique=True)
+    return SelectionPlan(ids, counts, block_size)
+
+
+def merge_states(
+    out_a: Float[Array, "*rows H"],
+    lse_a: Float[Array, "*rows"],
+    out_b: Float[Array, "*rows H"],
+    lse_b: Float[Array, "*rows"],
+) -> tuple[Float[Array, "*rows H"], Float[Array, "*rows"]]:
+    """Combines two partial attentions; see `api.merge_states`."""
+    top = _finite_max(jnp.maximum(lse_a, lse_b))
+    weight_a, weight_b = jnp.exp(lse_a - top), jnp.exp(lse_b - top)
+    total = weight_a + weight_b
+    divisor = jnp.where(total > 0, total, 1.0)
+    # A side that saw nothing has no say, whatever its output holds.
+    part_a = jnp.where(weight_a[..., None] > 0, out_a.astype(jnp.float32), 0.0) * (weight_a / divisor)[..., None]
+    part_b = jnp.where(weight_b[..., None] > 0, out_b.astype(jnp.float32), 0.0) * (weight_b / divisor)[..., None]
+    return (part_a + part_b).astype(out_a.dtype), _log_sum(top, total)

@@ -1,0 +1,29 @@
+"""SpecAttn: speculative decoding in which the draft's attention decides what the target reads."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from specattn_jax.calibration import calibrate
+    from specattn_jax.errors import UserError
+    from specattn_jax.generation import generate
+    from specattn_jax.pair import ModelPair, load_pair
+
+__all__ = ["ModelPair", "UserError", "calibrate", "generate", "load_pair"]
+
+_HOMES = {
+    "ModelPair": "pair",
+    "UserError": "errors",
+    "calibrate": "calibration",
+    "generate": "generation",
+    "load_pair": "pair",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports public names when they are first used, so that `specattn --help` need not wait for JAX."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

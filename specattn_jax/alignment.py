@@ -1,0 +1,231 @@
+"""How a draft's attention predicts a target's: the published layer map and our mixture weights, fitted and saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zipfile
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from specattn_jax.errors import UserError
+
+Granularity = Literal["head", "kv_head", "layer"]
+
+FORMAT = 1
+_TINY = 1e-12
+_MOST_LEFT_OUT = 0.9999
+# Density goes about as the inverse square root of the mass left out, so this power undoes an error at once; the prior,
+# in windows, keeps the first few windows from swinging.
+_STEER_POWER = 2.0
+_STEER_PRIOR = 4.0
+
+
+def reduce_heads(
+    scores: Float[Array, "*batch N S"], granularity: Granularity, num_kv_heads: int
+) -> Float[Array, "*batch r S"]:
+    """Attention of one draft layer as sources of a mixture: its heads, the means of its kv groups, or its mean."""
+    if granularity == "head":
+        return scores
+    groups = num_kv_heads if granularity == "kv_head" else 1
+    return jnp.mean(scores.reshape(*scores.shape[:-2], groups, -1, scores.shape[-1]), axis=-2)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NucleusMass:
+    """How much attention mass a selection keeps, per target layer and cache length.
+
+    Attributes:
+        left_out: mass that each layer may leave out; 0 reads everything.
+        length_knots: cache lengths, ascending.
+        length_scale: factor on `left_out` at each of those lengths: a longer cache holds the same mass in a smaller
+            share of its entries, so for equal savings it leaves out less.
+        wanted_read: share of reads to steer to, or 0 to keep `left_out` as it is.
+    """
+
+    left_out: Float[Array, " L"]
+    length_knots: Float[Array, " C"]
+    length_scale: Float[Array, " C"]
+    wanted_read: Float[Array, ""]
+
+    @classmethod
+    def uniform(cls, p: float, num_layers: int) -> NucleusMass:
+        """The same p in every layer at every length."""
+        return cls(jnp.full((num_layers,), 1.0 - p, jnp.float32), jnp.ones((1,)), jnp.ones((1,)), jnp.zeros(()))
+
+    def p(
+        self,
+        past: Int32[Array, " B"],
+        read: Float[Array, " B"] | None = None,
+        windows: Int32[Array, " B"] | None = None,
+    ) -> Float[Array, "B L"]:
+        """Nucleus mass per layer for caches of `past` entries; beyond the knots the nearest one counts.
+
+        Texts differ from the calibration text, so where a saving is wanted, the mean share read so far corrects the
+        mass: a text that read too much leaves out more from then on.
+
+        Args:
+            past: entries in each cache.
+            read: sum over the windows so far of the share that was read.
+            windows: number of those windows.
+        """
+        length = jnp.log(jnp.maximum(past, 1).astype(jnp.float32))
+        scale = jnp.exp(jnp.interp(length, jnp.log(self.length_knots), jnp.log(self.length_scale)))
+        if read is not None and windows is not None:
+            steady = jnp.where(self.wanted_read > 0, self.wanted_read, 1.0)
+            mean = (read + _STEER_PRIOR * steady) / (windows + _STEER_PRIOR)
+            scale *= jnp.where(self.wanted_read > 0, (mean / steady) ** _STEER_POWER, 1.0)
+        return 1.0 - jnp.clip(self.left_out * scale[:, None], 0.0, _MOST_LEFT_OUT)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Alignment:
+    """A calibrated prediction of the target's attention.
+
+    Attributes:
+        weights: mixture weights, non-negative, rows summing to 1: row `layer * K + kv_head` of the target over the R
+            sources of the draft, draft layer by draft layer.
+        savings: shares of cache reads saved for which budgets were fitted, ascending.
+        left_out: attention mass that each target layer leaves out to save `savings[i]` of the reads on held-out text.
+        length_knots: cache lengths at which the savings were matched.
+        length_scale: factor on `left_out[i]` at each of those lengths.
+        layer_map: draft layer that stands for each target layer (published alignment).
+        granularity: what one source is.
+        provenance: how this was made, as JSON: models, texts, context, seed, fit statistics.
+    """
+
+    weights: Float[Array, "rows R"]
+    savings: Float[Array, " Q"]
+    left_out: Float[Array, "Q L"]
+    length_knots: Float[Array, " C"]
+    length_scale: Float[Array, "Q C"]
+    layer_map: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    granularity: Granularity = dataclasses.field(metadata={"static": True})
+    provenance: str = dataclasses.field(default="{}", metadata={"static": True})
+
+    def mass_for_saving(self, saving: float) -> NucleusMass:
+        """Nucleus mass that saves the wanted share of reads, interpolated between the fitted budgets.
+
+        Raises:
+            UserError: nothing was fitted near the wanted saving.
+        """
+        low, high = float(self.savings[0]), float(self.savings[-1])
+        if not low - 1e-6 <= saving <= high + 1e-6:
+            raise UserError(
+                f"kv_reduction is {saving}; this alignment was calibrated for {low:.2f} to {high:.2f}, so choose a "
+                "value there or calibrate again."
+            )
+
+        # Densities are nearly linear in the logarithm of the mass left out, so that is what is interpolated.
+        def interpolate(table: Float[Array, "Q columns"]) -> Float[Array, " columns"]:
+            return jnp.exp(jax.vmap(lambda column: jnp.interp(saving, self.savings, column), in_axes=1)(jnp.log(table)))
+
+        wanted = jnp.asarray(1.0 - saving, jnp.float32)
+        return NucleusMass(interpolate(self.left_out), self.length_knots, interpolate(self.length_scale), wanted)
+
+
+_ARRAYS = ("weights", "savings", "left_out", "length_knots", "length_scale")
+
+
+def fit_mixture(
+    target: Float[Array, "rows n S"], sources: Float[Array, "R n S"], iterations: int = 60
+) -> Float[Array, "rows R"]:
+    """Mixture weights w >= 0, sum 1, that minimise the mean over the n positions of KL(target || sum_r w_r source_r).
+
+    The problem is convex; expectation-maximisation solves it from uniform weights:
+    `w_r <- mean_n sum_s a w_r b_r / mix`.
+
+    Args:
+        target: attention to predict, softmax rows over S.
+        sources: attention of the draft at the same positions.
+        iterations: EM steps; about 60 suffice.
+    """
+    rows, count, _ = target.shape
+    start = jnp.full((rows, sources.shape[0]), 1.0 / sources.shape[0], jnp.float32)
+
+    def improve(_: int, weights: Float[Array, "rows R"]) -> Float[Array, "rows R"]:
+        mix = jnp.einsum("ar,rns->ans", weights, sources)
+        responsibility = jnp.einsum("ans,rns->ar", target / jnp.maximum(mix, _TINY), sources) / count
+        updated = weights * responsibility
+        return updated / jnp.maximum(jnp.sum(updated, axis=-1, keepdims=True), _TINY)
+
+    return jax.lax.fori_loop(0, iterations, improve, start)
+
+
+def attention_kl(target: Float[Array, "rows n S"], predicted: Float[Array, "rows n S"]) -> Float[Array, " rows"]:
+    """Mean over positions of KL(target || predicted), in nats."""
+    log_ratio = jnp.log(jnp.maximum(target, _TINY)) - jnp.log(jnp.maximum(predicted, _TINY))
+    return jnp.mean(jnp.sum(target * log_ratio, axis=-1), axis=-1)
+
+
+def layer_similarity(target: Float[Array, "L n S"], draft: Float[Array, "M n S"]) -> Float[Array, "M L"]:
+    """Published similarity of head-averaged layers: `-KL(target_j || draft_i)`, averaged over positions."""
+    return -jax.lax.map(lambda source: attention_kl(target, jnp.broadcast_to(source, target.shape)), draft)
+
+
+def monotone_map(similarity: np.ndarray) -> tuple[int, ...]:
+    """Layer map f of largest total similarity with f non-decreasing, by dynamic programming (paper, section 3).
+
+    Args:
+        similarity: `[M, L]`, draft layer against target layer.
+    """
+    num_draft, num_target = similarity.shape
+    best = np.empty((num_draft, num_target))
+    choice = np.zeros((num_draft, num_target), np.int64)
+    best[:, 0] = similarity[:, 0]
+    for layer in range(1, num_target):
+        # Best predecessor among draft layers up to i.
+        reach = np.maximum.accumulate(best[:, layer - 1])
+        where = np.maximum.accumulate(np.where(best[:, layer - 1] >= reach, np.arange(num_draft), 0))
+        best[:, layer] = similarity[:, layer] + reach
+        choice[:, layer] = where
+    path = [int(np.argmax(best[:, -1]))]
+    for layer in range(num_target - 1, 0, -1):
+        path.append(int(choice[path[-1], layer]))
+    return tuple(reversed(path))
+
+
+def save_alignment(alignment: Alignment, folder: Path) -> None:
+    """Writes `alignment.json` and `alignment.npz` into an existing folder (see `loading.files.atomic_folder`)."""
+    header = {
+        "format": FORMAT,
+        "granularity": alignment.granularity,
+        "layer_map": list(alignment.layer_map),
+        "provenance": json.loads(alignment.provenance),
+    }
+    (folder / "alignment.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+    arrays: dict[str, Any] = {name: np.asarray(getattr(alignment, name)) for name in _ARRAYS}
+    np.savez_compressed(folder / "alignment.npz", **arrays)
+
+
+def load_alignment(directory: Path) -> Alignment:
+    """Reads what `save_alignment` wrote.
+
+    Raises:
+        UserError: the folder is missing, damaged, or of another format.
+    """
+    directory = Path(directory)
+    remedy = "make one with `specattn calibrate`"
+    try:
+        header: dict[str, Any] = json.loads((directory / "alignment.json").read_text(encoding="utf-8"))
+        with open(directory / "alignment.npz", "rb") as file, np.load(file) as arrays:
+            fitted = {name: jnp.asarray(arrays[name]) for name in _ARRAYS}
+    except FileNotFoundError as error:
+        raise UserError(f"alignment: {error.filename} does not exist; {remedy}.") from error
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"alignment: {directory} is damaged ({error}); {remedy}.") from error
+    if header.get("format") != FORMAT:
+        raise UserError(f"alignment: {directory} has format {header.get('format')}; expected {FORMAT}; {remedy}.")
+    return Alignment(
+        **fitted,
+        layer_map=tuple(header["layer_map"]),
+        granularity=header["granularity"],
+        provenance=json.dumps(header["provenance"], sort_keys=True),
+    )

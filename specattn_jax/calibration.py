@@ -1,0 +1,393 @@
+"""Calibration: fits an alignment and its budgets on text, without training either model.
+
+Both models read the same passages. Attention is looked at in a few windows of W + 1 consecutive tokens, as in decoding:
+the first W rows are what the draft would have said, all W + 1 are what verification asks.
+
+- Mixture weights: expectation-maximisation on half of the passages (`alignment.fit_mixture`).
+- Layer map: the published dynamic programme on the same rows.
+- Budgets, on the other half: how much each layer's sparsity costs is estimated to second order. If sparse attention
+  moves the attention output of a layer by d, then KL(full || sparse) is about E[(g . d)^2] / 2, where g is the gradient
+  of log p(y) with y drawn from the model itself (the Fisher information). One backward pass prices every layer at
+  every p.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
+from specattn_kernels import top_p_threshold
+
+from specattn_jax.alignment import (
+    Alignment,
+    Granularity,
+    attention_kl,
+    fit_mixture,
+    layer_similarity,
+    monotone_map,
+    reduce_heads,
+)
+from specattn_jax.budgets import fit_budgets, length_knots
+from specattn_jax.errors import UserError
+from specattn_jax.model import LanguageModel, causal_attention, read_sequence
+from specattn_jax.selection import SelectionPolicy
+
+# Nucleus masses at which layers are priced: the mass left out shrinks geometrically.
+LEFT_OUT_GRID = np.geomspace(0.9, 5e-4, 16)
+SAVINGS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationSettings:
+    """What calibration reads.
+
+    Attributes:
+        context: tokens per passage.
+        window: W.
+        passages: how many passages; the first half fits the mixture, the second the budgets.
+        windows: windows looked at per passage.
+        granularity: sources of the mixture.
+        iterations: EM steps.
+        gradients: samples of the Fisher information per passage.
+        seed: of window places and sampled tokens.
+    """
+
+    context: int = 2048
+    window: int = 5
+    passages: int = 4
+    windows: int = 16
+    granularity: Granularity = "kv_head"
+    iterations: int = 60
+    gradients: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.passages < 2:
+            raise UserError(
+                f"passages is {self.passages}; expected at least 2, one to fit the mixture and one the budgets."
+            )
+        if self.context < 4 * (self.window + 1) or self.windows < 1:
+            raise UserError(f"context is {self.context}; expected at least four windows of {self.window + 1} tokens.")
+
+
+class Captured(NamedTuple):
+    """What one layer's attention at chosen rows is made of.
+
+    Attributes:
+        q: queries of the Q chosen tokens.
+        k: keys of all T tokens.
+        v: values of all T tokens.
+    """
+
+    q: Float[Array, "Q N H"]
+    k: Float[Array, "K T H"]
+    v: Float[Array, "K T H"]
+
+
+@jax.jit
+def capture(model: LanguageModel, tokens: Int32[Array, " T"], rows: Int32[Array, " Q"]) -> list[Captured]:
+    """Queries at the given rows, and all keys and values, of every layer, in float32."""
+    layers: list[Captured] = []
+
+    def attend(
+        _: int, q: Float[Array, "1 T N H"], k: Float[Array, "1 T K H"], v: Float[Array, "1 T K H"]
+    ) -> Float[Array, "1 T N H"]:
+        q32, k32, v32 = (x[0].astype(jnp.float32) for x in (q, k, v))
+        layers.append(Captured(q32[rows], jnp.swapaxes(k32, 0, 1), jnp.swapaxes(v32, 0, 1)))
+        return causal_attention(q, k, v)
+
+    read_sequence(model, tokens[None], attend)
+    return layers
+
+
+def _weights(layer: Captured, keep: Array) -> Float[Array, "K G Q T"]:
+    """Softmax weights of the captured rows over the slots that `keep` allows."""
+    num_rows, _, width = layer.q.shape
+    grouped = layer.q.reshape(num_rows, layer.k.shape[0], -1, width)
+    logits = jnp.einsum("qkgh,kth->kgqt", grouped, layer.k) * width**-0.5
+    return jax.nn.softmax(jnp.where(keep, logits, -jnp.inf), axis=-1)
+
+
+@jax.jit
+def attention_at(layer: Captured, rows: Int32[Array, " Q"]) -> Float[Array, "N Q T"]:
+    """Causal attention of every head at the captured rows."""
+    keep = jnp.arange(layer.k.shape[1]) <= rows[:, None]
+    weights = _weights(layer, keep)
+    return weights.reshape(-1, *weights.shape[2:])
+
+
+@jax.jit
+def output_gradients(
+    model: LanguageModel, tokens: Int32[Array, " T"], rows: Int32[Array, " Q"], key: PRNGKeyArray
+) -> tuple[Float[Array, "Q N H"], ...]:
+    """Gradient of log p(y), y drawn from the model, for each layer's attention output at the given rows."""
+    config = model.config
+    shape = (1, tokens.shape[0], config.num_heads, config.head_dim)
+    causal = jax.checkpoint(causal_attention)
+
+    def log_likelihood(nudges: tuple[Float[Array, "1 T N H"], ...]) -> Float[Array, ""]:
+        hidden = read_sequence(model, tokens[None], lambda layer, q, k, v: causal(q, k, v) + nudges[layer])
+        log_probs = jax.nn.log_softmax(model.logits(hidden[0]))
+        drawn = jax.random.categorical(key, jax.lax.stop_gradient(log_probs))
+        return jnp.sum(jnp.take_along_axis(log_probs, drawn[:, None], axis=-1))
+
+    nudges = tuple(jnp.zeros(shape, model.dtype) for _ in range(config.num_layers))
+    return tuple(gradient[0, rows].astype(jnp.float32) for gradient in jax.grad(log_likelihood)(nudges))
+
+
+def _selected(
+    predicted: Float[Array, "n K T"], p: Float[Array, ""], starts: Int32[Array, " n"], policy: SelectionPolicy
+) -> Bool[Array, "n K T"]:
+    """Slots that `select_blocks` would choose before each window, as a mask (a plan would only be undone again)."""
+    slots, size = predicted.shape[-1], policy.block_size
+    start = starts[:, None, None]
+    past = jnp.where(jnp.arange(slots) < start, predicted, 0.0)
+    blocks = jnp.pad(past, ((0, 0), (0, 0), (0, -slots % size))).reshape(*past.shape[:2], -1, size).sum(axis=-1)
+    threshold = top_p_threshold(blocks, p, method=policy.threshold, steps=policy.steps)[..., None]
+    chosen = jnp.repeat(blocks >= threshold, size, axis=-1)[..., :slots]
+    slot = jnp.arange(slots)
+    chosen |= (slot // size * size < policy.num_sink) | ((slot // size + 1) * size > start - policy.num_recent)
+    return chosen & (slot < start)
+
+
+@functools.partial(jax.jit, static_argnames=("policy",))
+def price_layer(
+    layer: Captured,
+    predicted: Float[Array, "n K T"],
+    gradients: Float[Array, "samples Q N H"],
+    starts: Int32[Array, " n"],
+    masses: Float[Array, " C"],
+    *,
+    policy: SelectionPolicy,
+) -> tuple[Float[Array, " C"], Float[Array, "C n"]]:
+    """Estimated KL per window and density of one layer for every nucleus mass.
+
+    Args:
+        layer: the target layer at the rows of the windows (n windows of Q / n rows).
+        predicted: the draft's prediction for each window, maximum over its steps.
+        gradients: from `output_gradients`, several samples.
+        starts: first slot of each window.
+        masses: nucleus masses p.
+        policy: how the prediction becomes a selection.
+
+    Returns:
+        Mean over windows of the second-order KL (nats, summed over the window's rows), and the share of the past read.
+    """
+    num, _, slots = predicted.shape
+    rows = (starts[:, None] + jnp.arange(layer.q.shape[0] // num)).reshape(-1)
+    causal = jnp.arange(slots) <= rows[:, None]
+
+    def attend(keep: Array) -> Float[Array, "Q N H"]:
+        out = jnp.einsum("kgqt,kth->qkgh", _weights(layer, keep), layer.v)
+        return out.reshape(layer.q.shape)
+
+    dense = attend(causal)
+
+    def price(p: Float[Array, ""]) -> tuple[Float[Array, ""], Float[Array, " n"]]:
+        mask = _selected(predicted, p, starts, policy)
+        fresh = jnp.arange(slots) >= starts[:, None, None]
+        per_row = jnp.repeat(mask | fresh, rows.shape[0] // num, axis=0)
+        moved = attend(jnp.swapaxes(per_row, 0, 1)[:, None] & causal) - dense
+        felt = jnp.einsum("sqnh,qnh->sq", gradients, moved)
+        density = jnp.mean(jnp.sum(mask, axis=-1), axis=-1) / starts
+        return 0.5 * jnp.sum(jnp.mean(felt**2, axis=0)) / num, density
+
+    return jax.lax.map(price, masses)
+
+
+class Passage(NamedTuple):
+    """One passage and where its windows begin."""
+
+    tokens: Int32[Array, " T"]
+    starts: np.ndarray
+
+
+def choose_passages(
+    documents: Sequence[Sequence[int]], settings: CalibrationSettings, rng: np.random.Generator
+) -> list[Passage]:
+    """Passages spread over the documents, and windows spread over each passage.
+
+    Raises:
+        UserError: no document is as long as one passage.
+    """
+    long_enough = [document for document in documents if len(document) >= settings.context]
+    if not long_enough:
+        longest = max((len(document) for document in documents), default=0)
+        raise UserError(
+            f"text: the longest text has {longest} tokens; expected at least the calibration context of "
+            f"{settings.context} tokens; give a longer text or a shorter --context."
+        )
+    passages = []
+    for index in range(settings.passages):
+        document = long_enough[index % len(long_enough)]
+        begin = int(rng.integers(0, len(document) - settings.context + 1))
+        tokens = jnp.asarray(document[begin : begin + settings.context], jnp.int32)
+        # Spread evenly, each window jittered within its share, so that every context length is seen.
+        first, last = settings.context // 16, settings.context - settings.window - 1
+        edges = np.linspace(first, last, settings.windows + 1)
+        starts = rng.uniform(edges[:-1], edges[1:]).astype(np.int32)
+        passages.append(Passage(tokens, starts))
+    return passages
+
+
+def _rows(starts: np.ndarray, count: int) -> Int32[Array, " Q"]:
+    """`count` consecutive rows per window."""
+    return jnp.asarray((starts[:, None] + np.arange(count)).reshape(-1), jnp.int32)
+
+
+def draft_sources(
+    draft: LanguageModel, passage: Passage, granularity: Granularity, window: int
+) -> Float[Array, "R Q T"]:
+    """Attention of every source of the draft at the W draft rows of every window."""
+    rows = _rows(passage.starts, window)
+    reduce = jax.jit(
+        lambda layer, rows: reduce_heads(
+            jnp.swapaxes(attention_at(layer, rows), 0, 1), granularity, draft.config.num_kv_heads
+        )
+    )
+    per_layer = [reduce(layer, rows) for layer in capture(draft, passage.tokens, rows)]
+    return jnp.swapaxes(jnp.concatenate(per_layer, axis=1), 0, 1)
+
+
+def target_rows(target: LanguageModel, passage: Passage, window: int) -> Float[Array, "rows Q T"]:
+    """Attention of every target kv head (mean over its group) at the W draft rows of every window."""
+    rows, heads = _rows(passage.starts, window), target.config.num_kv_heads
+    average = jax.jit(
+        lambda layer, rows: jnp.mean(
+            attention_at(layer, rows).reshape(heads, -1, rows.shape[0], layer.k.shape[1]), axis=1
+        )
+    )
+    return jnp.concatenate([average(layer, rows) for layer in capture(target, passage.tokens, rows)])
+
+
+def price_passage(
+    target: LanguageModel,
+    draft: LanguageModel,
+    weights: Float[Array, "rows R"],
+    passage: Passage,
+    policy: SelectionPolicy,
+    settings: CalibrationSettings,
+    key: PRNGKeyArray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Estimated KL `[L, C]` and density `[L, C, n]` on one passage."""
+    count, heads = settings.window + 1, target.config.num_kv_heads
+    rows = _rows(passage.starts, count)
+    sources = draft_sources(draft, passage, settings.granularity, settings.window)
+    layers = capture(target, passage.tokens, rows)
+    samples = [
+        output_gradients(target, passage.tokens, rows, sample) for sample in jax.random.split(key, settings.gradients)
+    ]
+    starts, masses = jnp.asarray(passage.starts), jnp.asarray(1.0 - LEFT_OUT_GRID, jnp.float32)
+    predict = jax.jit(
+        lambda mix, sources: jnp.swapaxes(
+            jnp.max(
+                jnp.einsum("kr,rqt->kqt", mix, sources).reshape(heads, len(passage.starts), settings.window, -1), axis=2
+            ),
+            0,
+            1,
+        )
+    )
+    costs, densities = [], []
+    for index, layer in enumerate(layers):
+        predicted = predict(weights[index * heads : (index + 1) * heads], sources)
+        gradients = jnp.stack([sample[index] for sample in samples])
+        cost, density = price_layer(layer, predicted, gradients, starts, masses, policy=policy)
+        costs.append(np.asarray(cost))
+        densities.append(np.asarray(density))
+    return np.stack(costs), np.stack(densities)
+
+
+def calibrate(
+    target: LanguageModel,
+    draft: LanguageModel,
+    documents: Sequence[Sequence[int]],
+    policy: SelectionPolicy,
+    *,
+    settings: CalibrationSettings | None = None,
+    provenance: dict[str, object] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[Alignment, np.ndarray]:
+    """Fits everything that an `Alignment` holds.
+
+    Args:
+        target: the target.
+        draft: the draft.
+        documents: token ids of each text.
+        policy: the mixture policy for which budgets are fitted.
+        settings: what to read.
+        provenance: noted in the artifact: models and texts.
+        progress: told the stage, steps done and steps in all.
+
+    Returns:
+        The alignment, and the similarity `[M, L]` of draft and target layers (for the heat-map).
+
+    Raises:
+        UserError: the texts are too short, or the context exceeds a model's.
+    """
+    settings = settings or CalibrationSettings()
+    limit = min(target.config.max_context, draft.config.max_context)
+    if settings.context > limit:
+        raise UserError(f"context is {settings.context}; expected at most the models' {limit}.")
+    rng = np.random.default_rng(settings.seed)
+    passages = choose_passages(documents, settings, rng)
+    half = len(passages) // 2
+    tell = progress or (lambda stage, done, total: None)
+    total = len(passages) + 2
+
+    wanted, sources = [], []
+    for index, passage in enumerate(passages[:half]):
+        tell("reading passages", index, total)
+        wanted.append(target_rows(target, passage, settings.window))
+        sources.append(draft_sources(draft, passage, settings.granularity, settings.window))
+    tell("fitting the mixture", half, total)
+    attention, basis = jnp.concatenate(wanted, axis=1), jnp.concatenate(sources, axis=1)
+    weights = jax.jit(fit_mixture, static_argnums=2)(attention, basis, settings.iterations)
+    mixture_kl = attention_kl(attention, jnp.einsum("ar,rns->ans", weights, basis))
+    similarity = _similarity(attention, basis, target, draft)
+    layer_map = monotone_map(similarity)
+
+    costs, densities = [], []
+    key = jax.random.key(settings.seed)
+    for index, passage in enumerate(passages[half:]):
+        tell("pricing layers", half + 1 + index, total)
+        cost, density = price_passage(target, draft, weights, passage, policy, settings, jax.random.fold_in(key, index))
+        costs.append(cost)
+        densities.append(density)
+    tell("fitting budgets", total - 1, total)
+    starts = np.concatenate([passage.starts for passage in passages[half:]])
+    budgets = fit_budgets(np.mean(costs, axis=0), np.concatenate(densities, axis=2), starts, LEFT_OUT_GRID, SAVINGS)
+    notes = {
+        **(provenance or {}),
+        "settings": dataclasses.asdict(settings),
+        "policy": dataclasses.asdict(policy),
+        "mixture_kl": float(jnp.mean(mixture_kl)),
+        "layer_map_kl": float(-np.mean([similarity[i, j] for j, i in enumerate(layer_map)])),
+    }
+    tell("done", total, total)
+    alignment = Alignment(
+        weights=weights,
+        savings=jnp.asarray(SAVINGS, jnp.float32),
+        left_out=jnp.asarray(budgets.left_out, jnp.float32),
+        length_knots=jnp.asarray(length_knots(int(starts.max())), jnp.float32),
+        length_scale=jnp.asarray(budgets.length_scale, jnp.float32),
+        layer_map=layer_map,
+        granularity=settings.granularity,
+        provenance=json.dumps(notes, sort_keys=True),
+    )
+    return alignment, similarity
+
+
+def _similarity(
+    attention: Float[Array, "rows n S"], basis: Float[Array, "R n S"], target: LanguageModel, draft: LanguageModel
+) -> np.ndarray:
+    """Published similarity `[M, L]` from rows that are already averaged within groups (groups are of equal size)."""
+    per_layer = attention.reshape(target.config.num_layers, -1, *attention.shape[1:]).mean(axis=1)
+    drafts = basis.reshape(draft.config.num_layers, -1, *basis.shape[1:]).mean(axis=1)
+    return np.asarray(jax.jit(layer_similarity)(per_layer, drafts))

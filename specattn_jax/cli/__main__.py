@@ -1,0 +1,5 @@
+"""`python -m specattn_jax.cli`."""
+
+from specattn_jax.cli import main
+
+main()

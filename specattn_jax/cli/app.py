@@ -1,0 +1,37 @@
+"""The commands, put together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from specattn_jax.cli.calibrate import calibrate_command
+from specattn_jax.cli.generate import generate_command
+from specattn_jax.cli.models import convert_command, fetch_command, info_command
+from specattn_jax.cli.terminal import mendable_errors
+
+
+class _Commands(TyperGroup):
+    """The commands, with errors for people."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command."""
+        with mendable_errors():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    name="specattn",
+    cls=_Commands,
+    help="SpecAttn: a draft model's attention decides which cache entries the target reads while it verifies.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("generate")(generate_command)
+app.command("calibrate")(calibrate_command)
+app.command("fetch")(fetch_command)
+app.command("convert")(convert_command)
+app.command("info")(info_command)

@@ -1,0 +1,204 @@
+"""`specattn generate`: continues a prompt."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from specattn_jax.cli import options
+from specattn_jax.cli.process import importing
+from specattn_jax.cli.terminal import TextPrinter, print_json, print_table, read_stdin, stage_bar
+from specattn_jax.errors import UserError
+from specattn_jax.texts import read_text
+
+if TYPE_CHECKING:
+    from specattn_jax.generation import Generations
+    from specattn_jax.loading.tokenizer import Tokenizer
+
+
+def generate_command(
+    target: options.Target = "smollm2",
+    draft: options.Draft = "default",
+    prompt: Annotated[str | None, typer.Option(help="The text to continue.", metavar="TEXT")] = None,
+    prompt_file: Annotated[
+        str | None,
+        typer.Option(help="UTF-8 file with the text (.xz, .gz, .bz2 too), '-' for stdin; a final newline is left out."),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat format.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Most new tokens.")] = 128,
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="autoregressive (target alone), speculative (draft, dense verification) or specattn (draft, "
+            "verification reads what the draft attended to).",
+            metavar="MODE",
+        ),
+    ] = "specattn",
+    p: Annotated[
+        float | None,
+        typer.Option(
+            "--p", help="specattn: attention mass to read, in (0, 1]; 1 reads everything.", show_default=False
+        ),
+    ] = None,
+    kv_reduction: Annotated[
+        float | None,
+        typer.Option(
+            help="specattn: share of the cache reads to save.", show_default="0.75, or p = 0.95 with policy paper"
+        ),
+    ] = None,
+    window: options.Window = 5,
+    policy: Annotated[
+        str | None,
+        typer.Option(help="specattn: how to choose what is read: default or paper.", show_default="default"),
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from this many of the likeliest tokens; 0 is all.")] = 0,
+    seed: options.Seed = 0,
+    dtype: options.Dtype = "auto",
+    alignment: Annotated[
+        Path | None,
+        typer.Option(help="specattn: folder written by `specattn calibrate`.", show_default="the preset's"),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Continue a prompt; the text streams to stdout."""
+    _check_selection(mode, {"--p": p, "--kv-reduction": kv_reduction, "--policy": policy, "--alignment": alignment})
+    _check_numbers(p, max_new_tokens)
+    text = _read_prompt(prompt, prompt_file)
+
+    with importing():
+        from specattn_jax.generation import generate
+        from specattn_jax.pair import load_pair
+        from specattn_jax.sampling import Sampling
+        from specattn_jax.selection import load_policy
+        from specattn_jax.speculative import DecodeSettings
+
+    policy = policy or "default"
+    load_policy(policy)
+    settings = DecodeSettings(mode, window, Sampling(temperature, top_k, top_p))  # type: ignore[arg-type]
+    alone = settings.mode == "autoregressive"
+    uses_alignment = settings.mode == "specattn"
+    with stage_bar() as bar:
+        bar.wait("starting")
+        pair = load_pair(
+            target,
+            "self" if alone else draft,
+            alignment=(alignment or "default") if uses_alignment else None,
+            dtype=dtype,
+            progress=bar.bytes,
+        )
+        printer = TextPrinter(pair.tokenizer, sys.stderr if as_json else sys.stdout)
+
+        def on_prefill(done: int, total: int) -> None:
+            bar.steps("reading the prompt", done, total) if done < total else bar.wait("compiling")
+
+        def on_tokens(tokens: list[list[int]]) -> None:
+            bar.hide()
+            printer.show(tokens[0])
+
+        bar.wait("compiling")
+        run = generate(
+            pair,
+            [_tokenize(pair.tokenizer, text, chat)],
+            max_new_tokens=max_new_tokens,
+            mode=settings.mode,
+            window=window,
+            policy=policy,
+            p=p,
+            kv_reduction=kv_reduction,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            on_tokens=on_tokens,
+            on_prefill=on_prefill,
+        )
+    printer.finish(run.results[0].tokens)
+    names = {"target": target, "draft": None if alone else draft, "policy": policy if uses_alignment else None}
+    report = {**_report(run), **names, "seed": seed}
+    if as_json:
+        print_json(report)
+    else:
+        print_table(_rows(report))
+
+
+def _check_selection(mode: str, given: dict[str, object]) -> None:
+    """Refuses options that contradict each other."""
+    named = [name for name, value in given.items() if value is not None]
+    if mode in ("autoregressive", "speculative") and named:
+        raise UserError(f"{named[0]} says what mode specattn reads, but --mode is {mode}; leave one of them out.")
+    if {"--p", "--kv-reduction"} <= set(named):
+        raise UserError("--p and --kv-reduction both say how much to read; give one of them.")
+
+
+def _check_numbers(p: float | None, max_new_tokens: int) -> None:
+    """Refuses what is wrong whatever the models are, before they are loaded."""
+    if p is not None and not 0.0 < p <= 1.0:
+        raise UserError(f"--p is {p}; expected a number in (0, 1].")
+    if max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens is {max_new_tokens}; expected at least 1.")
+
+
+def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
+    """The text to continue."""
+    if (prompt is None) == (prompt_file is None):
+        raise UserError("expected a prompt: give either --prompt TEXT or --prompt-file FILE ('-' for stdin).")
+    if prompt_file is not None:
+        prompt = read_stdin() if prompt_file == "-" else read_text(Path(prompt_file))
+        prompt = prompt.removesuffix("\n")
+    assert prompt is not None
+    if not prompt.strip():
+        raise UserError("the prompt is empty; expected some text.")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:  # bytes of the command line that were not UTF-8
+        raise UserError(
+            f"--prompt is not valid UTF-8 at character {error.start + 1}; pass the text as UTF-8."
+        ) from error
+    return prompt
+
+
+def _tokenize(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
+    """Token ids of the prompt."""
+    if not chat:
+        return tokenizer.encode(text)
+    return tokenizer.encode(tokenizer.apply_chat([{"role": "user", "content": text}]), add_special=False)
+
+
+def _report(run: Generations) -> dict[str, Any]:
+    """What the run says, for programs."""
+    result, timing = run.results[0], run.timing
+    return {
+        "text": result.text,
+        "new_tokens": len(result.tokens),
+        "prompt_tokens": result.prompt_tokens,
+        "mode": result.mode,
+        "windows": result.windows,
+        "accepted_per_window": result.accepted_per_window,
+        "kv_reduction": result.kv_reduction,
+        "prefill_s": timing.prefill_s,
+        "decode_s": timing.decode_s,
+        "tokens_per_s": run.tokens_per_s,
+        "compile_s": timing.compile_s,
+    }
+
+
+def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the run says, for people."""
+    seconds = [f"{kind} {report[f'{kind}_s']:.2f} s" for kind in ("prefill", "decode", "compile")]
+    rows = [
+        ("mode", report["mode"] + (f", policy {report['policy']}" if report["policy"] else "")),
+        ("tokens", f"{report['new_tokens']} new after {report['prompt_tokens']} of prompt"),
+        ("speed", f"{report['tokens_per_s']:.1f} tokens/s"),
+        ("time", ", ".join(seconds)),
+    ]
+    if report["mode"] != "autoregressive":
+        accepted = f"{report['accepted_per_window']:.2f} per window, {report['windows']} windows"
+        rows.insert(2, ("drafts accepted", accepted))
+    if report["mode"] == "specattn":
+        rows.insert(3, ("cache reads saved", f"{report['kv_reduction']:.1%}"))
+    return rows

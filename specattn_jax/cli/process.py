@@ -1,0 +1,61 @@
+"""Settings of the whole process, which only a program may make, not a library. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def prepare_process() -> None:
+    """Keeps compiled programs from run to run, and the libraries underneath quiet; call before JAX is imported."""
+    cache = os.environ.get("SPECATTN_CACHE") or Path.home() / ".cache" / "specattn"
+    defaults = {
+        "JAX_COMPILATION_CACHE_DIR": str(Path(cache).expanduser() / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    sys.unraisablehook = _interrupt_again
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def _interrupt_again(dropped: sys.UnraisableHookArgs) -> None:
+    """A Ctrl-C that arrives in a callback of the garbage collector would be printed and forgotten: it comes again."""
+    if issubclass(dropped.exc_type, KeyboardInterrupt):
+        threading.Timer(0.05, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(dropped)
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Around imports: Ctrl-C ends the process at once.
+
+    Extension modules that are interrupted while they are set up raise other errors or crash, and there is nothing to
+    clean up yet.
+    """
+
+    def leave(*_: object) -> None:
+        os.write(2, b"Interrupted.\n")
+        os._exit(130)
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,195 @@
+"""What people and programs see: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+)
+from rich.text import Text
+
+from specattn_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from specattn_jax.loading.tokenizer import Tokenizer
+
+# Highlighting off: numbers in a sentence are not worth a colour.
+console = Console(stderr=True, highlight=False)
+
+
+def say(message: str, style: str = "") -> None:
+    """One line for people, never wrapped, so that it can be searched and copied."""
+    console.print(Text(message, style=style), soft_wrap=True)
+
+
+def say_error(message: str) -> None:
+    """One line that says what went wrong."""
+    console.print(Text.assemble(("Error: ", "bold red"), message), soft_wrap=True)
+
+
+@contextlib.contextmanager
+def mendable_errors() -> Iterator[None]:
+    """Turns what a person can mend into one sentence and exit status 1, an interruption into a word and status 130."""
+    try:
+        yield
+    except UserError as error:
+        say_error(str(error))
+        raise SystemExit(1) from error
+    except KeyboardInterrupt as interrupt:
+        say("Interrupted.")
+        raise SystemExit(130) from interrupt
+    except Exception as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        say_error("the device ran out of memory; use a smaller model, a shorter context or --dtype bfloat16.")
+        raise SystemExit(1) from error
+
+
+def print_json(report: Mapping[str, Any]) -> None:
+    """The one JSON object on stdout."""
+    print(json.dumps(report, allow_nan=False), flush=True)
+
+
+def print_table(rows: Sequence[tuple[str, str]]) -> None:
+    """Names and values, for people. Long values are not cut, so that paths can be copied."""
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        console.print(Text.assemble((f"{name:<{width}}  ", "dim"), value), soft_wrap=True)
+
+
+def size(count: float) -> str:
+    """Bytes in the largest binary unit that keeps the number readable."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+class _Amount(ProgressColumn):
+    """How far a stage is, in the unit of the stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._columns: dict[str, ProgressColumn] = {"bytes": DownloadColumn(), "steps": MofNCompleteColumn()}
+
+    def render(self, task: Task) -> Text:
+        """The amount; empty while the total is unknown."""
+        return Text("") if task.total is None else Text(str(self._columns[task.fields["unit"]].render(task)))
+
+
+class StageBar:
+    """One bar on stderr that shows the stage at hand; it appears with the first stage."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task = progress.add_task("", total=None, unit="steps")
+        self._stage = ""
+        self._shown = False
+
+    def bytes(self, stage: str, done: int, total: int) -> None:
+        """Shows that `done` of `total` bytes of a stage are there."""
+        self._show(stage, done, total, "bytes")
+
+    def steps(self, stage: str, done: int, total: int) -> None:
+        """Shows that `done` of `total` steps are done."""
+        self._show(stage, done, total, "steps")
+
+    def wait(self, stage: str) -> None:
+        """Shows a stage of unknown length."""
+        self._show(stage, 0, None, "steps")
+
+    def hide(self) -> None:
+        """Takes the bar away, so that text can be written."""
+        if self._shown:
+            self._progress.stop()
+        self._shown = False
+
+    def _show(self, stage: str, done: int, total: int | None, unit: str) -> None:
+        if self._progress.disable:
+            return
+        if total is None or stage != self._stage:
+            # A task of its own: a known total cannot be forgotten again.
+            self._progress.remove_task(self._task)
+            self._task = self._progress.add_task(stage, total=total, unit=unit)
+            self._stage = stage
+        self._progress.update(self._task, completed=done, total=total)
+        if not self._shown:
+            self._progress.start()
+        self._shown = True
+
+
+@contextlib.contextmanager
+def stage_bar(*, keep: bool = False) -> Iterator[StageBar]:
+    """A bar that vanishes at the end, unless its last state is to be kept."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), _Amount())
+    # Into a file, only a bar that is kept is worth writing.
+    disable = not (keep or console.is_terminal)
+    bar = StageBar(Progress(*columns, console=console, transient=not keep, disable=disable))
+    try:
+        yield bar
+    finally:
+        bar.hide()
+
+
+class TextPrinter:
+    """Writes the text of tokens as they arrive, whole characters only."""
+
+    def __init__(self, tokenizer: Tokenizer, file: IO[str]) -> None:
+        from specattn_jax.loading.tokenizer import TextStream
+
+        self._stream, self._file, self._printed = TextStream(tokenizer), file, 0
+
+    def show(self, tokens: list[int]) -> None:
+        """Prints what is new in `tokens`, which are all tokens so far."""
+        self._write(self._stream.push(tokens[self._printed :]))
+        self._printed = len(tokens)
+
+    def finish(self, tokens: list[int]) -> None:
+        """Prints what is left, and ends the line."""
+        self.show(tokens)
+        self._write(self._stream.flush() + "\n")
+
+    def _write(self, text: str) -> None:
+        self._file.write(text)
+        self._file.flush()
+
+
+def read_stdin() -> str:
+    """All of stdin, as UTF-8.
+
+    Raises:
+        UserError: it is not UTF-8 (says where).
+    """
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"stdin is not valid UTF-8: byte 0x{data[error.start]:02x} at offset {error.start} "
+            f"(line {data[: error.start].count(10) + 1}); convert the text to UTF-8."
+        ) from error
+
+
+def check_out(out: Path) -> None:
+    """Refuses an output folder that is taken, before anything slow begins.
+
+    Raises:
+        UserError: it is a file, or holds something.
+    """
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"--out: {out} exists already; expected a new or empty folder; choose another or remove it.")

@@ -1,0 +1,8 @@
+"""The one exception for mistakes that a person can mend."""
+
+
+class UserError(ValueError):
+    """Bad input. The message is one sentence: what was wrong, what was expected, what to do.
+
+    The CLI prints the message alone and exits with status 1; anything else is a bug and keeps its traceback.
+    """

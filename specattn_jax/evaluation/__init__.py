@@ -1,0 +1,1 @@
+"""Measurements of quality, through the same functions that generate."""

@@ -1,0 +1,316 @@
+"""Text in, text out: the host side of generation around the jitted loop of `speculative.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from specattn_jax.alignment import NucleusMass
+from specattn_jax.cache import init_cache
+from specattn_jax.errors import UserError
+from specattn_jax.loading.memory import check_memory
+from specattn_jax.model import LanguageModel, prefill
+from specattn_jax.pair import ModelPair
+from specattn_jax.sampling import Sampling
+from specattn_jax.selection import Selector, load_policy
+from specattn_jax.speculative import DecodeSettings, DecodeState, Mode, decode, start_decoding
+
+DEFAULT_KV_REDUCTION = 0.75
+DEFAULT_P = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """One continued prompt and what it cost.
+
+    Attributes:
+        text: the new text, stop tokens left out.
+        tokens: the new token ids, a stop token at the end included.
+        prompt_tokens: length of the prompt.
+        mode: how it was generated.
+        windows: verification passes of the target.
+        accepted_per_window: mean number of drafted tokens accepted (0 to W), the target's own token not counted.
+        kv_reduction: share of the target's cache reads saved, averaged over layers, heads and windows.
+        layer_reads: share of the cache that each target layer read, averaged over windows.
+    """
+
+    text: str
+    tokens: list[int]
+    prompt_tokens: int
+    mode: Mode
+    windows: int
+    accepted_per_window: float
+    kv_reduction: float
+    layer_reads: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Where the time of one call went, in seconds; compiling is kept apart because it happens once."""
+
+    compile_s: float
+    prefill_s: float
+    decode_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Generations:
+    """The results of one call, prompt by prompt, and its timing (shared by the batch)."""
+
+    results: list[Generation]
+    timing: Timing
+
+    @property
+    def tokens_per_s(self) -> float:
+        """New tokens of the whole batch per second of decoding; prefill gives each sequence its first token."""
+        decoded = sum(len(result.tokens) - 1 for result in self.results)
+        return decoded / self.timing.decode_s if self.timing.decode_s > 0 else 0.0
+
+
+def make_selector(
+    pair: ModelPair, *, policy: str = "default", p: float | None = None, kv_reduction: float | None = None
+) -> Selector:
+    """What the target will read: a policy with its nucleus mass.
+
+    Args:
+        pair: the models and their alignment.
+        policy: name of a preset in `configs/policies.toml`.
+        p: nucleus mass, the same in every layer, in (0, 1]; 1 reads everything.
+        kv_reduction: wanted share of cache reads saved, met with the per-layer masses found at calibration. Without
+            either, the default policy saves 0.75 and the published one takes p = 0.95.
+
+    Raises:
+        UserError: both are given, a value is out of range, or the pair has no alignment.
+    """
+    chosen = load_policy(policy)
+    if pair.alignment is None:
+        raise UserError(
+            f"alignment: the pair {pair.name} has none, and specattn cannot choose what to read without it; make one "
+            "with `specattn calibrate` and pass its folder, or use mode speculative."
+        )
+    if p is not None and kv_reduction is not None:
+        raise UserError(f"p is {p} and kv_reduction is {kv_reduction}; expected one of them, not both.")
+    if chosen.prediction == "layer_map":
+        if kv_reduction is not None:
+            raise UserError(f"kv_reduction is {kv_reduction}, but policy {policy} has no budgets; give p instead.")
+        p = DEFAULT_P if p is None else p
+    if p is None:
+        mass = pair.alignment.mass_for_saving(DEFAULT_KV_REDUCTION if kv_reduction is None else kv_reduction)
+    else:
+        if not 0.0 < p <= 1.0:
+            raise UserError(f"p is {p}; expected a number in (0, 1].")
+        mass = NucleusMass.uniform(p, pair.target.config.num_layers)
+    return Selector(
+        alignment=pair.alignment,
+        mass=mass,
+        policy=chosen,
+        target=pair.target.config,
+        draft=pair.draft.config,
+    )
+
+
+def generate(
+    pair: ModelPair,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    max_new_tokens: int = 128,
+    mode: Mode = "specattn",
+    window: int = 5,
+    policy: str = "default",
+    p: float | None = None,
+    kv_reduction: float | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_at_eos: bool = True,
+    prefill_chunk: int = 512,
+    windows_per_call: int = 4,
+    on_tokens: Callable[[list[list[int]]], None] | None = None,
+    on_prefill: Callable[[int, int], None] | None = None,
+) -> Generations:
+    """Continues a batch of prompts of any lengths.
+
+    Args:
+        pair: target, draft, tokenizer and alignment, from `load_pair`.
+        prompts: texts, or lists of token ids.
+        max_new_tokens: most new tokens per prompt.
+        mode: `autoregressive`, `speculative` (dense verification) or `specattn` (sparse verification).
+        window: drafted tokens per window.
+        policy: selection policy of mode `specattn`.
+        p: nucleus mass in every layer, or
+        kv_reduction: wanted share of cache reads saved (see `make_selector`).
+        temperature: 0 is greedy.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens with this probability; 1 keeps all.
+        seed: of the random draws; sequence i of a batch draws the same whatever the other sequences are.
+        stop_at_eos: whether the tokenizer's end tokens end a sequence.
+        prefill_chunk: prompt tokens read at a time.
+        windows_per_call: windows per jitted call when streaming.
+        on_tokens: receives all new token ids so far, per prompt, after each call; without it one call does everything.
+        on_prefill: receives positions read and positions to read.
+
+    Returns:
+        One `Generation` per prompt, and timings.
+
+    Raises:
+        UserError: an argument is out of range, a prompt is empty or too long, or memory does not suffice.
+    """
+    settings = DecodeSettings(
+        mode=mode,
+        window=window,
+        sampling=Sampling(temperature, top_k, top_p),
+        stop_tokens=pair.tokenizer.eos_ids if stop_at_eos else (),
+    )
+    selector = make_selector(pair, policy=policy, p=p, kv_reduction=kv_reduction) if mode == "specattn" else None
+    draft = None if mode == "autoregressive" else pair.draft
+    encoded = [_encode(pair, prompt, index) for index, prompt in enumerate(prompts)]
+    _check_lengths(pair, encoded, max_new_tokens)
+
+    clock = _Clock()
+    state = _prefill_both(pair.target, draft, encoded, max_new_tokens, settings, seed, prefill_chunk, clock, on_prefill)
+    state = decode(pair.target, draft, selector, state, jnp.int32(0), settings=settings)
+    clock.lap("compile", state)
+    while not bool(jnp.all(state.done)):
+        steps = windows_per_call if on_tokens is not None else max_new_tokens
+        state = decode(pair.target, draft, selector, state, jnp.int32(steps), settings=settings)
+        if on_tokens is not None:
+            on_tokens(_new_tokens(state))
+    clock.lap("decode", state)
+    return Generations(_results(pair, encoded, state, mode), Timing(**clock.seconds))
+
+
+class _Clock:
+    """Sums wall time by kind, waiting for the device at each lap."""
+
+    def __init__(self) -> None:
+        self.seconds = {"compile_s": 0.0, "prefill_s": 0.0, "decode_s": 0.0}
+        self._last = time.perf_counter()
+
+    def lap(self, kind: str, value: object = None) -> None:
+        jax.block_until_ready(value)
+        now = time.perf_counter()
+        self.seconds[f"{kind}_s"] += now - self._last
+        self._last = now
+
+
+def _encode(pair: ModelPair, prompt: str | Sequence[int], index: int) -> list[int]:
+    """Token ids of one prompt."""
+    tokens = pair.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+    if not tokens:
+        raise UserError(f"prompt {index + 1} is empty; expected at least one token.")
+    size = pair.target.config.vocab_size
+    if not all(0 <= token < size for token in tokens):
+        raise UserError(f"prompt {index + 1} has a token id outside the vocabulary; expected ids from 0 to {size - 1}.")
+    return tokens
+
+
+def _check_lengths(pair: ModelPair, encoded: list[list[int]], max_new_tokens: int) -> None:
+    """Refuses what cannot fit either model's context."""
+    if not encoded:
+        raise UserError("prompts is empty; expected at least one prompt.")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; expected at least 1.")
+    context = min(pair.target.config.max_context, pair.draft.config.max_context)
+    longest = max(len(tokens) for tokens in encoded)
+    if longest >= context:
+        raise UserError(f"The prompt has {longest} tokens, but the context of {pair.name} is {context}; shorten it.")
+    if longest + max_new_tokens > context:
+        raise UserError(
+            f"max_new_tokens is {max_new_tokens}, but after a prompt of {longest} tokens the context of {pair.name}, "
+            f"{context}, leaves room for {context - longest}; ask for fewer tokens."
+        )
+
+
+def _prefill_both(
+    target: LanguageModel,
+    draft: LanguageModel | None,
+    encoded: list[list[int]],
+    max_new_tokens: int,
+    settings: DecodeSettings,
+    seed: int,
+    chunk: int,
+    clock: _Clock,
+    on_prefill: Callable[[int, int], None] | None,
+) -> DecodeState:
+    """Reads the prompts with both models and returns the state in which decoding starts."""
+    lengths = np.array([len(tokens) for tokens in encoded], np.int32)
+    batch, longest = len(encoded), int(lengths.max())
+    chunk = min(chunk, _round_up(longest, 64))
+    padded = _round_up(longest, chunk)
+    # A window may write W + 1 entries beyond the last token that is kept.
+    slots = _round_up(max(padded, longest + max_new_tokens + settings.tokens_per_window), 128)
+    tokens = np.zeros((batch, padded), np.int32)
+    for row, prompt in zip(tokens, encoded, strict=True):
+        row[: len(prompt)] = prompt
+    models = {"target": target} | ({} if draft is None else {"draft": draft})
+    check_memory(
+        {
+            f"the KV cache of the {role}": model.config.cache_bytes(batch, slots, model.dtype.itemsize)
+            for role, model in models.items()
+        }
+    )
+
+    def read(model: LanguageModel, offset: int) -> tuple[Float[Array, "B D"], object]:
+        def progress(position: int) -> None:
+            clock.lap("compile" if position == 0 else "prefill")
+            if on_prefill is not None:
+                on_prefill(offset + position, padded * len(models))
+
+        cache = init_cache(model.config, batch, slots, model.dtype)
+        return prefill(model, jnp.asarray(tokens), jnp.asarray(lengths), cache, chunk=chunk, progress=progress)
+
+    hidden, target_cache = read(target, 0)
+    draft_cache = None if draft is None else read(draft, padded)[1]
+    key = jax.random.key(seed)
+    state = start_decoding(
+        target,
+        hidden,
+        target_cache,
+        draft_cache,
+        jnp.asarray([prompt[-1] for prompt in encoded], jnp.int32),
+        jnp.full((batch,), max_new_tokens, jnp.int32),
+        jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(batch)),
+        settings=settings,
+        room=max_new_tokens,
+    )
+    clock.lap("prefill", state)
+    return state
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _new_tokens(state: DecodeState) -> list[list[int]]:
+    """The new tokens of every sequence so far."""
+    output, emitted = jax.device_get((state.output, state.emitted))
+    return [row[:count].tolist() for row, count in zip(output, emitted, strict=True)]
+
+
+def _results(pair: ModelPair, encoded: list[list[int]], state: DecodeState, mode: Mode) -> list[Generation]:
+    """What a finished state says, per prompt."""
+    counts = jax.device_get(state.statistics)
+    results = []
+    for index, tokens in enumerate(_new_tokens(state)):
+        windows = int(counts.windows[index])
+        reads = counts.read[index] / max(windows, 1)
+        results.append(
+            Generation(
+                text=pair.tokenizer.decode(tokens),
+                tokens=tokens,
+                prompt_tokens=len(encoded[index]),
+                mode=mode,
+                windows=windows,
+                accepted_per_window=float(counts.accepted[index]) / max(windows, 1),
+                kv_reduction=1.0 - float(reads.mean()) if windows else 0.0,
+                layer_reads=[float(read) for read in reads],
+            )
+        )
+    return results

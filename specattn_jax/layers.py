@@ -1,0 +1,143 @@
+"""Building blocks of the decoder: RMS norm, rotary embedding, grouped-query attention projections, gated MLP.
+
+Weights that are read together lie together: q, k and v of one kv group in one array (so that a mesh can split them
+along K), the gate and up projections in another.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from specattn_jax.config import ModelConfig
+
+_INIT = nnx.initializers.normal(stddev=0.02)
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of every rotary angle of one call."""
+
+    cos: Float[Array, "B T half"]
+    sin: Float[Array, "B T half"]
+
+
+def rotary_frequencies(config: ModelConfig) -> Float[Array, " half"]:
+    """Angular frequency per pair of channels, float32 `[H / 2]`, with the model's stretch applied.
+
+    Source: Su et al. 2021 (RoPE); the `llama3` stretch is the one published with Llama 3.1.
+    """
+    half = config.head_dim // 2
+    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    stretched = frequencies / scaling.factor
+    if scaling.kind == "linear":
+        return stretched
+    turns = scaling.original_context * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return keep * frequencies + (1 - keep) * stretched
+
+
+def rotation(config: ModelConfig, positions: Int[Array, "B T"]) -> Rotation:
+    """Rotary angles at the given positions, in float32."""
+    angles = positions[..., None].astype(jnp.float32) * rotary_frequencies(config)
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x: Float[Array, "B T heads H"], by: Rotation) -> Float[Array, "B T heads H"]:
+    """Rotates channel `i` against channel `i + H / 2` (the layout of Hugging Face checkpoints)."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = by.cos[:, :, None, :], by.sin[:, :, None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, computed in float32."""
+
+    def __init__(self, width: int, eps: float, *, dtype: DTypeLike) -> None:
+        self.scale = nnx.Param(jnp.ones((width,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        """Normalises `x`; the result has its dtype."""
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * inverse).astype(x.dtype) * self.scale[...]
+
+
+class Attention(nnx.Module):
+    """Projections around grouped-query attention; what is attended is decided by the caller."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        d, k, g, h = config.embed_dim, config.num_kv_heads, config.group_size, config.head_dim
+        self.group_size = g
+        # Per kv group: its G query heads, then its key, then its value.
+        self.qkv = nnx.Param(_INIT(rngs.params(), (d, k, g + 2, h), dtype))
+        self.qkv_bias = nnx.Param(jnp.zeros((k, g + 2, h), dtype)) if config.qkv_bias else None
+        self.out = nnx.Param(_INIT(rngs.params(), (k, g, h, d), dtype))
+        self.q_norm = RMSNorm(h, config.norm_eps, dtype=dtype) if config.qk_norm else None
+        self.k_norm = RMSNorm(h, config.norm_eps, dtype=dtype) if config.qk_norm else None
+
+    def project(
+        self, x: Float[Array, "B T D"], by: Rotation
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Queries and keys (normalised where the model does, and rotated) and values of the T tokens."""
+        weight = self.qkv[...]
+        d, k, per_group, h = weight.shape
+        mixed = (x @ weight.reshape(d, -1)).reshape(*x.shape[:2], k, per_group, h)
+        if self.qkv_bias is not None:
+            mixed = mixed + self.qkv_bias[...]
+        q = mixed[..., : self.group_size, :].reshape(*x.shape[:2], k * self.group_size, h)
+        key, value = mixed[..., self.group_size, :], mixed[..., self.group_size + 1, :]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, key = self.q_norm(q), self.k_norm(key)
+        return rotate(q, by), rotate(key, by), value
+
+    def merge(self, attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+        """Output projection of the attended values."""
+        weight = self.out[...]
+        return attended.reshape(*attended.shape[:2], -1) @ weight.reshape(-1, weight.shape[-1])
+
+
+class MLP(nnx.Module):
+    """SiLU-gated feed-forward."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        d, f = config.embed_dim, config.mlp_dim
+        self.gate_up = nnx.Param(_INIT(rngs.params(), (d, 2, f), dtype))
+        self.down = nnx.Param(_INIT(rngs.params(), (f, d), dtype))
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """`down(silu(gate(x)) * up(x))`."""
+        weight = self.gate_up[...]
+        mixed = x @ weight.reshape(weight.shape[0], -1)
+        gate, up = jnp.split(mixed, 2, axis=-1)
+        return (jax.nn.silu(gate) * up) @ self.down[...]
+
+
+class Block(nnx.Module):
+    """One pre-norm decoder layer, in two halves so that the caller can attend in between."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.attention_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype=dtype)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype=dtype)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+
+    def before(
+        self, x: Float[Array, "B T D"], by: Rotation
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Queries, keys and values of this layer."""
+        return self.attention.project(self.attention_norm(x), by)
+
+    def after(self, x: Float[Array, "B T D"], attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+        """The residual stream after attention and MLP."""
+        x = x + self.attention.merge(attended)
+        return x + self.mlp(self.mlp_norm(x))

@@ -1,0 +1,117 @@
+"""Our own folder: weights by Orbax in our layout, with configuration and tokenizer, so that it is a complete model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from jaxtyping import DTypeLike
+
+from specattn_jax.config import ModelConfig
+from specattn_jax.errors import UserError
+from specattn_jax.loading.files import atomic_folder, read_json, write_json
+from specattn_jax.loading.tensors import array_path
+from specattn_jax.loading.tokenizer import Tokenizer
+from specattn_jax.model import LanguageModel, abstract_model
+
+MARKER = "specattn_model.json"
+_FORMAT = 1
+_WEIGHTS = "weights"
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder was written by `save_checkpoint`."""
+    return (folder / MARKER).is_file()
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The configuration in the marker file.
+
+    Raises:
+        UserError: the file is broken or of another version.
+    """
+    data = read_json(folder / MARKER)
+    if data.get("format") != _FORMAT:
+        raise UserError(
+            f"{folder / MARKER}: format is {data.get('format')!r}; expected {_FORMAT}; use the version of specattn "
+            "that wrote it, or convert the model again."
+        )
+    try:
+        return ModelConfig.from_json(data["config"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / MARKER}: has no valid configuration ({error}); convert the model again.") from error
+
+
+def save_checkpoint(model: LanguageModel, tokenizer: Tokenizer, out_dir: Path) -> None:
+    """Writes a folder that is a complete model reference.
+
+    Args:
+        model: the model; its weights are written in the dtype that they have.
+        tokenizer: its tokenizer.
+        out_dir: a new or empty folder. It appears complete or not at all.
+
+    Raises:
+        UserError: the folder is not empty or cannot be written.
+    """
+    import orbax.checkpoint as ocp
+
+    with atomic_folder(out_dir) as work:
+        tokenizer.save(work)
+        with ocp.StandardCheckpointer() as writer:
+            writer.save(work / _WEIGHTS, _named(model.params))
+        marker = {"format": _FORMAT, "config": model.config.to_json(), "files": _sizes(work)}
+        write_json(work / MARKER, marker)
+
+
+def load_checkpoint(folder: Path, dtype: DTypeLike) -> LanguageModel:
+    """Reads a folder written by `save_checkpoint`.
+
+    Args:
+        folder: the folder.
+        dtype: weights are cast to it while they are read.
+
+    Returns:
+        The model, on the default device.
+
+    Raises:
+        UserError: the folder is incomplete, damaged or of another version.
+    """
+    import orbax.checkpoint as ocp
+
+    empty = abstract_model(read_config(folder), dtype)
+    _check_files(folder)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = {name: leaf.update(sharding=here) for name, leaf in _named(empty.params).items()}
+    try:
+        with ocp.StandardCheckpointer() as reader:
+            weights = reader.restore((folder / _WEIGHTS).absolute(), wanted)
+    except Exception as error:  # Orbax and TensorStore raise errors of many kinds for damaged files
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder}: weights cannot be read ({reason}); convert the model again.") from error
+    params = jax.tree_util.tree_map_with_path(lambda path, _: weights[_name(path)], empty.params)
+    return dataclasses.replace(empty, params=params)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = sorted(path for path in (folder / _WEIGHTS).rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _check_files(folder: Path) -> None:
+    """Compares the files with the marker's list. Left to itself, Orbax reports a damaged one in dozens of lines."""
+    expected, found = read_json(folder / MARKER).get("files", {}), _sizes(folder)
+    for name, size in expected.items():
+        if found.get(name) != size:
+            state = f"has {found[name]:,} bytes" if name in found else "is missing"
+            raise UserError(f"{folder / name}: {state}; expected {size:,} bytes; copy or convert the model again.")
+
+
+def _name(path: tuple[object, ...]) -> str:
+    return ".".join(str(part) for part in array_path(path))
+
+
+def _named(params: object) -> dict[str, Any]:
+    """Weights by their dotted path: a flat dictionary does not depend on how Flax nests its state."""
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}

@@ -1,0 +1,59 @@
+"""Folders that appear complete or not at all, and JSON files with clear errors."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from specattn_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `out` when the block ends well and vanishes when it does not.
+
+    Raises:
+        UserError: `out` exists already and is not an empty folder, or cannot be made.
+    """
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"{out}: exists already; expected a new or empty folder; choose another one or remove it.")
+    out = out.absolute()
+    work = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:8]}"
+    try:
+        work.mkdir(parents=True)
+        yield work
+        work.rename(out)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own way
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{out}: cannot be written ({reason}); choose another folder.") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        UserError: it is missing, unreadable or something else.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a complete model folder.") from error
+    except ValueError as error:
+        raise UserError(f"{path}: is not valid JSON ({error}); download it again.") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: holds {type(data).__name__} data; expected a JSON object; download it again.")
+    return data
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Writes an object as readable JSON."""
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

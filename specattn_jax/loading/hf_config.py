@@ -1,0 +1,145 @@
+"""Hugging Face's config.json to our configuration, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from specattn_jax.config import Family, ModelConfig, RopeScaling
+from specattn_jax.errors import UserError
+from specattn_jax.loading.files import read_json
+
+_ARCHITECTURES: dict[Family, str] = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+# Fields that change the computation in ways that we do not follow, with the values that leave it alone.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (None, 1, 1.0),
+}
+
+
+def read_hf_config(folder: Path) -> ModelConfig:
+    """Reads `config.json`.
+
+    Raises:
+        UserError: it is missing or broken, or describes a model that we cannot compute.
+    """
+    return parse_hf_config(read_json(folder / "config.json"), str(folder / "config.json"))
+
+
+def parse_hf_config(data: Mapping[str, Any], origin: str) -> ModelConfig:
+    """The configuration that the fields of a `config.json` describe; what may be absent has transformers' default.
+
+    Raises:
+        UserError: the architecture or one of its variants is not supported, or a field is missing. Names `origin`.
+    """
+    family: Any = data.get("model_type")
+    if family not in get_args(Family):
+        raise UserError(f"{origin}: model_type is {family!r}; expected one of {', '.join(get_args(Family))}.")
+    if "quantization_config" in data:
+        raise UserError(
+            f"{origin}: the weights are quantised (quantization_config); expected float32, bfloat16 or float16; "
+            "use the unquantised model or a GGUF file."
+        )
+    for key, plain in _PLAIN.items():
+        if data.get(key, plain[0]) not in plain:
+            raise UserError(f"{origin}: {key} is {data[key]!r}; expected {plain[0]!r}; this variant is not supported.")
+    embed_dim, heads = _required(data, "hidden_size", origin), _required(data, "num_attention_heads", origin)
+    theta, scaling = _rope(data, origin)
+    return ModelConfig(
+        family=family,
+        vocab_size=_required(data, "vocab_size", origin),
+        embed_dim=embed_dim,
+        num_layers=_required(data, "num_hidden_layers", origin),
+        num_heads=heads,
+        num_kv_heads=data.get("num_key_value_heads") or heads,
+        head_dim=data.get("head_dim") or (128 if family == "qwen3" else embed_dim // heads),
+        mlp_dim=_required(data, "intermediate_size", origin),
+        max_context=_max_context(data, family, origin),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=float(data.get("rms_norm_eps", 1e-6)),
+        tie_embeddings=bool(data.get("tie_word_embeddings", False)),
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+    )
+
+
+def hf_config(config: ModelConfig, dtype_name: str) -> dict[str, Any]:
+    """The `config.json` of a model, in the spelling that transformers 4 and 5 both read."""
+    scaling = config.rope_scaling
+    data: dict[str, Any] = {
+        "architectures": [_ARCHITECTURES[config.family]],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.embed_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.mlp_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_context,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if scaling is None else _scaling_fields(scaling),
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "dtype": dtype_name,
+    }
+    # Mistral's default is a window of 4096; ours already limits max_position_embeddings.
+    return data | ({"sliding_window": None} if config.family == "mistral" else {})
+
+
+def _required(data: Mapping[str, Any], key: str, origin: str) -> Any:
+    if key not in data:
+        raise UserError(f"{origin}: {key} is missing; expected the config.json of a complete model.")
+    if not isinstance(data[key], int | float) or data[key] <= 0:
+        raise UserError(f"{origin}: {key} is {data[key]!r}; expected a positive number.")
+    return data[key]
+
+
+def _max_context(data: Mapping[str, Any], family: Family, origin: str) -> int:
+    """The longest sequence over which dense attention computes the same as the model's sliding window."""
+    longest: int = _required(data, "max_position_embeddings", origin)
+    slides = family == "mistral" or (family in ("qwen2", "qwen3") and data.get("use_sliding_window", False))
+    window: int | None = data.get("sliding_window", 4096) if slides else None
+    return longest if window is None else min(longest, window)
+
+
+def _rope(data: Mapping[str, Any], origin: str) -> tuple[float, RopeScaling | None]:
+    """Base and stretch of the rotary frequencies, in any of the three spellings that transformers has had."""
+    rope: Mapping[str, Any] = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    theta = float(rope.get("rope_theta", data.get("rope_theta", 10000.0)))
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise UserError(f"{origin}: only part of each head is rotated (partial_rotary_factor); not supported.")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, RopeScaling("linear", float(_required(rope, "factor", f"{origin} (rope scaling)")))
+    if kind != "llama3":
+        raise UserError(f"{origin}: rope scaling is {kind!r}; expected default, linear or llama3.")
+    where = f"{origin} (rope scaling)"
+    factor, low, high = (
+        float(_required(rope, key, where)) for key in ("factor", "low_freq_factor", "high_freq_factor")
+    )
+    original = int(_required(rope, "original_max_position_embeddings", where))
+    return theta, RopeScaling("llama3", factor, low, high, original)
+
+
+def _scaling_fields(scaling: RopeScaling) -> dict[str, Any]:
+    fields: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "llama3":
+        fields |= {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_context,
+        }
+    return fields

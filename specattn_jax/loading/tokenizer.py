@@ -1,0 +1,192 @@
+"""One tokenizer for every kind of checkpoint: text to ids and back, chat prompts, streaming, comparison."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+from specattn_jax.errors import UserError
+
+# Tokens that end a generation in one chat format or another. They count only where the tokenizer marks them as special.
+_END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>", "</s>")
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """Text to token ids and back.
+
+    Attributes:
+        backend: the tokenizer proper.
+        roles: the special tokens by what they are for (`bos_token`, `eos_token`, `unk_token`, `pad_token`).
+        eos_ids: every id that ends a generation, ascending.
+        chat_template: Jinja source of the chat format, if the model has one.
+    """
+
+    backend: Backend
+    roles: Mapping[str, str]
+    eos_ids: tuple[int, ...]
+    chat_template: str | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens. The model's vocabulary may be larger: it is often padded."""
+        return int(self.backend.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that begins a text, whether or not `encode` adds it."""
+        token = self.roles.get("bos_token")
+        return None if token is None else self.backend.token_to_id(token)
+
+    def encode(self, text: str, add_special: bool = True) -> list[int]:
+        """Token ids of `text`; with `add_special`, with the begin token that the model was trained with, if any."""
+        return list(self.backend.encode(text, add_special_tokens=add_special).ids)
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of `ids`."""
+        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special))
+
+    def apply_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt that asks the model for the next message of a conversation.
+
+        Encode it with `add_special=False`: the template writes the special tokens itself.
+
+        Raises:
+            UserError: the model has no chat format, or it refuses these messages.
+        """
+        if self.chat_template is None:
+            raise UserError("messages: this model has no chat template; give it plain text, or use a chat model.")
+        from jinja2 import TemplateError
+
+        try:
+            return str(
+                self._wrapped.apply_chat_template(
+                    [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+                )
+            )
+        except TemplateError as error:
+            raise UserError(
+                f"messages: the model's chat template refuses them ({error}); expected its roles."
+            ) from error
+
+    def save(self, folder: Path) -> None:
+        """Writes the tokenizer as Hugging Face does; `generation_config.json` holds the ids that end a generation."""
+        self._wrapped.save_pretrained(folder)
+        generation = {"eos_token_id": list(self.eos_ids), "bos_token_id": self.bos_id}
+        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+
+    def fingerprint(self) -> str:
+        """A hash of all tokens with their ids: equal for tokenizers that may be used together."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(sorted(self._tokens.items())).encode()).hexdigest()
+
+    @functools.cached_property
+    def _tokens(self) -> dict[int, str]:
+        return {index: token for token, index in self.backend.get_vocab(with_added_tokens=True).items()}
+
+    @functools.cached_property
+    def _wrapped(self) -> Any:
+        """The same as transformers wants it; only chat and saving need it."""
+        return import_transformers().PreTrainedTokenizerFast(
+            tokenizer_object=self.backend,
+            chat_template=self.chat_template,
+            clean_up_tokenization_spaces=False,
+            **self.roles,
+        )
+
+
+def import_transformers() -> Any:
+    """The transformers package, late because it takes seconds, without its remark that PyTorch is not installed."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    return transformers
+
+
+def make_tokenizer(
+    backend: Backend, roles: Mapping[str, str | None], eos_ids: Iterable[int], chat_template: str | None
+) -> Tokenizer:
+    """A tokenizer, with what is known of the model's special tokens gathered into `eos_ids`."""
+    # Some files ask for truncation or padding, meant for training.
+    backend.no_truncation()
+    backend.no_padding()
+    known = {role: token for role, token in roles.items() if role in ROLES and token is not None}
+    special = {token.content: index for index, token in backend.get_added_tokens_decoder().items() if token.special}
+    ends = set(eos_ids) | {special[token] for token in _END_TOKENS if token in special}
+    if (eos := known.get("eos_token")) is not None and (index := backend.token_to_id(eos)) is not None:
+        ends.add(index)
+    return Tokenizer(backend, known, tuple(sorted(ends)), chat_template)
+
+
+def check_compatible(draft: Tokenizer, target: Tokenizer) -> None:
+    """Checks that the draft's token ids mean the same to the target.
+
+    Padding of the models' vocabularies does not matter here; the tokens must be the same.
+
+    Raises:
+        UserError: they are not; names the first token that differs.
+    """
+    ours, theirs = draft._tokens, target._tokens
+    for index in sorted(ours.keys() | theirs.keys()):
+        if ours.get(index) != theirs.get(index):
+            raise UserError(
+                f"draft and target: token {index} is {_shown(ours.get(index))} for the draft and "
+                f"{_shown(theirs.get(index))} for the target; expected the same tokenizer; choose a draft "
+                "of the same family."
+            )
+
+
+def _shown(token: str | None) -> str:
+    return "absent" if token is None else repr(token)
+
+
+class TextStream:
+    """Turns ids that arrive one by one into text that can be printed at once.
+
+    A character may take several tokens; it is held back until it is complete. The pieces joined are the decoding of all
+    ids, whatever the tokenizer does with spaces between words.
+
+    Example:
+        stream = TextStream(tokenizer)
+        for ids in arriving:
+            print(stream.push(ids), end="")
+        print(stream.flush())
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+        self._tokenizer, self._skip_special = tokenizer, skip_special
+        # Ids of the last piece that was emitted (its text decides about a space before the next) and of what follows.
+        self._context: list[int] = []
+        self._pending: list[int] = []
+
+    def push(self, ids: Sequence[int]) -> str:
+        """The text that is complete now that `ids` have arrived; often the empty string."""
+        self._pending += ids
+        text = self._text()
+        # An unfinished character decodes to U+FFFD.
+        return "" if text.endswith("\ufffd") else self._emit(text)
+
+    def flush(self) -> str:
+        """What is left at the end, an unfinished character included."""
+        return self._emit(self._text())
+
+    def _text(self) -> str:
+        before = self._tokenizer.decode(self._context, self._skip_special)
+        return self._tokenizer.decode(self._context + self._pending, self._skip_special)[len(before) :]
+
+    def _emit(self, text: str) -> str:
+        if text:
+            self._context, self._pending = self._pending, []
+        return text

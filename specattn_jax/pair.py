@@ -1,0 +1,120 @@
+"""A target, its draft, their tokenizer and their alignment: what every command works on."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from specattn_jax.alignment import Alignment, load_alignment
+from specattn_jax.errors import UserError
+from specattn_jax.loading.draft import share_embedding
+from specattn_jax.loading.memory import check_memory
+from specattn_jax.loading.presets import get_preset, preset_names
+from specattn_jax.loading.resolve import draft_reference, load_model, resolve
+from specattn_jax.loading.tensors import Progress
+from specattn_jax.loading.tokenizer import Tokenizer, check_compatible
+from specattn_jax.model import LanguageModel
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelPair:
+    """Two models that speak one vocabulary.
+
+    Attributes:
+        name: how the pair was asked for.
+        target: the model whose output is wanted.
+        draft: the model that proposes tokens; the target itself in a diagnosis.
+        tokenizer: shared by both.
+        alignment: how the draft's attention predicts the target's; None where none was made yet.
+    """
+
+    name: str
+    target: LanguageModel
+    draft: LanguageModel
+    tokenizer: Tokenizer
+    alignment: Alignment | None
+
+
+def choose_dtype(name: str) -> jnp.dtype:
+    """Dtype of weights and caches: `auto` is bfloat16 on an accelerator and float32 on a CPU.
+
+    Raises:
+        UserError: the name is unknown.
+    """
+    if name not in DTYPES:
+        raise UserError(f"dtype is {name!r}; expected one of {', '.join(DTYPES)}.")
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def load_pair(
+    target: str = "smollm2",
+    draft: str = "default",
+    *,
+    alignment: str | Path | None = "default",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> ModelPair:
+    """Loads a model pair.
+
+    Args:
+        target: a preset, a local Hugging Face folder, a `.gguf` file, an Orbax folder, or a hub id.
+        draft: likewise; `default` is the preset's own draft, `self` drafts with the target's weights (a diagnosis).
+        alignment: folder made by `specattn calibrate`; `default` is the one shipped with a preset, or none.
+        dtype: `auto`, `float32` or `bfloat16`.
+        progress: told about downloads and loading.
+
+    Raises:
+        UserError: a reference cannot be resolved or loaded, or the two tokenizers differ.
+    """
+    kind = choose_dtype(dtype)
+    target_files = resolve(target, progress)
+    draft_files = resolve(draft_reference(draft, target), progress)
+    shared = draft_files.path == target_files.path
+    if not shared:
+        if draft_files.target is None or draft_files.target.path != target_files.path:
+            check_compatible(draft_files.tokenizer(), target_files.tokenizer())
+        check_memory(
+            {"target weights": target_files.weight_bytes(kind), "draft weights": draft_files.weight_bytes(kind)}
+        )
+    target_model, tokenizer = load_model(target_files, dtype=kind, progress=progress)
+    draft_model = target_model
+    if not shared:
+        draft_model = share_embedding(load_model(draft_files, dtype=kind, progress=progress)[0], target_model)
+    folder = shipped_alignment(target, shared) if alignment == "default" else alignment
+    loaded = None if folder is None else load_alignment(Path(folder))
+    if loaded is not None:
+        check_alignment(loaded, target_model, draft_model)
+    return ModelPair(f"{target} + {draft}", target_model, draft_model, tokenizer, loaded)
+
+
+def shipped_alignment(target: str, shared: bool) -> Path | None:
+    """Folder of the alignment shipped for a preset with its own draft, or with itself (`<name>-self`), if any."""
+    if target not in preset_names():
+        return None
+    name = f"{target}-self" if shared else get_preset(target).alignment
+    folder = Path(str(importlib.resources.files("specattn_jax"))) / "data" / "alignments" / str(name)
+    return folder if folder.is_dir() else None
+
+
+def check_alignment(alignment: Alignment, target: LanguageModel, draft: LanguageModel) -> None:
+    """Refuses an alignment made for models of another shape.
+
+    Raises:
+        UserError: number of layers, kv heads or sources differ.
+    """
+    per_layer = {"head": draft.config.num_heads, "kv_head": draft.config.num_kv_heads, "layer": 1}
+    rows = target.config.num_layers * target.config.num_kv_heads
+    wanted = (rows, draft.config.num_layers * per_layer[alignment.granularity])
+    if alignment.weights.shape != wanted or len(alignment.layer_map) != target.config.num_layers:
+        raise UserError(
+            f"alignment: it maps {alignment.weights.shape[1]} draft sources to {alignment.weights.shape[0]} target kv "
+            f"heads, but this pair has {wanted[1]} and {wanted[0]}; calibrate this pair with `specattn calibrate`."
+        )

@@ -1,0 +1,78 @@
+"""Pictures of an alignment, drawn without a display."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+
+from specattn_jax.alignment import Alignment
+
+_CELL_INCHES = 0.22
+
+
+def mixture_by_layer(alignment: Alignment, num_draft_layers: int) -> np.ndarray:
+    """Mixture weights `[M, L]`: how much of each target layer's prediction comes from each draft layer.
+
+    Sources are summed per draft layer and averaged over the kv heads of a target layer, so each column sums to 1.
+    """
+    weights = np.asarray(alignment.weights)
+    num_target = len(alignment.layer_map)
+    per_source = weights.reshape(num_target, -1, num_draft_layers, weights.shape[1] // num_draft_layers)
+    mixture: np.ndarray = per_source.sum(axis=3).mean(axis=1).T
+    return mixture
+
+
+def alignment_heatmap(similarity: np.ndarray, alignment: Alignment, *, target: str, draft: str) -> bytes:
+    """Draws both ways in which draft attention stands for target attention.
+
+    Args:
+        similarity: `[M, L]`, from `calibration.calibrate`.
+        alignment: the alignment.
+        target: name of the target, for the title.
+        draft: name of the draft, for the title.
+
+    Returns:
+        A PNG: on the left the similarity of layers with the published layer map drawn in, on the right the mixture.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    num_draft, num_target = similarity.shape
+    width = max(4.5, _CELL_INCHES * num_target + 1.8)
+    height = max(3.2, _CELL_INCHES * num_draft + 1.6)
+    figure = Figure(figsize=(2 * width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    figure.suptitle(f"Draft {draft} predicts the attention of target {target}")
+
+    # A few hopeless pairs of layers would otherwise take up the whole colour scale.
+    floor = float(np.quantile(similarity, 0.05))
+    image = left.imshow(similarity, origin="lower", aspect="auto", cmap="viridis", vmin=floor)
+    bar = figure.colorbar(image, ax=left, extend="min", pad=0.02)
+    bar.set_label("similarity: -KL(target || draft), nats")
+    left.plot(
+        range(num_target), alignment.layer_map, "o-", color="crimson", markersize=3, linewidth=1, label="layer map"
+    )
+    left.legend(loc="lower right", framealpha=0.9)
+    _label(left, "Similarity of layers and the layer map", num_draft, num_target)
+
+    mixture = mixture_by_layer(alignment, num_draft)
+    image = right.imshow(mixture, origin="lower", aspect="auto", cmap="magma", vmin=0.0)
+    bar = figure.colorbar(image, ax=right, pad=0.02)
+    bar.set_label("weight, summed over the sources of a draft layer")
+    _label(right, f"Mixture weights (sources: {alignment.granularity.replace('_', ' ')}s)", num_draft, num_target)
+
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    return data.getvalue()
+
+
+def _label(axes: Any, title: str, num_draft: int, num_target: int) -> None:
+    """Title and layer numbers, thinned out so that they never overlap."""
+    axes.set_title(title, fontsize="medium")
+    axes.set_xlabel("target layer")
+    axes.set_ylabel("draft layer")
+    axes.set_xticks(range(0, num_target, max(1, num_target // 12)))
+    axes.set_yticks(range(0, num_draft, max(1, num_draft // 12)))

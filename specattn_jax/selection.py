@@ -1,0 +1,232 @@
+"""Selection policies: from the draft's attention to the cache entries that each target layer reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import tomllib
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+from specattn_kernels import SelectionPlan, compact_blocks, select_blocks, top_p_threshold
+
+from specattn_jax.alignment import Alignment, NucleusMass, reduce_heads
+from specattn_jax.config import ModelConfig
+from specattn_jax.errors import UserError
+
+_NO_SCORES = "scores hold neither a maximum nor a union."
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectionPolicy:
+    """Every ingredient of a selection; static under jit. Presets: `configs/policies.toml`.
+
+    Attributes:
+        prediction: `layer_map` takes the head-averaged attention of one draft layer for each target layer (published);
+            `mixture` predicts each target kv head from a calibrated mixture of the draft's heads.
+        combine: over the W steps of a window, `union` of the nuclei of the steps (published) or one nucleus of the
+            running `maximum`.
+        threshold: `exact` minimal nucleus, or `linear` bisection that over-selects (published).
+        steps: halvings of the linear bisection.
+        dense_layers: leading target layers that read everything.
+        num_sink: first slots that are always read.
+        num_recent: last slots that are always read.
+        block_size: slots per block; 1 is token granular.
+    """
+
+    prediction: Literal["layer_map", "mixture"]
+    combine: Literal["union", "maximum"]
+    threshold: Literal["exact", "linear"] = "exact"
+    steps: int = 10
+    dense_layers: int = 0
+    num_sink: int = 0
+    num_recent: int = 0
+    block_size: int = 1
+
+
+def load_policy(name: str) -> SelectionPolicy:
+    """The policy preset called `name`.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    text = importlib.resources.files("specattn_configs").joinpath("policies.toml").read_text(encoding="utf-8")
+    presets = tomllib.loads(text)
+    if name not in presets:
+        raise UserError(f"policy is {name!r}; expected one of {', '.join(sorted(presets))}.")
+    return SelectionPolicy(**presets[name])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DraftScores:
+    """What a window's draft steps said about the cache so far, reduced as the policy says.
+
+    Attributes:
+        maximum: largest predicted attention over the steps, one row per target kv head (`mixture`) or mapped draft
+            layer (`layer_map`); None when steps are united instead.
+        union: slots that were in the nucleus of any step; None when the maximum is kept.
+    """
+
+    maximum: Float[Array, "B rows S"] | None
+    union: Bool[Array, "B rows S"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Selector:
+    """A policy with all that it needs to know of one model pair.
+
+    Attributes:
+        alignment: how draft attention predicts target attention.
+        mass: how much attention mass each target layer keeps.
+        policy: the ingredients.
+        target: shape of the target.
+        draft: shape of the draft.
+    """
+
+    alignment: Alignment
+    mass: NucleusMass
+    policy: SelectionPolicy = dataclasses.field(metadata={"static": True})
+    target: ModelConfig = dataclasses.field(metadata={"static": True})
+    draft: ModelConfig = dataclasses.field(metadata={"static": True})
+
+    @property
+    def observed_layers(self) -> tuple[int, ...]:
+        """Draft layers whose attention is needed."""
+        if self.policy.prediction == "mixture":
+            return tuple(range(self.draft.num_layers))
+        return tuple(sorted(set(self.alignment.layer_map[self.policy.dense_layers :])))
+
+    def observe(self, scores: Float[Array, "B T N S"]) -> Float[Array, "B r S"]:
+        """Keeps of one draft layer's softmax weights what the prediction uses, for the newest token."""
+        granularity = self.alignment.granularity if self.policy.prediction == "mixture" else "layer"
+        return reduce_heads(scores[:, -1], granularity, self.draft.num_kv_heads)
+
+    @property
+    def _rows(self) -> int:
+        if self.policy.prediction == "mixture":
+            return self.target.num_layers * self.target.num_kv_heads
+        return len(self.observed_layers)
+
+    def start(self, batch: int, num_slots: int) -> DraftScores:
+        """Scores before the first draft step."""
+        shape = (batch, self._rows, num_slots)
+        if self.policy.combine == "maximum":
+            return DraftScores(maximum=jnp.zeros(shape, jnp.float32), union=None)
+        return DraftScores(maximum=None, union=jnp.zeros(shape, jnp.bool_))
+
+    def update(
+        self, scores: DraftScores, observed: Sequence[Float[Array, "B r S"]], lengths: Int32[Array, " B"]
+    ) -> DraftScores:
+        """Adds one draft step, made with `lengths` entries in the draft's cache."""
+        rows = jnp.concatenate(observed, axis=1)
+        if self.policy.prediction == "mixture":
+            rows = jnp.einsum("ar,brs->bas", self.alignment.weights, rows)
+        if scores.maximum is not None:
+            return DraftScores(jnp.maximum(scores.maximum, rows), None)
+        if scores.union is None:
+            raise ValueError(_NO_SCORES)
+        threshold = top_p_threshold(
+            rows,
+            self._row_p(lengths),
+            lengths=lengths[:, None],
+            method=self.policy.threshold,
+            steps=self.policy.steps,
+        )
+        return DraftScores(None, scores.union | (rows >= threshold[..., None]))
+
+    def _row_p(
+        self,
+        past: Int32[Array, " B"],
+        read: Float[Array, "B L"] | None = None,
+        windows: Int32[Array, " B"] | None = None,
+    ) -> Float[Array, "B rows"]:
+        """Nucleus mass per row of the scores."""
+        layers = self.mass.p(past, None if read is None else jnp.mean(read, axis=1), windows)
+        if self.policy.prediction == "mixture":
+            return jnp.repeat(layers, self.target.num_kv_heads, axis=1)
+        # Several target layers may share a draft layer: it takes the largest mass that any of them wants.
+        pairs = list(enumerate(self.alignment.layer_map))[self.policy.dense_layers :]
+        users = [[target for target, source in pairs if source == draft] for draft in self.observed_layers]
+        return jnp.stack([jnp.max(layers[:, jnp.array(sharing)], axis=1) for sharing in users], axis=1)
+
+    def plan(
+        self,
+        scores: DraftScores,
+        past: Int32[Array, " B"],
+        read: Float[Array, "B L"] | None = None,
+        windows: Int32[Array, " B"] | None = None,
+    ) -> tuple[SelectionPlan | None, ...]:
+        """One plan per target layer (None: dense), over the first `past` slots of each sequence's cache.
+
+        Args:
+            scores: what all W draft steps said.
+            past: entries in the target's cache.
+            read: sum over the windows so far of the share read per layer, by which a wanted saving is met.
+            windows: number of those windows.
+        """
+        policy = self.policy
+        if scores.maximum is not None:
+            rows = select_blocks(
+                scores.maximum,
+                self._row_p(past, read, windows),
+                past,
+                block_size=policy.block_size,
+                num_sink=policy.num_sink,
+                num_recent=policy.num_recent,
+                method=policy.threshold,
+                steps=policy.steps,
+            )
+        elif scores.union is not None:
+            rows = compact_blocks(self._forced(scores.union, past), block_size=policy.block_size)
+        else:
+            raise ValueError(_NO_SCORES)
+        return tuple(
+            None if layer < policy.dense_layers else self._layer_plan(rows, layer)
+            for layer in range(self.target.num_layers)
+        )
+
+    def _forced(self, union: Bool[Array, "B rows S"], past: Int32[Array, " B"]) -> Bool[Array, "B rows blocks"]:
+        """Blocks of a union of nuclei, with sinks and recent window, without what lies beyond the past."""
+        slot, size = jnp.arange(union.shape[-1]), self.policy.block_size
+        past = past[:, None, None]
+        keep = union | (slot < self.policy.num_sink) | (slot >= past - self.policy.num_recent)
+        keep &= slot < past
+        padded = jnp.pad(keep, ((0, 0), (0, 0), (0, -keep.shape[-1] % size)))
+        return jnp.any(padded.reshape(*keep.shape[:2], -1, size), axis=-1)
+
+    def _layer_plan(self, rows: SelectionPlan, layer: int) -> SelectionPlan:
+        """The rows of one target layer."""
+        heads = self.target.num_kv_heads
+        if self.policy.prediction == "mixture":
+            own = slice(layer * heads, (layer + 1) * heads)
+            return SelectionPlan(rows.block_ids[:, own], rows.counts[:, own], rows.block_size)
+        row = self.observed_layers.index(self.alignment.layer_map[layer])
+        shared = slice(row, row + 1)
+        return SelectionPlan(
+            jnp.repeat(rows.block_ids[:, shared], heads, axis=1),
+            jnp.repeat(rows.counts[:, shared], heads, axis=1),
+            rows.block_size,
+        )
+
+
+def read_fraction(plans: Sequence[SelectionPlan | None], past: Int32[Array, " B"]) -> Float[Array, "B L"]:
+    """Share of the past that each layer reads, averaged over kv heads; dense layers read all of it.
+
+    `1 - mean` of this over layers and windows is the number called `kv_reduction`.
+    """
+    whole = jnp.ones(past.shape, jnp.float32)
+    return jnp.stack([whole if plan is None else _plan_fraction(plan, past) for plan in plans], axis=1)
+
+
+def _plan_fraction(plan: SelectionPlan, past: Int32[Array, " B"]) -> Float[Array, " B"]:
+    """Entries of the plan's blocks that lie in the past, over the past, averaged over kv heads."""
+    size = plan.block_size
+    listed = jnp.arange(plan.block_ids.shape[-1]) < plan.counts[..., None]
+    inside = jnp.clip(past[:, None, None] - plan.block_ids * size, 0, size)
+    entries = jnp.sum(jnp.where(listed, inside, 0), axis=-1)
+    return jnp.mean(entries / jnp.maximum(past[:, None], 1), axis=-1)

@@ -1,0 +1,389 @@
+"""Draft, select, verify, roll back: one window of speculative decoding, and the jitted loop over windows.
+
+Invariants between windows, for a sequence of n committed tokens (prompt and output): the target has read n - 1 of them,
+the draft at least n - 2, and both caches may hold leftovers beyond that. Every draft step re-reads the second-last
+token, so a window in which all drafted tokens were accepted needs no catch-up call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
+from specattn_kernels import SelectionPlan
+
+from specattn_jax.cache import KVCache
+from specattn_jax.errors import UserError
+from specattn_jax.model import LanguageModel, forward
+from specattn_jax.sampling import Sampling, Verdict, choose, match_vocabulary, verify
+from specattn_jax.selection import DraftScores, Selector, read_fraction
+
+Mode = Literal["autoregressive", "speculative", "specattn"]
+MODES: tuple[Mode, ...] = ("autoregressive", "speculative", "specattn")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeSettings:
+    """What is fixed while decoding; static under jit.
+
+    Attributes:
+        mode: `autoregressive` (target alone), `speculative` (dense verification), `specattn` (sparse verification).
+        window: W, tokens drafted per window.
+        sampling: how tokens are drawn.
+        stop_tokens: ids that end a sequence; the id itself is kept in the output.
+    """
+
+    mode: Mode = "specattn"
+    window: int = 5
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    stop_tokens: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UserError(f"mode is {self.mode!r}; expected one of {', '.join(MODES)}.")
+        if self.window < 1:
+            raise UserError(f"window is {self.window}; expected at least 1 drafted token per window.")
+
+    @property
+    def tokens_per_window(self) -> int:
+        """Most tokens that one window can commit."""
+        return 1 if self.mode == "autoregressive" else self.window + 1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Counts per sequence, windows after its end not included.
+
+    Attributes:
+        windows: verification passes.
+        drafted: drafted tokens.
+        accepted: drafted tokens accepted (the target's own token not counted).
+        read: sum over windows of the share of the past that each target layer read.
+    """
+
+    windows: Int32[Array, " B"]
+    drafted: Int32[Array, " B"]
+    accepted: Int32[Array, " B"]
+    read: Float[Array, "B L"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """Everything that decoding carries from window to window; donated to each call.
+
+    Attributes:
+        target_cache: the target's cache.
+        draft_cache: the draft's cache; None in autoregressive mode.
+        last: the last two committed tokens, the newest second.
+        output: new tokens; valid up to `emitted`.
+        emitted: number of new tokens.
+        limit: most new tokens wanted.
+        done: whether a sequence reached its limit or a stop token.
+        keys: one random key per sequence.
+        statistics: what was done and read.
+    """
+
+    target_cache: KVCache
+    draft_cache: KVCache | None
+    last: Int32[Array, "B 2"]
+    output: Int32[Array, "B room"]
+    emitted: Int32[Array, " B"]
+    limit: Int32[Array, " B"]
+    done: Bool[Array, " B"]
+    keys: PRNGKeyArray
+    statistics: Statistics
+
+
+@functools.partial(jax.jit, static_argnames=("settings", "room"), donate_argnames=("target_cache", "draft_cache"))
+def start_decoding(
+    target: LanguageModel,
+    hidden: Float[Array, "B D"],
+    target_cache: KVCache,
+    draft_cache: KVCache | None,
+    last_prompt_token: Int32[Array, " B"],
+    limit: Int32[Array, " B"],
+    keys: PRNGKeyArray,
+    *,
+    settings: DecodeSettings,
+    room: int,
+) -> DecodeState:
+    """State after prefill: the first new token is the target's own, from the prompt's last hidden state.
+
+    Args:
+        target: the target.
+        hidden: the target's hidden state of each prompt's last token.
+        target_cache: holds the whole prompt.
+        draft_cache: holds the whole prompt too, or None.
+        last_prompt_token: each prompt's last token.
+        limit: most new tokens per sequence, at least 1.
+        keys: one random key per sequence.
+        settings: decoding settings.
+        room: largest `limit`, static.
+    """
+    batch = limit.shape[0]
+    split = jax.vmap(jax.random.split)(keys)
+    first, _ = choose(split[:, 0], target.logits(hidden), settings.sampling)
+    output = jnp.zeros((batch, room + settings.tokens_per_window), jnp.int32).at[:, 0].set(first)
+    none = jnp.zeros((batch,), jnp.int32)
+    return DecodeState(
+        target_cache=target_cache,
+        draft_cache=draft_cache,
+        last=jnp.stack([last_prompt_token, first], axis=1),
+        output=output,
+        emitted=jnp.ones((batch,), jnp.int32),
+        limit=limit,
+        done=(limit <= 1) | _is_stop(first, settings.stop_tokens),
+        keys=split[:, 1],
+        statistics=Statistics(none, none, none, jnp.zeros((batch, target.config.num_layers), jnp.float32)),
+    )
+
+
+class Drafted(NamedTuple):
+    """What W draft steps produced.
+
+    Attributes:
+        tokens: the drafted tokens.
+        probs: the distributions they were drawn from, over the target's vocabulary; None when greedy.
+        cache: the draft's cache, lengths unchanged.
+        scores: what the draft's attention says about the target's; None without a selector.
+    """
+
+    tokens: Int32[Array, "B W"]
+    probs: Float[Array, "B W V"] | None
+    cache: KVCache
+    scores: DraftScores | None
+
+
+def draft_window(
+    draft: LanguageModel,
+    cache: KVCache,
+    last: Int32[Array, "B 2"],
+    keys: PRNGKeyArray,
+    selector: Selector | None,
+    *,
+    window: int,
+    sampling: Sampling,
+    vocab_size: int,
+    forced: Int32[Array, "B W"] | None = None,
+) -> Drafted:
+    """Drafts W tokens, one after the other, collecting scores on the way.
+
+    Args:
+        draft: the draft.
+        cache: what it has read; its lengths exclude the two tokens in `last`.
+        last: the last two committed tokens.
+        keys: one key per sequence.
+        selector: turns attention into scores, or None.
+        window: W.
+        sampling: how tokens are drawn.
+        vocab_size: the target's V.
+        forced: tokens to take instead of the draft's own, for teacher-forced evaluation.
+    """
+    batch = last.shape[0]
+    step_keys = jnp.swapaxes(jax.vmap(lambda key: jax.random.split(key, window))(keys), 0, 1)
+    imposed = None if forced is None else forced.T
+    start = selector.start(batch, cache.num_slots) if selector is not None else None
+
+    def step(
+        carry: tuple[KVCache, Int32[Array, "B 2"], DraftScores | None],
+        step_input: tuple[PRNGKeyArray, Int32[Array, " B"] | None],
+    ) -> tuple[
+        tuple[KVCache, Int32[Array, "B 2"], DraftScores | None], tuple[Int32[Array, " B"], Float[Array, "B V"] | None]
+    ]:
+        cache, last, scores = carry
+        keys, token = step_input
+        out = forward(
+            draft,
+            last,
+            cache,
+            observe_layers=selector.observed_layers if selector is not None else (),
+            observe=selector.observe if selector is not None else None,
+        )
+        logits = match_vocabulary(draft.logits(out.hidden[:, -1]), vocab_size)
+        own, probs = choose(keys, logits, sampling)
+        token = own if token is None else token
+        if selector is not None and scores is not None:
+            scores = selector.update(scores, out.observed, out.cache.lengths)
+        moved = out.cache.at_lengths(cache.lengths + 1)
+        return (moved, jnp.stack([last[:, 1], token], axis=1), scores), (token, probs)
+
+    (grown, _, scores), (tokens, probs) = jax.lax.scan(step, (cache, last, start), (step_keys, imposed))
+    return Drafted(
+        tokens=tokens.T,
+        probs=None if probs is None else jnp.swapaxes(probs, 0, 1),
+        cache=grown.at_lengths(cache.lengths),
+        scores=scores,
+    )
+
+
+def _is_stop(tokens: Int32[Array, "*batch"], stop_tokens: tuple[int, ...]) -> Bool[Array, "*batch"]:
+    """Whether each token is one of the stop tokens."""
+    if not stop_tokens:
+        return jnp.zeros(tokens.shape, jnp.bool_)
+    return jnp.any(tokens[..., None] == jnp.array(stop_tokens, jnp.int32), axis=-1)
+
+
+def _commit(
+    state: DecodeState,
+    verdict: Verdict,
+    read: Float[Array, "B L"],
+    settings: DecodeSettings,
+) -> DecodeState:
+    """Writes the decided tokens, stops at stop tokens and limits, and rolls both caches to the committed length."""
+    num_places = verdict.tokens.shape[1]
+    place = jnp.arange(num_places)
+    decided = verdict.accepted + 1
+    stops = _is_stop(verdict.tokens, settings.stop_tokens) & (place < decided[:, None])
+    until_stop = jnp.where(jnp.any(stops, axis=1), jnp.argmax(stops, axis=1) + 1, num_places)
+    count = jnp.minimum(jnp.minimum(decided, until_stop), state.limit - state.emitted)
+    count = jnp.where(state.done, 0, count)
+
+    write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
+    output = write(state.output, verdict.tokens, state.emitted)
+    emitted = state.emitted + count
+    history = jnp.concatenate([state.last, verdict.tokens], axis=1)
+    last = jnp.take_along_axis(history, count[:, None] + jnp.arange(2), axis=1)
+    ended = jnp.any(stops & (place < count[:, None]), axis=1)
+
+    lengths = state.target_cache.lengths + count
+    active = ~state.done
+    drafted = 0 if settings.mode == "autoregressive" else settings.window
+    before = state.statistics
+    statistics = Statistics(
+        windows=before.windows + active,
+        drafted=before.drafted + active * drafted,
+        accepted=before.accepted + active * jnp.minimum(verdict.accepted, until_stop),
+        read=before.read + active[:, None] * read,
+    )
+    return dataclasses.replace(
+        state,
+        target_cache=state.target_cache.at_lengths(lengths),
+        draft_cache=None if state.draft_cache is None else state.draft_cache.at_lengths(lengths - 1),
+        last=last,
+        output=output,
+        emitted=emitted,
+        done=state.done | ended | (emitted >= state.limit),
+        statistics=statistics,
+    )
+
+
+def autoregressive_step(target: LanguageModel, state: DecodeState, settings: DecodeSettings) -> DecodeState:
+    """One token from the target alone."""
+    split = jax.vmap(jax.random.split)(state.keys)
+    past = state.target_cache.lengths
+    out = forward(target, state.last[:, 1:], state.target_cache)
+    token, _ = choose(split[:, 0], target.logits(out.hidden[:, -1]), settings.sampling)
+    state = dataclasses.replace(state, target_cache=out.cache.at_lengths(past), keys=split[:, 1])
+    everything = jnp.ones_like(state.statistics.read)
+    return _commit(state, Verdict(token[:, None], jnp.zeros_like(past)), everything, settings)
+
+
+class WindowRead(NamedTuple):
+    """One window, drafted and read by the target, not yet judged.
+
+    Attributes:
+        drafted: what the draft proposed, with its cache.
+        hidden: the target's hidden states of the last committed token and the W drafted ones.
+        cache: the target's cache, with those tokens, lengths unchanged.
+        read: share of the past that each target layer read.
+    """
+
+    drafted: Drafted
+    hidden: Float[Array, "B T D"]
+    cache: KVCache
+    read: Float[Array, "B L"]
+
+
+def read_window(
+    target: LanguageModel,
+    draft: LanguageModel,
+    selector: Selector | None,
+    state: DecodeState,
+    keys: PRNGKeyArray,
+    settings: DecodeSettings,
+    forced: Int32[Array, "B W"] | None = None,
+) -> WindowRead:
+    """Drafts W tokens, selects what to read (with a selector), and reads them with the target in one pass."""
+    if state.draft_cache is None:
+        raise ValueError("state.draft_cache is None; speculative modes need the draft's cache.")
+    past = state.target_cache.lengths
+    drafted = draft_window(
+        draft,
+        state.draft_cache.at_lengths(past - 1),
+        state.last,
+        keys,
+        selector,
+        window=settings.window,
+        sampling=settings.sampling,
+        vocab_size=target.config.vocab_size,
+        forced=forced,
+    )
+    plans: tuple[SelectionPlan | None, ...] | None = None
+    read = jnp.ones_like(state.statistics.read)
+    if selector is not None and drafted.scores is not None:
+        plans = selector.plan(drafted.scores, past, state.statistics.read, state.statistics.windows)
+        read = read_fraction(plans, past)
+    tokens = jnp.concatenate([state.last[:, 1:], drafted.tokens], axis=1)
+    out = forward(target, tokens, state.target_cache, plans=plans)
+    return WindowRead(drafted, out.hidden, out.cache.at_lengths(past), read)
+
+
+def speculative_step(
+    target: LanguageModel,
+    draft: LanguageModel,
+    selector: Selector | None,
+    state: DecodeState,
+    settings: DecodeSettings,
+) -> DecodeState:
+    """One window: draft, select, read, accept or reject, roll back."""
+    split = jax.vmap(lambda key: jax.random.split(key, 3))(state.keys)
+    window = read_window(target, draft, selector, state, split[:, 0], settings)
+    drafted = window.drafted
+    verdict = verify(split[:, 1], drafted.tokens, drafted.probs, target.logits(window.hidden), settings.sampling)
+    state = dataclasses.replace(state, target_cache=window.cache, draft_cache=drafted.cache, keys=split[:, 2])
+    return _commit(state, verdict, window.read, settings)
+
+
+@functools.partial(jax.jit, static_argnames=("settings",), donate_argnames=("state",))
+def decode(
+    target: LanguageModel,
+    draft: LanguageModel | None,
+    selector: Selector | None,
+    state: DecodeState,
+    max_windows: Int32[Array, ""],
+    *,
+    settings: DecodeSettings,
+) -> DecodeState:
+    """Decodes until every sequence is done or `max_windows` windows have passed, without touching the host.
+
+    Args:
+        target: the target.
+        draft: the draft; None in autoregressive mode.
+        selector: what the target reads; only in mode `specattn`.
+        state: where decoding stands; donated.
+        max_windows: windows in this call; streaming uses a few, so that text appears without a host round trip per
+            token, and 0 only compiles.
+        settings: decoding settings.
+    """
+    if (selector is not None) != (settings.mode == "specattn") or (draft is None) != (
+        settings.mode == "autoregressive"
+    ):
+        raise ValueError(f"mode {settings.mode!r} does not fit the draft and selector that were given.")
+
+    def unfinished(carry: tuple[Int32[Array, ""], DecodeState]) -> Bool[Array, ""]:
+        index, state = carry
+        return (index < max_windows) & ~jnp.all(state.done)
+
+    def advance(carry: tuple[Int32[Array, ""], DecodeState]) -> tuple[Int32[Array, ""], DecodeState]:
+        index, state = carry
+        if draft is None:
+            return index + 1, autoregressive_step(target, state, settings)
+        return index + 1, speculative_step(target, draft, selector, state, settings)
+
+    return jax.lax.while_loop(unfinished, advance, (jnp.int32(0), state))[1]

@@ -1,0 +1,64 @@
+"""Texts for calibration, evaluation and the demo: the reader's own files or the books that are shipped."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import importlib.resources
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+
+from specattn_jax.errors import UserError
+
+_UNPACK: dict[str, Callable[[bytes], bytes]] = {
+    ".xz": lzma.decompress,
+    ".gz": gzip.decompress,
+    ".bz2": bz2.decompress,
+}
+
+
+def shipped_books(split: str) -> list[Path]:
+    """The public-domain books that come with the package: `train` for calibration and training, `valid` to evaluate."""
+    root = importlib.resources.files("specattn_jax") / "data" / "books" / split
+    return sorted(Path(str(entry)) for entry in root.iterdir() if entry.name.endswith(".txt.xz"))
+
+
+def find_text(name: str) -> Path:
+    """A file, or the shipped book of that name (`pride_and_prejudice`).
+
+    Raises:
+        UserError: there is neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    books = {book.name.removesuffix(".txt.xz"): book for split in ("train", "valid") for book in shipped_books(split)}
+    if name in books:
+        return books[name]
+    raise UserError(f"text: {name} is neither a file nor a shipped book; the books are {', '.join(sorted(books))}.")
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file, plain or compressed with xz, gzip or bzip2.
+
+    Raises:
+        UserError: it does not exist, cannot be read, is empty, or is not UTF-8 (says where).
+    """
+    try:
+        data = _UNPACK.get(path.suffix, bytes)(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"text: {path} does not exist.") from error
+    except (OSError, lzma.LZMAError, EOFError, ValueError) as error:
+        raise UserError(f"text: {path} cannot be read ({error}).") from error
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"text: {path} is not valid UTF-8: byte 0x{data[error.start]:02x} at offset {error.start} (line {line}); "
+            "convert the file to UTF-8."
+        ) from error
+    if not text.strip():
+        raise UserError(f"text: {path} is empty; expected some text.")
+    return text

@@ -1,0 +1,1 @@
+"""Distillation of a draft for a given target."""

@@ -1,0 +1,145 @@
+"""What the draft learns from: windows of texts, and what the target itself writes after them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specattn_jax.cache import init_cache
+from specattn_jax.errors import UserError
+from specattn_jax.model import LanguageModel, prefill
+from specattn_jax.sampling import Sampling
+from specattn_jax.speculative import DecodeSettings, decode, start_decoding
+from specattn_jax.training.settings import TrainSettings
+
+# The last part of every text is kept from training, to watch acceptance on.
+HELD_OUT = 0.02
+# The target writes at these temperatures in turn: greedily, as most decode, and with enough chance to leave loops.
+TEMPERATURES = (0.0, 0.6, 1.0)
+
+
+def split_documents(documents: Sequence[Sequence[int]], length: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Training part and held-out end of every text.
+
+    Raises:
+        UserError: no text is as long as one sequence.
+    """
+    arrays = [np.asarray(document, np.int32) for document in documents]
+    ends = [len(array) - max(1, int(len(array) * HELD_OUT)) for array in arrays]
+    train = [array[:end] for array, end in zip(arrays, ends, strict=True) if end >= length]
+    if not train:
+        longest = max((len(array) for array in arrays), default=0)
+        raise UserError(
+            f"text: the longest has {longest} tokens, of which the last {HELD_OUT:.0%} are held out; expected at least "
+            f"one training sequence of {length} tokens; give longer texts or a smaller --length."
+        )
+    return train, [array[end:] for array, end in zip(arrays, ends, strict=True)]
+
+
+def random_windows(documents: Sequence[np.ndarray], count: int, length: int, rng: np.random.Generator) -> np.ndarray:
+    """Windows `[count, length]` that start anywhere in the texts with equal chance."""
+    fitting = [document for document in documents if len(document) >= length]
+    if not fitting:
+        raise UserError(f"text: no text has {length} tokens; give longer texts.")
+    room = np.array([len(document) - length + 1 for document in fitting])
+    which = rng.choice(len(fitting), size=count, p=room / room.sum())
+    return np.stack([fitting[index][(at := rng.integers(room[index])) : at + length] for index in which])
+
+
+def write_continuations(
+    target: LanguageModel,
+    prompts: np.ndarray,
+    written: int,
+    temperature: float,
+    seed: int,
+    *,
+    batch: int = 256,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """The prompts `[n, length]`, each followed by `written` tokens of the target's own."""
+    settings = DecodeSettings("autoregressive", sampling=Sampling(temperature))
+    parts = []
+    for begin in range(0, len(prompts), batch):
+        part = prompts[begin : begin + batch]
+        count, length = part.shape
+        # The last batch is filled up, so that everything is compiled once.
+        full = np.resize(part, (min(batch, len(prompts)), length))
+        slots = -(-(length + written + 1) // 128) * 128
+        cache = init_cache(target.config, len(full), slots, target.dtype)
+        lengths = jnp.full((len(full),), length, jnp.int32)
+        hidden, cache = prefill(target, jnp.asarray(full), lengths, cache, chunk=length)
+        state = start_decoding(
+            target,
+            hidden,
+            cache,
+            None,
+            jnp.asarray(full[:, -1]),
+            jnp.full((len(full),), written, jnp.int32),
+            jax.random.split(jax.random.fold_in(jax.random.key(seed), begin), len(full)),
+            settings=settings,
+            room=written,
+        )
+        state = decode(target, None, None, state, jnp.int32(written), settings=settings)
+        parts.append(np.concatenate([part, np.asarray(state.output)[:count, :written]], axis=1))
+        if progress is not None:
+            progress(begin + count)
+    return np.concatenate(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """Everything that batches are drawn from.
+
+    Attributes:
+        documents: training part of every text.
+        own: texts `[n, prompt + written]` that the target continued.
+        held_out: prompts from the held-out ends, `[n, prompt + written]`, continued greedily.
+    """
+
+    documents: list[np.ndarray]
+    own: np.ndarray
+    held_out: np.ndarray
+
+    def batch(self, step: int, settings: TrainSettings) -> np.ndarray:
+        """Rows `[rows, length]` of one step: a function of seed and step alone, so that a resumed run sees the same."""
+        rng = np.random.default_rng([settings.seed, step])
+        num_own = round(settings.rows * settings.own_share)
+        books = random_windows(self.documents, max(settings.rows - num_own, 1), settings.length, rng)
+        per_row = settings.length // self.own.shape[1]
+        chosen = self.own[rng.integers(len(self.own), size=(num_own, per_row))]
+        return np.concatenate([books[: settings.rows - num_own], chosen.reshape(num_own, settings.length)])
+
+
+def make_data(
+    target: LanguageModel,
+    documents: Sequence[Sequence[int]],
+    settings: TrainSettings,
+    *,
+    held_out: int = 64,
+    batch: int = 256,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> TrainingData:
+    """Splits the texts and lets the target continue pieces of them, at several temperatures."""
+    train, ends = split_documents(documents, settings.length)
+    rng = np.random.default_rng(settings.seed)
+    share = -(-settings.continuations // len(TEMPERATURES))
+    own = []
+    for index, temperature in enumerate(TEMPERATURES):
+        prompts = random_windows(train, share, settings.prompt, rng)
+
+        def tell(done: int, before: int = index * share) -> None:
+            if progress is not None:
+                progress("the target writes", before + done, share * len(TEMPERATURES))
+
+        seed = settings.seed * len(TEMPERATURES) + index
+        own.append(
+            write_continuations(target, prompts, settings.written, temperature, seed, batch=batch, progress=tell)
+        )
+    long_ends = [end for end in ends if len(end) >= settings.prompt] or train
+    prompts = random_windows(long_ends, held_out, settings.prompt, rng)
+    greedy = write_continuations(target, prompts, settings.written, 0.0, settings.seed, batch=batch)
+    return TrainingData(train, np.concatenate(own), greedy)

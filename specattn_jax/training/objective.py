@@ -1,0 +1,111 @@
+"""What the draft is trained for: the target's next-token distribution, and attention that predicts the target's."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from specattn_jax.model import LanguageModel, causal_attention, read_sequence
+
+# Positions whose logits are held at once.
+_CHUNK = 4096
+_TINY = 1e-9
+
+
+class Reading(NamedTuple):
+    """What a model made of a batch.
+
+    Attributes:
+        hidden: normalised hidden states.
+        attention: attention of every kv head (mean over its group) at the chosen rows, layer by layer.
+    """
+
+    hidden: Float[Array, "B T D"]
+    attention: Float[Array, "heads B Q T"] | None
+
+
+def read(model: LanguageModel, tokens: Int32[Array, "B T"], rows: Int32[Array, " Q"] | None) -> Reading:
+    """Reads whole sequences, and looks at attention at `rows` if there are any."""
+    seen: list[Float[Array, "K B Q T"]] = []
+
+    def attend(
+        _: int, q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
+    ) -> Float[Array, "B T N H"]:
+        if rows is not None:
+            seen.append(_head_attention(q[:, rows], k, rows))
+        return causal_attention(q, k, v)
+
+    hidden = read_sequence(model, tokens, attend)
+    return Reading(hidden, jnp.concatenate(seen) if seen else None)
+
+
+def _head_attention(
+    q: Float[Array, "B Q N H"], k: Float[Array, "B T K H"], rows: Int32[Array, " Q"]
+) -> Float[Array, "K B Q T"]:
+    """Causal softmax weights at the rows, averaged over each kv head's group, in float32."""
+    batch, num_rows, _, width = q.shape
+    grouped = q.reshape(batch, num_rows, k.shape[2], -1, width)
+    logits = jnp.einsum("bqkgh,btkh->kgbqt", grouped, k, preferred_element_type=jnp.float32) * width**-0.5
+    visible = jnp.arange(k.shape[1]) <= rows[:, None]
+    return jnp.mean(jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1), axis=1)
+
+
+def token_loss(
+    target: LanguageModel, draft: LanguageModel, wanted: Float[Array, "B T D"], have: Float[Array, "B T D"]
+) -> Float[Array, ""]:
+    """Mean KL(target || draft) of the next-token distributions, in nats, from hidden states."""
+    total = wanted.shape[0] * wanted.shape[1]
+    chunk = _CHUNK if total % _CHUNK == 0 else total
+
+    @jax.checkpoint
+    def part(pair: tuple[Float[Array, "c D"], Float[Array, "c D"]]) -> Float[Array, ""]:
+        teacher = jax.nn.log_softmax(target.logits(pair[0]))
+        student = jax.nn.log_softmax(draft.logits(pair[1]))
+        return jnp.sum(jnp.exp(teacher) * (teacher - student))
+
+    split = jax.tree.map(lambda x: x.reshape(total // chunk, chunk, x.shape[-1]), (wanted, have))
+    return jnp.sum(jax.lax.map(part, split)) / total
+
+
+def attention_loss(
+    wanted: Float[Array, "rows B Q T"], sources: Float[Array, "R B Q T"], weights: Float[Array, "rows R"]
+) -> tuple[Float[Array, ""], Float[Array, "rows R"]]:
+    """Mean KL(target || mixture of the draft's sources), in nats, and the mixture weights one EM step further."""
+    mix = jnp.einsum("ar,rbqt->abqt", weights, sources)
+    entropy = jnp.sum(wanted * jnp.log(jnp.maximum(wanted, _TINY)), axis=-1)
+    loss = jnp.mean(entropy - jnp.sum(wanted * jnp.log(jnp.maximum(mix, _TINY)), axis=-1))
+    ratio = wanted / jnp.maximum(jax.lax.stop_gradient(mix), _TINY)
+    count = wanted.shape[1] * wanted.shape[2]
+    responsibility = jnp.einsum("abqt,rbqt->ar", ratio, jax.lax.stop_gradient(sources)) / count
+    improved = weights * responsibility
+    return loss, improved / jnp.maximum(jnp.sum(improved, axis=-1, keepdims=True), _TINY)
+
+
+class Losses(NamedTuple):
+    """Parts of the objective, in nats."""
+
+    total: Float[Array, ""]
+    token: Float[Array, ""]
+    attention: Float[Array, ""]
+
+
+def objective(
+    draft: LanguageModel,
+    target: LanguageModel,
+    weights: Float[Array, "rows R"],
+    tokens: Int32[Array, "B T"],
+    rows: Int32[Array, " Q"] | None,
+    attention_weight: float,
+) -> tuple[Float[Array, ""], tuple[Losses, Float[Array, "rows R"]]]:
+    """The loss of one batch, its parts, and improved mixture weights."""
+    teacher = jax.lax.stop_gradient(read(target, tokens, rows))
+    student = read(draft, tokens, rows)
+    token = token_loss(target, draft, teacher.hidden, student.hidden)
+    if teacher.attention is None or student.attention is None:
+        return token, (Losses(token, token, jnp.zeros(())), weights)
+    attention, improved = attention_loss(teacher.attention, student.attention, weights)
+    total = token + attention_weight * attention
+    return total, (Losses(total, token, attention), improved)

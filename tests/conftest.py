@@ -1,0 +1,82 @@
+"""Shared fixtures. JAX runs on the CPU; pytest turns warnings into errors (see pyproject.toml)."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports JAX.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import pytest
+from tiny import random_alignment, tiny_config
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+from specattn_jax.alignment import save_alignment
+from specattn_jax.loading import get_preset, is_cached, save_hf
+from specattn_jax.loading.tokenizer import Tokenizer, make_tokenizer
+from specattn_jax.model import init_model
+from specattn_jax.pair import ModelPair, load_pair
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def byte_tokenizer(reverse: bool = False) -> Tokenizer:
+    """One token per byte, so that a character may take several, then an end token; `reverse` orders it otherwise."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=reverse)
+    backend = Backend(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|endoftext|>"])
+    return make_tokenizer(backend, {"eos_token": "<|endoftext|>"}, (), TEMPLATE)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairFolders:
+    """A tiny random pair on disk.
+
+    Attributes:
+        target: Hugging Face folder.
+        draft: likewise, of another shape.
+        stranger: a model with another tokenizer.
+        alignment: a random alignment of target and draft.
+    """
+
+    target: Path
+    draft: Path
+    stranger: Path
+    alignment: Path
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> PairFolders:
+    root = tmp_path_factory.mktemp("pair")
+    target = init_model(tiny_config(vocab_size=257, num_layers=3, max_context=256), jax.random.key(0))
+    draft = init_model(tiny_config(vocab_size=257, num_kv_heads=1, max_context=256), jax.random.key(1))
+    save_hf(target, byte_tokenizer(), root / "target")
+    save_hf(draft, byte_tokenizer(), root / "draft")
+    save_hf(draft, byte_tokenizer(reverse=True), root / "stranger")
+    (root / "alignment").mkdir()
+    save_alignment(random_alignment(target.config, draft.config), root / "alignment")
+    return PairFolders(root / "target", root / "draft", root / "stranger", root / "alignment")
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tiny_folders: PairFolders) -> ModelPair:
+    return load_pair(str(tiny_folders.target), str(tiny_folders.draft), alignment=tiny_folders.alignment)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> ModelPair:
+    """The embedded pair; mark tests that use it with `smollm2`."""
+    origin = get_preset("smollm2").target
+    if not is_cached(origin):
+        pytest.skip("the embedded model is not here; run `specattn fetch smollm2`")
+    return load_pair("smollm2", dtype="float32")

@@ -1,0 +1,77 @@
+"""Orbax folders: complete model references, all or nothing."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from loading.tiny_models import save, tiny
+from loading.tiny_tokenizer import tiny_tokenizer
+from specattn_jax.errors import UserError
+from specattn_jax.loading import load_model, resolve, save_checkpoint
+from specattn_jax.loading.hf import open_hf
+from specattn_jax.loading.tensors import build_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return build_model(open_hf(save(tiny("llama-llama3"), tmp_path_factory.mktemp("hf"))), "float32")
+
+
+@pytest.fixture
+def folder(tmp_path, model):
+    save_checkpoint(model, tiny_tokenizer(), tmp_path / "checkpoint")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    return tmp_path / "checkpoint"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_round_trip(folder, model, dtype):
+    files = resolve(str(folder))
+    assert (files.kind, files.config) == ("orbax", model.config)
+    loaded, tokenizer = load_model(str(folder), dtype=dtype)
+    assert loaded.config == model.config
+    assert loaded.graphdef == model.graphdef or dtype != "float32"
+    for ours, theirs in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(model.params), strict=True):
+        assert ours.dtype == dtype
+        np.testing.assert_array_equal(ours, theirs.astype(dtype))
+    assert tokenizer.fingerprint() == tiny_tokenizer().fingerprint()
+    assert tokenizer.eos_ids == tiny_tokenizer().eos_ids
+
+
+def test_missing_weights(folder):
+    (folder / "weights").rename(folder / "elsewhere")
+    with pytest.raises(UserError, match=r"checkpoint/weights/.*: is missing; expected [\d,]+ bytes"):
+        load_model(str(folder), dtype="float32")
+
+
+def test_truncated_weights(folder):
+    largest = max((folder / "weights").rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:1000])
+    with pytest.raises(UserError, match=rf"{largest.name}: has 1,000 bytes; expected [\d,]+ bytes; copy or convert"):
+        load_model(str(folder), dtype="float32")
+
+
+def test_what_orbax_cannot_read_is_one_sentence(folder, monkeypatch):
+    def fail(*_args):
+        raise ValueError("corrupt\nand forty more lines")
+
+    monkeypatch.setattr("orbax.checkpoint.StandardCheckpointer.restore", fail)
+    with pytest.raises(UserError, match=r"checkpoint: weights cannot be read \(corrupt\); convert the model again\."):
+        load_model(str(folder), dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("marker", "message"),
+    [
+        ('{"format": 99}', r"format is 99; expected 1"),
+        ('{"format": 1, "config": {"family": "llama"}}', r"has no valid configuration"),
+        ("[]", r"expected a JSON object"),
+        ("{", r"is not valid JSON"),
+    ],
+)
+def test_marker_of_another_kind(folder, marker, message):
+    (folder / "specattn_model.json").write_text(marker)
+    with pytest.raises(UserError, match=message):
+        resolve(str(folder))

@@ -1,0 +1,223 @@
+"""Alignment: the layer map, the mixture, budgets, and the saved artifact."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import random_alignment, tiny_config, tiny_model
+
+from specattn_jax.alignment import (
+    NucleusMass,
+    attention_kl,
+    fit_mixture,
+    layer_similarity,
+    load_alignment,
+    monotone_map,
+    reduce_heads,
+    save_alignment,
+)
+from specattn_jax.budgets import fit_budgets
+from specattn_jax.calibration import (
+    CalibrationSettings,
+    attention_at,
+    calibrate,
+    capture,
+    output_gradients,
+    price_layer,
+)
+from specattn_jax.errors import UserError
+from specattn_jax.model import read_sequence
+from specattn_jax.selection import load_policy
+
+
+def random_rows(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.dirichlet(np.full(shape[-1], 0.2), shape[:-1]).astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_monotone_map_is_the_best_of_all_monotone_maps(seed):
+    similarity = -np.random.default_rng(seed).random((4, 5))
+    chosen = monotone_map(similarity)
+    totals = {
+        candidate: sum(similarity[source, layer] for layer, source in enumerate(candidate))
+        for candidate in itertools.combinations_with_replacement(range(4), 5)
+    }
+    assert list(chosen) == sorted(chosen)
+    assert totals[chosen] == pytest.approx(max(totals.values()))
+
+
+def test_layer_similarity_is_the_negative_kl():
+    rng = np.random.default_rng(0)
+    target, draft = random_rows(rng, 3, 6, 20), random_rows(rng, 2, 6, 20)
+    exact = np.array(
+        [
+            [
+                -np.mean(np.sum(t.astype(np.float64) * np.log(np.maximum(t, 1e-12) / np.maximum(d, 1e-12)), -1))
+                for t in target
+            ]
+            for d in draft
+        ]
+    )
+    np.testing.assert_allclose(layer_similarity(jnp.asarray(target), jnp.asarray(draft)), exact, rtol=1e-4)
+
+
+def test_mixture_recovers_the_weights_that_made_the_target():
+    rng = np.random.default_rng(1)
+    sources = random_rows(rng, 6, 200, 40)
+    true = rng.dirichlet(np.ones(6), 3).astype(np.float32)
+    target = jnp.asarray(np.einsum("ar,rns->ans", true, sources))
+    fitted = fit_mixture(target, jnp.asarray(sources), 400)
+    np.testing.assert_allclose(fitted, true, atol=5e-3)
+    np.testing.assert_allclose(fitted.sum(axis=1), 1.0, rtol=1e-5)
+
+
+def test_mixture_never_predicts_worse_than_any_single_source():
+    rng = np.random.default_rng(2)
+    sources, target = jnp.asarray(random_rows(rng, 5, 50, 30)), jnp.asarray(random_rows(rng, 4, 50, 30))
+    weights = fit_mixture(target, sources, 100)
+    mixed = attention_kl(target, jnp.einsum("ar,rns->ans", weights, sources))
+    singles = jnp.stack([attention_kl(target, jnp.broadcast_to(source, target.shape)) for source in sources])
+    assert (mixed <= singles.min(axis=0) + 1e-5).all()
+
+
+@pytest.mark.parametrize(("granularity", "rows"), [("head", 6), ("kv_head", 2), ("layer", 1)])
+def test_sources_are_means_of_heads(granularity, rows):
+    scores = np.random.default_rng(3).random((2, 6, 9)).astype(np.float32)
+    expected = scores.reshape(2, rows, 6 // rows, 9).mean(axis=2)
+    np.testing.assert_allclose(reduce_heads(jnp.asarray(scores), granularity, 2), expected, rtol=1e-6)
+
+
+def test_budgets_meet_the_wanted_savings_and_spend_where_it_costs_most():
+    rng = np.random.default_rng(4)
+    grid = np.geomspace(0.9, 1e-3, 16)
+    spread = rng.uniform(0.3, 2.0, (4, 1, 1))
+    starts = np.linspace(100, 2000, 30).astype(int)
+    densities = np.clip(-np.log(grid)[None, :, None] * 0.08 * spread * (2000 / starts) ** 0.2, 0, 1)
+    price = np.array([1.0, 1.0, 1.0, 100.0])
+    costs = price[:, None] * grid[None] ** 2
+    budgets = fit_budgets(costs, densities, starts, grid, (0.6, 0.9))
+    for row, (masses, scales) in enumerate(zip(budgets.left_out, budgets.length_scale, strict=True)):
+        assert masses[3] == masses.min()
+        mass = NucleusMass(
+            jnp.asarray(masses), jnp.asarray([250.0, 500, 1000, 2000]), jnp.asarray(scales), jnp.zeros(())
+        )
+        left_out = 1 - np.asarray(mass.p(jnp.asarray(starts)))
+        reached = [
+            np.mean(
+                [
+                    np.interp(np.log(left_out[n, layer]), np.log(grid[::-1]), densities[layer, ::-1, n])
+                    for layer in range(4)
+                ]
+            )
+            for n in range(len(starts))
+        ]
+        assert np.mean(reached) == pytest.approx(1 - (0.6, 0.9)[row], abs=0.02)
+
+
+def test_nucleus_mass_of_one_reads_everything():
+    np.testing.assert_array_equal(NucleusMass.uniform(1.0, 3).p(jnp.array([1, 100, 10_000])), np.ones((3, 3)))
+
+
+def test_alignment_survives_saving(tmp_path):
+    alignment = random_alignment(tiny_config(num_layers=3), tiny_config())
+    save_alignment(alignment, tmp_path)
+    loaded = load_alignment(tmp_path)
+    assert loaded.layer_map == alignment.layer_map
+    assert loaded.granularity == alignment.granularity
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(loaded), jax.tree.leaves(alignment))
+
+
+def test_damaged_alignment_is_refused(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        load_alignment(tmp_path)
+    save_alignment(random_alignment(tiny_config(), tiny_config()), tmp_path)
+    whole = (tmp_path / "alignment.npz").read_bytes()
+    (tmp_path / "alignment.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="damaged"):
+        load_alignment(tmp_path)
+
+
+@pytest.mark.parametrize("saving", [0.2, 0.95, float("nan")])
+def test_saving_outside_the_calibrated_range_is_refused(saving):
+    with pytest.raises(UserError, match="kv_reduction is"):
+        random_alignment(tiny_config(), tiny_config()).mass_for_saving(saving)
+
+
+def test_captured_attention_is_the_models_attention():
+    model = tiny_model(0, scale=4.0)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 8, 24), jnp.int32)
+    rows = jnp.array([0, 3, 20])
+    outs = {}
+
+    def attend(layer, q, k, v):
+        outs[layer] = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        return outs[layer]
+
+    read_sequence(model, tokens[None], attend)
+    for layer, captured in enumerate(capture(model, tokens, rows)):
+        weights = attention_at(captured, rows).reshape(2, 2, 3, 24)
+        out = jnp.einsum("kgqt,kth->qkgh", weights, captured.v).reshape(3, 4, 8)
+        np.testing.assert_allclose(out, outs[layer][0, rows], atol=1e-5)
+
+
+def test_second_order_price_matches_the_true_kl():
+    """Averaged over draws, (g . d)^2 / 2 is the KL divergence that a small move d of one layer's output causes."""
+    model = tiny_model(3, scale=6.0)
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 8, 16), jnp.int32)
+    rows = jnp.arange(16)
+    move = 0.02 * jax.random.normal(jax.random.key(9), (16, 4, 8))
+
+    def log_probs(nudge):
+        def attend(layer, q, k, v):
+            out = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+            return out + nudge if layer == 0 else out
+
+        return jax.nn.log_softmax(model.logits(read_sequence(model, tokens[None], attend)[0]))
+
+    before, after = log_probs(jnp.zeros_like(move)), log_probs(move)
+    true = float(jnp.sum(jnp.exp(before) * (before - after)))
+    keys = jax.random.split(jax.random.key(5), 3000)
+    gradients = jax.lax.map(lambda key: output_gradients(model, tokens, rows, key)[0], keys, batch_size=100)
+    estimate = float(0.5 * jnp.mean(jnp.sum(gradients * move, axis=(1, 2, 3)) ** 2))
+    assert estimate == pytest.approx(true, rel=0.15)
+
+
+def test_reading_everything_costs_nothing():
+    model = tiny_model(0, scale=4.0)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 8, 48), jnp.int32)
+    starts = np.array([12, 30])
+    rows = jnp.asarray((starts[:, None] + np.arange(3)).reshape(-1))
+    layer = capture(model, tokens, rows)[1]
+    gradients = jax.random.normal(jax.random.key(0), (1, 6, 4, 8))
+    predicted = jnp.asarray(random_rows(np.random.default_rng(0), 2, 2, 48))
+    masses = jnp.array([0.3, 0.8, 1.0])
+    policy = load_policy("default")
+    policy = dataclasses.replace(policy, num_recent=0, num_sink=0)
+    cost, density = price_layer(layer, predicted, gradients, jnp.asarray(starts), masses, policy=policy)
+    np.testing.assert_allclose(density[2], 1.0)
+    assert cost[2] == pytest.approx(0.0, abs=1e-9)
+    assert cost[0] > 0
+    assert (np.diff(density, axis=0) > 0).all()
+
+
+def test_calibration_of_a_tiny_pair(tmp_path):
+    target, draft = tiny_model(0, scale=4.0, num_layers=3), tiny_model(1, scale=4.0)
+    documents = [np.random.default_rng(0).integers(0, 8, 400).tolist()]
+    settings = CalibrationSettings(context=96, window=3, passages=2, windows=4, iterations=20)
+    told = []
+    alignment, similarity = calibrate(
+        target, draft, documents, load_policy("default"), settings=settings, progress=lambda *step: told.append(step)
+    )
+    again, _ = calibrate(target, draft, documents, load_policy("default"), settings=settings)
+    jax.tree.map(np.testing.assert_array_equal, alignment, again)
+    assert alignment.weights.shape == (6, 4)
+    assert similarity.shape == (2, 3)
+    np.testing.assert_allclose(alignment.weights.sum(axis=1), 1.0, rtol=1e-5)
+    assert told[-1][1] == told[-1][2]
+    with pytest.raises(UserError, match="longest text has 400 tokens"):
+        calibrate(target, draft, documents, load_policy("default"), settings=dataclasses.replace(settings, context=500))

@@ -1,0 +1,140 @@
+"""Sampling: token distributions, and that speculative output has exactly the target's distribution."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from test_speculative import selector_for
+from tiny import causal_attention, outputs, run, tiny_model
+
+from specattn_jax.errors import UserError
+from specattn_jax.model import read_sequence
+from specattn_jax.sampling import Sampling, match_vocabulary, token_distribution, verify
+from specattn_jax.speculative import DecodeSettings
+
+DRAWS = 24_000
+PROMPT = [1, 3, 2]
+
+
+def oracle_distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """Float64: temperature, top-k, top-p, one row."""
+    scaled = logits.astype(np.float64) / sampling.temperature
+    if sampling.top_k:
+        scaled[scaled < np.sort(scaled)[-sampling.top_k]] = -np.inf
+    probs = np.exp(scaled - scaled.max())
+    probs /= probs.sum()
+    order = np.argsort(-probs, kind="stable")
+    before = np.cumsum(probs[order]) - probs[order]
+    probs[order[before >= sampling.top_p - 1e-7]] = 0.0
+    return probs / probs.sum()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    temperature=st.floats(0.2, 3.0),
+    top_k=st.integers(0, 16),
+    top_p=st.floats(0.05, 1.0),
+)
+def test_token_distribution_matches_the_oracle(seed, temperature, top_k, top_p):
+    logits = np.random.default_rng(seed).normal(0, 3, 16).astype(np.float32)
+    sampling = Sampling(temperature, top_k, top_p)
+    got = np.asarray(token_distribution(jnp.asarray(logits), sampling))
+    np.testing.assert_allclose(got, oracle_distribution(logits, sampling), atol=2e-6)
+
+
+def exact_sequences(model, sampling: Sampling) -> dict[tuple[int, ...], float]:
+    """Probability of every continuation of three tokens, by reading all of them densely."""
+    size = model.config.vocab_size
+    everything = list(itertools.product(range(size), repeat=3))
+    tokens = jnp.array([PROMPT + list(sequence) for sequence in everything], jnp.int32)
+    logits = model.logits(read_sequence(model, tokens, causal_attention))[:, len(PROMPT) - 1 : -1]
+    probs = np.asarray(token_distribution(logits, sampling), np.float64)
+    return {
+        sequence: float(np.prod([row[place, token] for place, token in enumerate(sequence)]))
+        for sequence, row in zip(everything, probs, strict=True)
+    }
+
+
+def assert_same_distribution(sequences: list[list[int]], exact: dict[tuple[int, ...], float]) -> None:
+    """Chi-square with rare cells merged."""
+    counts = dict.fromkeys(exact, 0)
+    for sequence in sequences:
+        counts[tuple(sequence)] += 1
+    expected = np.array(list(exact.values())) * len(sequences)
+    observed = np.array([counts[sequence] for sequence in exact])
+    assert not observed[expected == 0].any()
+    common = expected >= 8
+    expected = np.append(expected[common], expected[~common].sum())
+    observed = np.append(observed[common], observed[~common].sum())
+    keep = expected > 0
+    assert keep.sum() >= 20
+    assert stats.chisquare(observed[keep], expected[keep] * observed[keep].sum() / expected[keep].sum()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("mode", "sampling", "window"),
+    [
+        ("autoregressive", Sampling(1.0), 1),
+        ("speculative", Sampling(1.0), 1),
+        ("speculative", Sampling(1.0), 2),
+        ("speculative", Sampling(1.3, top_k=6, top_p=0.95), 3),
+        ("specattn", Sampling(0.8), 2),
+    ],
+)
+def test_output_has_exactly_the_targets_distribution(mode, sampling, window):
+    target, draft = tiny_model(10, scale=6.0), tiny_model(11, scale=6.0)
+    selector = selector_for(target, draft, "default", 1.0) if mode == "specattn" else None
+    keys = jax.random.split(jax.random.key(42), DRAWS)
+    state = run(
+        target,
+        None if mode == "autoregressive" else draft,
+        selector,
+        [PROMPT] * DRAWS,
+        DecodeSettings(mode, window, sampling),
+        3,
+        keys,
+    )
+    if mode != "autoregressive":
+        rate = float(state.statistics.accepted.sum() / state.statistics.drafted.sum())
+        assert 0.05 < rate < 0.95, "the test must exercise acceptance and rejection"
+    assert_same_distribution(outputs(state), exact_sequences(target, sampling))
+
+
+def test_identical_distributions_are_always_accepted():
+    logits = jax.random.normal(jax.random.key(0), (64, 4, 8))
+    sampling = Sampling(1.0)
+    probs = token_distribution(logits[:, :-1], sampling)
+    keys = jax.random.split(jax.random.key(1), 64)
+    drafted = jax.random.categorical(jax.random.key(2), jnp.log(probs)).astype(jnp.int32)
+    verdict = verify(keys, drafted, probs, logits, sampling)
+    assert (verdict.accepted == 3).all()
+    np.testing.assert_array_equal(verdict.tokens[:, :3], drafted)
+
+
+def test_vocabularies_are_matched_without_inventing_tokens():
+    logits = jnp.zeros((2, 5))
+    assert match_vocabulary(logits, 3).shape == (2, 3)
+    padded = jax.nn.softmax(match_vocabulary(logits, 7))
+    np.testing.assert_allclose(padded[:, 5:], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1.0,), "temperature is -1.0"),
+        ((1.0, -2), "top_k is -2"),
+        ((1.0, 0, 0.0), "top_p is 0.0"),
+        ((1.0, 0, 1.5), "top_p"),
+    ],
+)
+def test_bad_sampling_is_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        Sampling(*arguments)

@@ -1,0 +1,144 @@
+"""Selection policies against float64 re-implementations."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import random_alignment, tiny_config
+
+from specattn_jax.alignment import NucleusMass
+from specattn_jax.errors import UserError
+from specattn_jax.selection import Selector, load_policy, read_fraction
+
+SLOTS, STEPS, BATCH = 50, 4, 2
+PAST = np.array([41, 9])
+
+
+def draft_attention(seed: int) -> np.ndarray:
+    """Softmax rows `[step, layer, B, N, S]` over the slots each step may see."""
+    rng = np.random.default_rng(seed)
+    scores = rng.gamma(0.3, size=(STEPS, 3, BATCH, 4, SLOTS)) + 1e-9
+    for step in range(STEPS):
+        for row in range(BATCH):
+            scores[step, :, row, :, PAST[row] + step + 1 :] = 0
+    return (scores / scores.sum(-1, keepdims=True)).astype(np.float32)
+
+
+def make_selector(policy: str, p: float, **changes) -> Selector:
+    target, draft = tiny_config(num_layers=4), tiny_config(num_layers=3)
+    return Selector(
+        alignment=random_alignment(target, draft, seed=2),
+        mass=NucleusMass.uniform(p, 4),
+        policy=dataclasses.replace(load_policy(policy), **changes),
+        target=target,
+        draft=draft,
+    )
+
+
+def selected(selector: Selector, attention: np.ndarray) -> list[list[list[set[int]]] | None]:
+    """Runs the selector over the window; the slots per layer, sequence and kv head."""
+    scores = selector.start(BATCH, SLOTS)
+    for step in range(STEPS):
+        observed = [
+            selector.observe(jnp.asarray(attention[step, layer])[:, None]) for layer in selector.observed_layers
+        ]
+        scores = selector.update(scores, observed, jnp.asarray(PAST + step + 1, jnp.int32))
+    plans = selector.plan(scores, jnp.asarray(PAST, jnp.int32))
+    fraction = np.asarray(read_fraction(plans, jnp.asarray(PAST, jnp.int32)))
+    result = []
+    for layer, plan in enumerate(plans):
+        if plan is None:
+            np.testing.assert_array_equal(fraction[:, layer], 1.0)
+            result.append(None)
+            continue
+        ids, counts = np.asarray(plan.block_ids), np.asarray(plan.counts)
+        slots = [
+            [
+                {
+                    int(block) * plan.block_size + offset
+                    for block in ids[row, head, : counts[row, head]]
+                    for offset in range(plan.block_size)
+                    if block * plan.block_size + offset < PAST[row]
+                }
+                for head in range(ids.shape[1])
+            ]
+            for row in range(BATCH)
+        ]
+        read = [np.mean([len(head) for head in heads]) / PAST[row] for row, heads in enumerate(slots)]
+        np.testing.assert_allclose(fraction[:, layer], read, rtol=1e-6)
+        result.append(slots)
+    return result
+
+
+def nucleus(row: np.ndarray, p: float) -> set[int]:
+    order = np.argsort(-row, kind="stable")
+    mass = np.cumsum(row[order])
+    return {int(slot) for slot in order[: int(np.searchsorted(mass, p * mass[-1] * (1 - 1e-9))) + 1]}
+
+
+@pytest.mark.parametrize("p", [0.3, 0.8, 0.97])
+def test_default_is_one_nucleus_of_the_maximum_of_the_mixture(p):
+    attention, selector = draft_attention(0), make_selector("default", p, num_sink=2, num_recent=3)
+    got = selected(selector, attention)
+    weights = np.asarray(selector.alignment.weights, np.float64)
+    sources = attention.astype(np.float64).reshape(STEPS, 3, BATCH, 2, 2, SLOTS).mean(4)
+    sources = np.moveaxis(sources, 2, 1).reshape(STEPS, BATCH, 6, SLOTS)
+    predicted = np.einsum("ar,wbrs->wbas", weights, sources).max(0)
+    for layer in range(4):
+        for row in range(BATCH):
+            for head in range(2):
+                past = PAST[row]
+                wanted = nucleus(predicted[row, layer * 2 + head, :past], p) | {0, 1} | set(range(past - 3, past))
+                assert got[layer][row][head] == wanted
+
+
+@pytest.mark.parametrize("threshold", ["exact", "linear"])
+def test_paper_is_the_union_of_the_steps_nuclei_of_the_mapped_layer(threshold):
+    p = 0.9
+    attention, selector = draft_attention(1), make_selector("paper", p, threshold=threshold)
+    got = selected(selector, attention)
+    assert got[0] is None
+    assert got[1] is None
+    means = attention.astype(np.float64).mean(3)
+    for layer in (2, 3):
+        for row in range(BATCH):
+            union: set[int] = set()
+            for step in range(STEPS):
+                scores = means[step, selector.alignment.layer_map[layer], row, : PAST[row] + step + 1]
+                if threshold == "exact":
+                    union |= nucleus(scores, p)
+                else:
+                    low, high = 0.0, scores.max()
+                    for _ in range(10):
+                        middle = (low + high) / 2
+                        low, high = (middle, high) if scores[scores >= middle].sum() >= p else (low, middle)
+                    union |= set(np.flatnonzero(scores >= low).tolist())
+            wanted = {slot for slot in union if slot < PAST[row]}
+            assert got[layer][row][0] == wanted
+            assert got[layer][row][1] == wanted
+
+
+def test_blocks_are_read_whole():
+    got = selected(make_selector("default", 0.5, block_size=8, num_sink=0, num_recent=0), draft_attention(2))
+    for layer in got:
+        for row, heads in enumerate(layer):
+            for slots in heads:
+                blocks = {slot // 8 for slot in slots}
+                assert slots == {
+                    slot for block in blocks for slot in range(block * 8, block * 8 + 8) if slot < PAST[row]
+                }
+
+
+@pytest.mark.parametrize("policy", ["paper", "default"])
+def test_p_of_one_reads_everything(policy):
+    for layer in selected(make_selector(policy, 1.0, dense_layers=0), draft_attention(3)):
+        for row, heads in enumerate(layer):
+            assert all(slots == set(range(PAST[row])) for slots in heads)
+
+
+def test_unknown_policy_is_refused():
+    with pytest.raises(UserError, match="policy is 'best'; expected one of default, paper"):
+        load_policy("best")
