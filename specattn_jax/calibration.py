@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -33,15 +34,19 @@ from specattn_jax.alignment import (
     layer_similarity,
     monotone_map,
     reduce_heads,
+    save_alignment,
 )
 from specattn_jax.budgets import fit_budgets, length_knots
 from specattn_jax.errors import UserError
+from specattn_jax.loading.files import atomic_folder
 from specattn_jax.model import LanguageModel, causal_attention, read_sequence
+from specattn_jax.plots import alignment_heatmap
 from specattn_jax.selection import SelectionPolicy
 
 # Nucleus masses at which layers are priced: the mass left out shrinks geometrically.
 LEFT_OUT_GRID = np.geomspace(0.9, 5e-4, 16)
 SAVINGS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+HEATMAP = "heatmap.png"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -382,6 +387,26 @@ def calibrate(
         provenance=json.dumps(notes, sort_keys=True),
     )
     return alignment, similarity
+
+
+def save_calibration(out: Path, alignment: Alignment, similarity: Float[np.ndarray, "M L"]) -> None:
+    """Writes what `calibrate` returned: alignment.json, alignment.npz and the heat-map heatmap.png.
+
+    Args:
+        out: a new or empty folder; it appears complete or not at all.
+        alignment: from `calibrate`, with the names of target and draft in its provenance, for the title.
+        similarity: likewise.
+
+    Raises:
+        UserError: the folder is taken or cannot be written.
+    """
+    names = json.loads(alignment.provenance)
+    picture = alignment_heatmap(
+        similarity, alignment, target=str(names.get("target", "?")), draft=str(names.get("draft", "?"))
+    )
+    with atomic_folder(out) as work:
+        save_alignment(alignment, work)
+        (work / HEATMAP).write_bytes(picture)
 
 
 def _similarity(

@@ -1,8 +1,9 @@
-"""Pictures of an alignment, drawn without a display."""
+"""Pictures of alignments and of training runs, drawn without a display."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,39 @@ def alignment_heatmap(similarity: np.ndarray, alignment: Alignment, *, target: s
     bar.set_label("weight, summed over the sources of a draft layer")
     _label(right, f"Mixture weights (sources: {alignment.granularity.replace('_', ' ')}s)", num_draft, num_target)
 
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    return data.getvalue()
+
+
+def training_curves(
+    steps: Sequence[int], losses: Mapping[str, Sequence[float]], accepted: Mapping[int, float]
+) -> bytes:
+    """Draws a distillation run: the parts of the loss on the left, held-out acceptance on the right.
+
+    Args:
+        steps: where losses were noted.
+        losses: values in nats at those steps, by name; a part that is always zero is left out.
+        accepted: drafted tokens accepted per window of five, by step.
+
+    Returns:
+        A PNG.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for name, values in losses.items():
+        if any(values):
+            left.plot(steps, values, linewidth=1, label=name)
+    left.set(xlabel="step", ylabel="KL(target || draft), nats", yscale="log", title="Loss")
+    left.legend()
+    right.plot(list(accepted), list(accepted.values()), "o-", markersize=3, linewidth=1)
+    right.set(xlabel="step", ylabel="drafted tokens accepted per window of 5", title="Held-out acceptance")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
     data = io.BytesIO()
     figure.savefig(data, format="png")
     return data.getvalue()

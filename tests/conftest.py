@@ -28,6 +28,12 @@ TEMPLATE = (
 )
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tiny models compile without optimising, which halves their tests' time; the marked tests as users have it."""
+    optimised = any(item.get_closest_marker(name) for name in ("optimised", "smollm2"))
+    jax.config.update("jax_disable_most_optimizations", not optimised)
+
+
 def byte_tokenizer(reverse: bool = False) -> Tokenizer:
     """One token per byte, so that a character may take several, then an end token; `reverse` orders it otherwise."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=reverse)

@@ -11,11 +11,10 @@ import sys
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
+from command import mistake, run
 
 from specattn_jax import plots
 from specattn_jax.cli import terminal
-from specattn_jax.cli.app import app
 from specattn_jax.loading import get_preset, is_cached
 from specattn_jax.texts import shipped_books
 
@@ -24,25 +23,6 @@ JSON_KEYS = {
     "decode_s", "tokens_per_s", "compile_s", "target", "draft", "policy", "seed",
 }  # fmt: skip
 PROMPT = "Once upon a time there was a cache. "
-
-
-def run(*arguments: object, stdin: bytes = b"") -> Result:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-def mistake(*arguments: object, stdin: bytes = b"") -> str:
-    """The one sentence that a mistake must end with."""
-    result = run(*arguments, stdin=stdin)
-    assert result.exit_code == 1
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("Error: ")
-    assert lines[0].endswith(".")
-    return lines[0].removeprefix("Error: ")
 
 
 @pytest.fixture
@@ -61,7 +41,7 @@ class TestHelp:
     def test_lists_every_command(self):
         result = run("--help")
         assert result.exit_code == 0
-        for command in ("generate", "calibrate", "fetch", "convert", "info"):
+        for command in ("generate", "calibrate", "train-draft", "fetch", "convert", "info"):
             assert command in result.stdout
 
     def test_imports_nothing_heavy(self):
@@ -285,7 +265,7 @@ class TestInterrupt:
         result = run(*generate("--prompt", PROMPT, "--mode", "speculative"))
         assert (result.exit_code, result.stdout, result.stderr) == (130, "", "Interrupted.\n")
 
-    @pytest.mark.parametrize("where", ["calibration.target_rows", "alignment.save_alignment"])
+    @pytest.mark.parametrize("where", ["calibration.target_rows", "calibration.save_alignment"])
     def test_calibrate_leaves_nothing(self, tiny_folders, tiny_pair, tmp_path, monkeypatch, where):
         if where != "calibration.target_rows":
             fitted = dataclasses.replace(tiny_pair.alignment, provenance='{"mixture_kl": 0, "layer_map_kl": 0}')

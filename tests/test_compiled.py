@@ -16,6 +16,8 @@ from specattn_jax.model import abstract_model
 from specattn_jax.selection import Selector, load_policy
 from specattn_jax.speculative import DecodeSettings, decode, start_decoding
 
+pytestmark = pytest.mark.optimised
+
 SMOLLM2 = ModelConfig(
     family="llama",
     vocab_size=49152,

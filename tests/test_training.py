@@ -143,7 +143,8 @@ def test_a_diverging_run_stops_with_the_last_good_checkpoint(target, data, tmp_p
 
 def test_checkpoints_of_another_configuration_are_refused(target, data, tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "settings.json").write_text(json.dumps({**SETTINGS.to_json(), "rows": 99}))
+    configuration = {**SETTINGS.to_json(), "rows": 99, "texts": data.fingerprint()}
+    (tmp_path / "checkpoints" / "configuration.json").write_text(json.dumps(configuration))
     with pytest.raises(UserError, match="another configuration \\(rows differ\\)"):
         train(target, data, SETTINGS, tmp_path)
 

@@ -11,6 +11,7 @@ from specattn_jax.cli.calibrate import calibrate_command
 from specattn_jax.cli.generate import generate_command
 from specattn_jax.cli.models import convert_command, fetch_command, info_command
 from specattn_jax.cli.terminal import mendable_errors
+from specattn_jax.cli.train_draft import train_draft_command
 
 
 class _Commands(TyperGroup):
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.command("generate")(generate_command)
 app.command("calibrate")(calibrate_command)
+app.command("train-draft")(train_draft_command)
 app.command("fetch")(fetch_command)
 app.command("convert")(convert_command)
 app.command("info")(info_command)

@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from specattn_jax.errors import UserError
+from specattn_jax.texts import find_text, shipped_books
+
 _REFERENCE = "a preset, a Hugging Face folder, a .gguf file, a folder written by `specattn convert`, or a hub id"
 
 Target = Annotated[str, typer.Option(help=f"The model whose output is wanted: {_REFERENCE}.", metavar="REF")]
@@ -22,3 +25,25 @@ Window = Annotated[int, typer.Option(help="Drafted tokens per window.")]
 Seed = Annotated[int, typer.Option(help="Of everything random.", min=0, max=2**32 - 1)]
 Out = Annotated[Path, typer.Option(help="Folder to write; it appears complete or not at all.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text",
+        help="UTF-8 text (.xz, .gz, .bz2 too) or the name of a shipped book; several may follow.",
+        metavar="F...",
+        show_default="the shipped books for training",
+    ),
+]
+# What follows the first text of `--text F...`.
+MoreTexts = Annotated[list[str] | None, typer.Argument(hidden=True)]
+
+
+def find_texts(text: list[str] | None, more: list[str] | None) -> list[Path]:
+    """The files that `--text F...` names; the shipped books for training where it names none.
+
+    Raises:
+        UserError: a text does not exist, or stands without the option.
+    """
+    if more and not text:
+        raise UserError(f"{more[0]!r} stands alone; put --text before the texts.")
+    return [find_text(name) for name in [*(text or []), *(more or [])]] or shipped_books("train")

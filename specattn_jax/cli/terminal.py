@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.text import Text
 
 from specattn_jax.errors import UserError
+from specattn_jax.texts import read_text
 
 if TYPE_CHECKING:
     from specattn_jax.loading.tokenizer import Tokenizer
@@ -97,7 +98,7 @@ class StageBar:
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._task = progress.add_task("", total=None, unit="steps")
+        self._task = progress.add_task("", total=None, unit="steps", note="")
         self._stage = ""
         self._shown = False
 
@@ -105,9 +106,17 @@ class StageBar:
         """Shows that `done` of `total` bytes of a stage are there."""
         self._show(stage, done, total, "bytes")
 
-    def steps(self, stage: str, done: int, total: int) -> None:
-        """Shows that `done` of `total` steps are done."""
-        self._show(stage, done, total, "steps")
+    def steps(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """Shows that `done` of `total` steps are done, and a note beside it."""
+        self._show(stage, done, total, "steps", note)
+
+    def read_documents(self, paths: Sequence[Path], tokenizer: Tokenizer) -> list[list[int]]:
+        """Token ids of each text, showing which one is read."""
+        documents = []
+        for index, path in enumerate(paths):
+            self.steps("reading texts", index, len(paths))
+            documents.append(tokenizer.encode(read_text(path), add_special=False))
+        return documents
 
     def wait(self, stage: str) -> None:
         """Shows a stage of unknown length."""
@@ -119,15 +128,15 @@ class StageBar:
             self._progress.stop()
         self._shown = False
 
-    def _show(self, stage: str, done: int, total: int | None, unit: str) -> None:
+    def _show(self, stage: str, done: int, total: int | None, unit: str, note: str = "") -> None:
         if self._progress.disable:
             return
         if total is None or stage != self._stage:
             # A task of its own: a known total cannot be forgotten again.
             self._progress.remove_task(self._task)
-            self._task = self._progress.add_task(stage, total=total, unit=unit)
+            self._task = self._progress.add_task(stage, total=total, unit=unit, note=note)
             self._stage = stage
-        self._progress.update(self._task, completed=done, total=total)
+        self._progress.update(self._task, completed=done, total=total, note=note)
         if not self._shown:
             self._progress.start()
         self._shown = True
@@ -136,7 +145,13 @@ class StageBar:
 @contextlib.contextmanager
 def stage_bar(*, keep: bool = False) -> Iterator[StageBar]:
     """A bar that vanishes at the end, unless its last state is to be kept."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), _Amount())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        _Amount(),
+        TextColumn("{task.fields[note]}"),
+    )
     # Into a file, only a bar that is kept is worth writing.
     disable = not (keep or console.is_terminal)
     bar = StageBar(Progress(*columns, console=console, transient=not keep, disable=disable))

@@ -1,4 +1,4 @@
-"""Folders that appear complete or not at all, and JSON files with clear errors."""
+"""Files and folders that appear complete or not at all, and JSON files with clear errors."""
 
 from __future__ import annotations
 
@@ -35,6 +35,24 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         raise UserError(f"{out}: cannot be written ({reason}); choose another folder.") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_file(out: Path) -> Iterator[Path]:
+    """A file to write, which becomes `out` (replacing it) when the block ends well and vanishes when it does not.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    work = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:8]}"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield work
+        work.replace(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error}); choose another folder.") from error
+    finally:
+        work.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

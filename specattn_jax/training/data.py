@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import zipfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,8 @@ import numpy as np
 
 from specattn_jax.cache import init_cache
 from specattn_jax.errors import UserError
+from specattn_jax.loading.draft import embedding_fingerprint
+from specattn_jax.loading.files import atomic_file
 from specattn_jax.model import LanguageModel, prefill
 from specattn_jax.sampling import Sampling
 from specattn_jax.speculative import DecodeSettings, decode, start_decoding
@@ -104,6 +109,13 @@ class TrainingData:
     own: np.ndarray
     held_out: np.ndarray
 
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that batches are drawn from; a resumed run must find the same."""
+        digest = hashlib.sha256()
+        for array in [*self.documents, self.own]:
+            digest.update(repr(array.shape).encode() + np.ascontiguousarray(array, np.int32).tobytes())
+        return digest.hexdigest()
+
     def batch(self, step: int, settings: TrainSettings) -> np.ndarray:
         """Rows `[rows, length]` of one step: a function of seed and step alone, so that a resumed run sees the same."""
         rng = np.random.default_rng([settings.seed, step])
@@ -143,3 +155,57 @@ def make_data(
     prompts = random_windows(long_ends, held_out, settings.prompt, rng)
     greedy = write_continuations(target, prompts, settings.written, 0.0, settings.seed, batch=batch)
     return TrainingData(train, np.concatenate(own), greedy)
+
+
+def load_or_make_data(
+    file: Path,
+    target: LanguageModel,
+    documents: Sequence[Sequence[int]],
+    settings: TrainSettings,
+    *,
+    batch: int = 256,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> TrainingData:
+    """`make_data`, with what the target wrote kept in a file, so that a resumed run and runs to compare share it.
+
+    Args:
+        file: `.npz`; read if it exists, written otherwise.
+        target: the target.
+        documents: token ids of each text.
+        settings: of the run.
+        batch: texts that the target writes at once.
+        progress: told the stage, texts done and texts in all.
+
+    Raises:
+        UserError: the file is damaged, belongs to another target, other texts or other settings, or cannot be written;
+            or no text is as long as one sequence.
+    """
+    origin = _origin(target, documents, settings)
+    if not file.exists():
+        data = make_data(target, documents, settings, batch=batch, progress=progress)
+        with atomic_file(file) as work, work.open("wb") as stream:
+            np.savez(stream, own=data.own, held_out=data.held_out, origin=np.array(origin))
+        return data
+    try:
+        with np.load(file) as arrays:
+            found, own, held_out = str(arrays["origin"]), arrays["own"], arrays["held_out"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{file}: cannot be read ({error}); remove it, and the target writes its texts anew."
+        ) from error
+    if found != origin:
+        raise UserError(
+            f"{file}: holds what another target wrote, or after other texts or settings; choose another folder or "
+            "remove the file."
+        )
+    return TrainingData(split_documents(documents, settings.length)[0], own, held_out)
+
+
+def _origin(target: LanguageModel, documents: Sequence[Sequence[int]], settings: TrainSettings) -> str:
+    """What the target's own texts depend on, as one digest."""
+    wanted = (settings.length, settings.continuations, settings.prompt, settings.written, settings.seed, TEMPERATURES)
+    digest = hashlib.sha256(repr(wanted).encode())
+    digest.update(embedding_fingerprint(np.asarray(target.module().embedding[...])).encode())
+    for document in documents:
+        digest.update(np.asarray(document, np.int32).tobytes())
+    return digest.hexdigest()

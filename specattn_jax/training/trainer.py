@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from specattn_jax.errors import UserError
 from specattn_jax.model import LanguageModel, abstract_model, likeliest_next
+from specattn_jax.training.checkpoints import Checkpoints
 from specattn_jax.training.data import TrainingData
 from specattn_jax.training.objective import Losses, objective
 from specattn_jax.training.settings import TrainSettings
@@ -26,6 +27,7 @@ from specattn_jax.training.settings import TrainSettings
 _MIXTURE_MEMORY = 0.95
 _MIXTURE_FLOOR = 1e-4
 _WINDOW = 5
+METRICS = "metrics.jsonl"
 # Held-out texts are read in so many parts.
 _EVALUATION_PARTS = 4
 
@@ -185,64 +187,6 @@ def held_out_acceptance(target: LanguageModel, weights: Weights, data: TrainingD
     return accepted_per_window((np.concatenate(best)[:, :-1] == text[:, 1:])[:, prompt - 1 :])
 
 
-class Checkpoints:
-    """Orbax checkpoints of a run, the newest two, with the settings they belong to."""
-
-    def __init__(self, folder: Path, settings: TrainSettings) -> None:
-        """Opens or creates the folder.
-
-        Raises:
-            UserError: it holds checkpoints of other settings, or cannot be written.
-        """
-        import orbax.checkpoint as ocp
-
-        wanted = json.loads(json.dumps(settings.to_json()))
-        note = folder / "settings.json"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if note.exists() and (found := json.loads(note.read_text())) != wanted:
-                names = [name for name in wanted if found.get(name) != wanted[name]]
-                raise UserError(
-                    f"out: {folder} holds checkpoints of another configuration ({', '.join(names)} differ); choose "
-                    "another folder or the same settings."
-                )
-            note.write_text(json.dumps(wanted, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"out: {folder} cannot be written ({error.strerror}); choose another folder.") from error
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
-        self._args = ocp.args
-
-    @property
-    def latest(self) -> int | None:
-        """Step of the newest checkpoint."""
-        step: int | None = self._manager.latest_step()
-        return step
-
-    def save(self, state: TrainState) -> None:
-        """Writes the state under its step.
-
-        Raises:
-            UserError: the disk is full or not writable.
-        """
-        try:
-            self._manager.save(int(state.step), args=self._args.StandardSave(state._asdict()))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"out: the checkpoint of step {int(state.step)} could not be written ({error}); free some room and run "
-                f"the same command again, it resumes at step {self.latest or 0}."
-            ) from error
-
-    def restore(self, like: TrainState) -> TrainState:
-        """The newest state."""
-        restored = self._manager.restore(self.latest, args=self._args.StandardRestore(like._asdict()))
-        return TrainState(**restored)
-
-    def close(self) -> None:
-        """Releases what Orbax holds."""
-        self._manager.close()
-
-
 class Report(NamedTuple):
     """What is told now and then.
 
@@ -257,6 +201,24 @@ class Report(NamedTuple):
     losses: dict[str, float]
     tokens_per_s: float
     accepted: float | None
+
+
+def _note(file: Path, report: Report) -> None:
+    """Appends a report to the metrics file."""
+    try:
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(report._asdict()) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"out: {file} cannot be written ({error.strerror}); free some room and run the same command again."
+        ) from error
+
+
+def read_metrics(file: Path) -> list[Report]:
+    """The reports of a run in the order of their steps; where a resumed run went over a step again, the later one."""
+    reports = (Report(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines())
+    by_step = {report.step: report for report in reports}
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def train(
@@ -283,15 +245,15 @@ def train(
     Raises:
         UserError: the loss is not finite, checkpoints belong to another run, or cannot be written.
     """
-    checkpoints = Checkpoints(folder / "checkpoints", settings)
+    configuration = {**settings.to_json(), "texts": data.fingerprint()}
+    checkpoints = Checkpoints(folder / "checkpoints", configuration)
     try:
         state = init_state(target, settings)
         if checkpoints.latest is not None:
-            state = checkpoints.restore(state)
+            state = TrainState(**checkpoints.restore(state._asdict()))
         for report, reached in _steps(target, data, settings, state, checkpoints, report_every, checkpoint_every):
             state = reached
-            with (folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(report._asdict()) + "\n")
+            _note(folder / METRICS, report)
             if on_report is not None:
                 on_report(report)
         return state
@@ -326,6 +288,6 @@ def _steps(
         accepted = None
         if saving:
             accepted = held_out_acceptance(target, state.weights, data, settings.prompt)
-            checkpoints.save(state)
+            checkpoints.save(done, state._asdict())
         yield Report(done, numbers, speed, accepted), state
         last, clock = done, time.perf_counter()

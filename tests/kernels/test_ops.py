@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from numpy_oracles import linear_threshold, nucleus_size
 from specattn_kernels import SelectionPlan, reference, xla
 
+pytestmark = pytest.mark.optimised
+
 IMPLEMENTATIONS = ["xla"]
 TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 3e-2, jnp.float16: 4e-3}
 PLAN_KINDS = st.sampled_from(["random", "empty", "single", "full"])

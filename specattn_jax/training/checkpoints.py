@@ -1,0 +1,82 @@
+"""Checkpoints of a training run: Orbax, the newest two, tied to the configuration they belong to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from specattn_jax.errors import UserError
+
+
+class Checkpoints:
+    """Orbax checkpoints of a run, the newest two, with the configuration they belong to."""
+
+    def __init__(self, folder: Path, configuration: Mapping[str, Any]) -> None:
+        """Opens or creates the folder.
+
+        Args:
+            folder: for the checkpoints of one run.
+            configuration: plain JSON data; what a resumed run must agree in.
+
+        Raises:
+            UserError: it holds checkpoints of another configuration, or cannot be written.
+        """
+        import orbax.checkpoint as ocp
+
+        wanted = json.loads(json.dumps(configuration))
+        note = folder / "configuration.json"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if note.exists() and (found := json.loads(note.read_text())) != wanted:
+                names = [name for name in wanted if found.get(name) != wanted[name]]
+                raise UserError(
+                    f"out: {folder} holds checkpoints of another configuration ({', '.join(names)} differ); choose "
+                    "another folder, or the same settings and texts."
+                )
+            note.write_text(json.dumps(wanted, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"out: {folder} cannot be written ({error.strerror}); choose another folder.") from error
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._args = ocp.args
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest checkpoint."""
+        step: int | None = self._manager.latest_step()
+        return step
+
+    def save(self, step: int, tree: dict[str, Any]) -> None:
+        """Writes a tree of arrays under its step.
+
+        Raises:
+            UserError: the disk is full or not writable.
+        """
+        try:
+            self._manager.save(step, args=self._args.StandardSave(tree))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"out: the checkpoint of step {step} could not be written ({_first_line(error)}); free some room and "
+                f"run the same command again, it resumes at step {self.latest or 0}."
+            ) from error
+
+    def restore(self, like: dict[str, Any]) -> dict[str, Any]:
+        """The newest tree.
+
+        Args:
+            like: a tree of the same structure, shapes and dtypes.
+        """
+        tree: dict[str, Any] = self._manager.restore(self.latest, args=self._args.StandardRestore(like))
+        return tree
+
+    def close(self) -> None:
+        """Releases what Orbax holds."""
+        self._manager.close()
+
+
+def _first_line(error: Exception) -> str:
+    """What went wrong, without the stack of sources that tensorstore appends."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return str(reason).strip().splitlines()[0].rstrip(".")
