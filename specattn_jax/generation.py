@@ -241,7 +241,7 @@ def _prefill_both(
 ) -> DecodeState:
     """Reads the prompts with both models and returns the state in which decoding starts."""
     lengths = np.array([len(tokens) for tokens in encoded], np.int32)
-    batch, longest = len(encoded), int(lengths.max())
+    batch, longest = len(encoded), max(map(len, encoded))
     chunk = min(chunk, _round_up(longest, 64))
     padded = _round_up(longest, chunk)
     # A window may write W + 1 entries beyond the last token that is kept.
