@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from loading.tiny_models import CONFIGS, LENGTH, reference_logits, save, tiny, tokens
+from loading.tiny_models import CONFIGS, LENGTH, reference_logits, save, tiny, tokens, torch
 from transformers import AutoModelForCausalLM
 
 from specattn_jax.cache import init_cache

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loading.tiny_models import CONFIGS, reference_logits, save, tiny, tokens
+from loading.tiny_models import CONFIGS, reference_logits, save, tiny, tokens, torch
 from loading.tiny_tokenizer import tiny_tokenizer
 from specattn_jax.config import RopeScaling
 from specattn_jax.errors import UserError
