@@ -19,6 +19,7 @@ from specattn_kernels.types import AttentionOutput, SelectionPlan
 
 Implementation: TypeAlias = Literal["xla", "pallas_triton", "pallas_mosaic_gpu", "pallas_tpu"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
+_TRITON_OPS = ("decode_attention", "sparse_decode_attention")
 
 
 def _backend(op: str, implementation: str | None) -> ModuleType:
@@ -26,7 +27,7 @@ def _backend(op: str, implementation: str | None) -> ModuleType:
 
     Raises:
         ValueError: for an unknown name.
-        NotImplementedError: for a known backend that this version lacks.
+        NotImplementedError: for a known backend that lacks this op.
     """
     if implementation is None or implementation == "xla":
         return xla
@@ -34,6 +35,10 @@ def _backend(op: str, implementation: str | None) -> ModuleType:
     checks.require(
         implementation in IMPLEMENTATIONS, op, "implementation", repr(implementation), f"None or one of {known}"
     )
+    if implementation == "pallas_triton" and op in _TRITON_OPS:
+        from specattn_kernels import pallas_triton
+
+        return pallas_triton
     raise NotImplementedError(
         f"{op}: the backend {implementation!r} does not exist in this version for this op; "
         "use implementation='xla', or None to let the library choose."

@@ -24,7 +24,7 @@ class Shape(NamedTuple):
     slots: int
     block_size: int
     capacity: int  # blocks a plan has room for
-    head_dim: int = 8
+    head_dim: int = 16
 
 
 # GQA ratios 1, 2, 3, 4, 8; T 1..16; slots that are no multiple of the block; capacities on both sides of the choice
@@ -33,9 +33,9 @@ SHAPES = [
     Shape(2, 1, 3, 3, 33, 1, 33),
     Shape(1, 1, 9, 3, 64, 1, 12),
     Shape(3, 5, 4, 2, 50, 4, 13),
-    Shape(2, 4, 8, 1, 70, 8, 4),
+    Shape(2, 4, 8, 1, 70, 8, 4, head_dim=48),
     Shape(2, 16, 8, 2, 40, 16, 3),
-    Shape(1, 3, 2, 2, 130, 16, 3),
+    Shape(1, 3, 2, 2, 130, 16, 3, head_dim=96),
 ]
 
 

@@ -1,6 +1,6 @@
 """One suite for every backend: each op against the float32 reference, and what the ops promise beyond it.
 
-A new backend is a new entry of IMPLEMENTATIONS.
+A new backend is a new entry of IMPLEMENTATIONS, or of those of the ops that it has.
 """
 
 import jax
@@ -12,11 +12,13 @@ from cases import PS, ROW_KINDS, SEEDS, SHAPES, Shape, draw_attention, draw_plan
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy_oracles import linear_threshold, nucleus_size
-from specattn_kernels import SelectionPlan, reference, xla
+from specattn_kernels import SelectionPlan, pallas_triton, reference, xla
 
 pytestmark = pytest.mark.optimised
 
 IMPLEMENTATIONS = ["xla"]
+# Pallas kernels run in its interpreter here.
+ATTENTION_IMPLEMENTATIONS = ["xla", "pallas_triton"]
 TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 3e-2, jnp.float16: 4e-3}
 PLAN_KINDS = st.sampled_from(["random", "empty", "single", "full"])
 
@@ -33,7 +35,7 @@ def selected(plan):
     return [ids[b, h, : counts[b, h]].tolist() for b, h in np.ndindex(*counts.shape)]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
 class TestDecodeAttention:
     @examples(max_examples=25)
     @given(shape=st.sampled_from(SHAPES), seed=SEEDS, dead=st.sampled_from([np.nan, np.inf]))
@@ -99,7 +101,7 @@ class TestDecodeAttention:
         assert (first.lse == second.lse).all()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
 class TestSparseDecodeAttention:
     @examples(max_examples=30)
     @given(shape=st.sampled_from(SHAPES), seed=SEEDS, kind=PLAN_KINDS, dead=st.sampled_from([np.nan, np.inf]))
@@ -390,6 +392,40 @@ class TestXlaPaths:
         for got, want in zip(gradient(kernels.decode_attention), gradient(reference.decode_attention), strict=True):
             assert np.isfinite(got).all()
             assert_close(got[full], want[full], 1e-4)
+
+
+class TestTritonPaths:
+    """What only the Triton kernels decide."""
+
+    def test_many_splits_agree_with_one(self, monkeypatch):
+        shape = Shape(2, 5, 4, 2, 700, 4, 175)
+        q, k, v, lengths = draw_attention(30, shape, least=400)
+        plan = draw_plan(30, shape, lengths, "full")
+        results = []
+        for step_bytes, programs in ((1, 1 << 10), (1 << 20, 1)):
+            monkeypatch.setattr(pallas_triton, "STEP_BYTES", step_bytes)
+            monkeypatch.setattr(pallas_triton, "WANTED_PROGRAMS", programs)
+            # Compiled anew: the settings are read while tracing.
+            op = jax.jit(lambda *args: kernels.sparse_decode_attention(*args, implementation="pallas_triton").out)
+            results.append(op(q, k, v, plan, lengths))
+        assert_close(*results, 1e-5)
+
+    @pytest.mark.parametrize(
+        ("shape", "said"),
+        [
+            (Shape(1, 1, 2, 2, 20, 1, 4, head_dim=24), "head dim 24; expected a multiple of 16"),
+            (Shape(1, 1, 2, 2, 20, 1, 4, head_dim=272), "head dim 272"),
+            (Shape(1, 16, 16, 1, 20, 1, 4), "256 query rows per kv head"),
+        ],
+    )
+    def test_what_it_cannot_do(self, shape, said):
+        q, k, v, lengths = draw_attention(31, shape)
+        with pytest.raises(NotImplementedError, match=said):
+            kernels.decode_attention(q, k, v, lengths, implementation="pallas_triton")
+
+    def test_other_ops_are_not_there_yet(self):
+        with pytest.raises(NotImplementedError, match="'pallas_triton' does not exist in this version for this op"):
+            kernels.top_p_threshold(jnp.ones(4), 0.5, implementation="pallas_triton")
 
 
 def test_plan_is_a_pytree_with_static_block_size():
