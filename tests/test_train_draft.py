@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from command import mistake, run
@@ -111,6 +112,9 @@ def test_a_full_disk(train, tmp_path, monkeypatch):
         patch.setattr("numpy.savez", full)
         assert "own_texts.npz: cannot be written (No space left on device)" in mistake(*train)
     assert list((tmp_path / "run").iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+        assert "has 0.0 MiB of room, but checkpoints need" in mistake(*train)
     with monkeypatch.context() as patch:
         patch.setattr("orbax.checkpoint.CheckpointManager.save", full)
         said = "the checkpoint of step 4 could not be written (No space left on device)"

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from specattn_jax.errors import UserError
+
+# Metadata and the rounding of files to blocks.
+_OVERHEAD = 1.1
 
 
 class Checkpoints:
@@ -41,6 +47,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         self._args = ocp.args
+        self._folder = folder
 
     @property
     def latest(self) -> int | None:
@@ -54,13 +61,30 @@ class Checkpoints:
         Raises:
             UserError: the disk is full or not writable.
         """
+        # Orbax reports a full disk with pages of traces from its threads, so it is not let run into one.
+        self.check_room(tree)
         try:
             self._manager.save(step, args=self._args.StandardSave(tree))
         except (OSError, ValueError) as error:
             raise UserError(
                 f"out: the checkpoint of step {step} could not be written ({_first_line(error)}); free some room and "
-                f"run the same command again, it resumes at step {self.latest or 0}."
+                f"run the same command again, it goes on from step {self.latest or 0}."
             ) from error
+
+    def check_room(self, tree: dict[str, Any], copies: int = 1) -> None:
+        """Refuses to go on where the disk has no room for so many checkpoints.
+
+        Raises:
+            UserError: it has not.
+        """
+        needed = copies * sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+        free = shutil.disk_usage(self._folder).free
+        if free < needed * _OVERHEAD:
+            raise UserError(
+                f"out: {self._folder} has {free / 2**20:.1f} MiB of room, but checkpoints need "
+                f"{needed * _OVERHEAD / 2**20:.1f} MiB; free some room and run the same command again, it goes on from "
+                f"step {self.latest or 0}."
+            )
 
     def restore(self, like: dict[str, Any]) -> dict[str, Any]:
         """The newest tree.

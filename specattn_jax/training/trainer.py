@@ -251,6 +251,8 @@ def train(
         state = init_state(target, settings)
         if checkpoints.latest is not None:
             state = TrainState(**checkpoints.restore(state._asdict()))
+        # Two are kept while a third is written.
+        checkpoints.check_room(state._asdict(), copies=3 if checkpoints.latest is None else 1)
         for report, reached in _steps(target, data, settings, state, checkpoints, report_every, checkpoint_every):
             state = reached
             _note(folder / METRICS, report)
