@@ -17,6 +17,8 @@ from specattn_jax.alignment import Alignment, NucleusMass, reduce_heads
 from specattn_jax.config import ModelConfig
 from specattn_jax.errors import UserError
 
+# Layers for which is selected at a time.
+_LAYERS_AT_ONCE = 8
 _NO_SCORES = "scores hold neither a maximum nor a union."
 
 
@@ -169,26 +171,43 @@ class Selector:
             read: sum over the windows so far of the share read per layer, by which a wanted saving is met.
             windows: number of those windows.
         """
-        policy = self.policy
         if scores.maximum is not None:
-            rows = select_blocks(
-                scores.maximum,
-                self._row_p(past, read, windows),
-                past,
-                block_size=policy.block_size,
-                num_sink=policy.num_sink,
-                num_recent=policy.num_recent,
-                method=policy.threshold,
-                steps=policy.steps,
-            )
+            groups = self._select(scores.maximum, self._row_p(past, read, windows), past)
         elif scores.union is not None:
-            rows = compact_blocks(self._forced(scores.union, past), block_size=policy.block_size)
+            rows = compact_blocks(self._forced(scores.union, past), block_size=self.policy.block_size)
+            groups = jax.tree.map(lambda x: x[None], rows)
         else:
             raise ValueError(_NO_SCORES)
         return tuple(
-            None if layer < policy.dense_layers else self._layer_plan(rows, layer)
+            None if layer < self.policy.dense_layers else self._layer_plan(groups, layer)
             for layer in range(self.target.num_layers)
         )
+
+    def _select(
+        self, scores: Float[Array, "B rows S"], p: Float[Array, "B rows"], past: Int32[Array, " B"]
+    ) -> SelectionPlan:
+        """Plans of all rows, in groups along a new first axis.
+
+        One group is selected after the other, because that takes several arrays of the size of the group's scores.
+        """
+        unit = self.target.num_kv_heads if self.policy.prediction == "mixture" else 1
+        units = self._rows // unit
+        size = unit * max(count for count in range(1, _LAYERS_AT_ONCE + 1) if units % count == 0)
+
+        def select(first: Int32[Array, ""]) -> SelectionPlan:
+            part, share = (jax.lax.dynamic_slice_in_dim(x, first, size, axis=1) for x in (scores, p))
+            return select_blocks(
+                part,
+                share,
+                past,
+                block_size=self.policy.block_size,
+                num_sink=self.policy.num_sink,
+                num_recent=self.policy.num_recent,
+                method=self.policy.threshold,
+                steps=self.policy.steps,
+            )
+
+        return jax.lax.map(select, jnp.arange(0, self._rows, size))
 
     def _forced(self, union: Bool[Array, "B rows S"], past: Int32[Array, " B"]) -> Bool[Array, "B rows blocks"]:
         """Blocks of a union of nuclei, with sinks and recent window, without what lies beyond the past."""
@@ -199,19 +218,16 @@ class Selector:
         padded = jnp.pad(keep, ((0, 0), (0, 0), (0, -keep.shape[-1] % size)))
         return jnp.any(padded.reshape(*keep.shape[:2], -1, size), axis=-1)
 
-    def _layer_plan(self, rows: SelectionPlan, layer: int) -> SelectionPlan:
-        """The rows of one target layer."""
-        heads = self.target.num_kv_heads
+    def _layer_plan(self, groups: SelectionPlan, layer: int) -> SelectionPlan:
+        """The rows of one target layer, from plans of all rows in groups."""
+        heads, size = self.target.num_kv_heads, groups.counts.shape[2]
         if self.policy.prediction == "mixture":
-            own = slice(layer * heads, (layer + 1) * heads)
-            return SelectionPlan(rows.block_ids[:, own], rows.counts[:, own], rows.block_size)
-        row = self.observed_layers.index(self.alignment.layer_map[layer])
-        shared = slice(row, row + 1)
-        return SelectionPlan(
-            jnp.repeat(rows.block_ids[:, shared], heads, axis=1),
-            jnp.repeat(rows.counts[:, shared], heads, axis=1),
-            rows.block_size,
-        )
+            begin, width, copies = layer * heads, heads, 1
+        else:
+            begin, width, copies = self.observed_layers.index(self.alignment.layer_map[layer]), 1, heads
+        here = slice(begin % size, begin % size + width)
+        ids, counts = (jnp.repeat(x[begin // size, :, here], copies, axis=1) for x in (groups.block_ids, groups.counts))
+        return SelectionPlan(ids, counts, groups.block_size)
 
 
 def read_fraction(plans: Sequence[SelectionPlan | None], past: Int32[Array, " B"]) -> Float[Array, "B L"]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny import random_alignment, tiny_config
 
+from specattn_jax import selection
 from specattn_jax.alignment import NucleusMass
 from specattn_jax.errors import UserError
 from specattn_jax.selection import Selector, load_policy, read_fraction
@@ -137,6 +138,16 @@ def test_p_of_one_reads_everything(policy):
     for layer in selected(make_selector(policy, 1.0, dense_layers=0), draft_attention(3)):
         for row, heads in enumerate(layer):
             assert all(slots == set(range(PAST[row])) for slots in heads)
+
+
+@pytest.mark.parametrize("changes", [{}, {"prediction": "layer_map"}, {"combine": "union"}])
+def test_how_many_layers_are_selected_at_a_time_does_not_matter(monkeypatch, changes):
+    results = []
+    for layers in (1, 2, 8):
+        monkeypatch.setattr(selection, "_LAYERS_AT_ONCE", layers)
+        results.append(selected(make_selector("default", 0.8, num_sink=0, num_recent=0, **changes), draft_attention(4)))
+    assert results[0] == results[1] == results[2]
+    assert results[0][0] != results[0][3]
 
 
 def test_unknown_policy_is_refused():
