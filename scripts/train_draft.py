@@ -1,7 +1,8 @@
 """Distils the embedded draft on an accelerator, with and without the attention term, on the same texts and steps.
 
 The same command again goes on where it stopped, so that it fits machines that limit the time of a command. Each draft
-lies in a folder of its own, with its alignment, metrics and curves; scripts/measure_draft.py measures it.
+lies in a folder of its own, as bfloat16 (`draft`) and as int8 (`int8`, the form that is shipped), with the alignment of
+the int8 form, metrics and curves; scripts/measure_draft.py measures any of them.
 """
 
 from __future__ import annotations
@@ -12,19 +13,31 @@ import json
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 
 from specattn_jax.calibration import CalibrationSettings, calibrate, save_calibration
 from specattn_jax.loading import load_model
+from specattn_jax.loading.draft import read_draft, save_draft
 from specattn_jax.pair import load_pair
 from specattn_jax.selection import load_policy
 from specattn_jax.texts import read_text, shipped_books
 from specattn_jax.training.distil import DRAFT, SAMPLES, distil
 from specattn_jax.training.settings import TrainSettings
 
+INT8 = "int8"
+
+
+def quantise(folder: Path) -> None:
+    """Stores a finished draft as int8 too."""
+    info = read_draft(folder / DRAFT)
+    model, _ = load_model(str(folder / DRAFT), dtype=jnp.float32)
+    embedding = np.asarray(model.module().embedding[...])
+    save_draft(model, folder / INT8, target=info.target, embedding=embedding, storage="int8", notes=info.notes)
+
 
 def align(folder: Path, documents: list[list[int]], texts: list[str]) -> None:
-    """Calibrates a finished draft, in float32."""
-    pair = load_pair("smollm2", str(folder / DRAFT), alignment=None, dtype="float32")
+    """Calibrates the int8 draft, in float32."""
+    pair = load_pair("smollm2", str(folder / INT8), alignment=None, dtype="float32")
     alignment, similarity = calibrate(
         pair.target,
         pair.draft,
@@ -62,12 +75,15 @@ def main() -> None:
                 folder,
                 reference="smollm2",
                 texts=[book.name for book in books],
+                storage="bfloat16",
                 samples=out / SAMPLES,
                 sample_batch=batch,
                 progress=lambda *step: print(*step, flush=True),
                 on_report=lambda report: print(report, flush=True),
             )
             print(json.dumps(reports[-1]._asdict()), flush=True)
+        if not (folder / INT8).exists():
+            quantise(folder)
         if not (folder / "alignment").exists():
             align(folder, documents, [book.name for book in books])
 
