@@ -61,15 +61,16 @@ def main() -> None:
                 pair.target.config,
                 pair.draft.config,
             )
-            sparse = read_documents(pair.target, pair.draft, selector, documents)
+            sparse = read_documents(pair.target, pair.draft, selector, documents, reference=dense.hidden)
             rows.append(
                 {
                     "policy": policy,
                     "p": mass,
                     "kv_reduction": sparse.kv_reduction,
-                    "perplexity": float(np.exp(sparse.nll)),
-                    "relative_increase": float(np.exp(sparse.nll - dense.nll) - 1),
-                    "tokens": sparse.tokens,
+                    "perplexity": sparse.perplexity,
+                    "relative_increase": sparse.perplexity / dense.perplexity - 1,
+                    "kl": float(np.mean(sparse.kl)) if sparse.kl is not None else None,
+                    "tokens": sparse.tokens * len(documents),
                 }
             )
     result = {
@@ -86,7 +87,7 @@ def main() -> None:
             "new_tokens": sum(len(result.tokens) for result in run.results),
         },
         "top1_agreement_on_text": float(np.mean(agrees)),
-        "perplexity": float(np.exp(dense.nll)),
+        "perplexity": dense.perplexity,
         "selection": rows,
         "calibration": json.loads(pair.alignment.provenance),
     }

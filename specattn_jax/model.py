@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +106,14 @@ def init_model(config: ModelConfig, key: PRNGKeyArray, dtype: DTypeLike = jnp.fl
     return dataclasses.replace(abstract_model(config, dtype), params=make(config, key))
 
 
+# Decides what a layer reads once its queries are there: takes them, the keys with the new tokens, and the past lengths.
+LayerPlanner: TypeAlias = Callable[
+    [Float[Array, "B T N H"], Float[Array, "B K S H"], Int32[Array, " B"]], SelectionPlan
+]
+# The slots of the past that a layer reads; None is all of them.
+LayerChoice: TypeAlias = SelectionPlan | LayerPlanner | None
+
+
 class ForwardOutput(NamedTuple):
     """What one cached forward returns.
 
@@ -113,11 +121,15 @@ class ForwardOutput(NamedTuple):
         hidden: normalised hidden states of the T tokens.
         cache: the cache with the T tokens appended.
         observed: what `observe` returned, one value per observed layer, in the order of the layers.
+        plans: what each layer read; None is everything. Empty if no layer was given a choice.
+        mass: share of its attention mass that each layer read, averaged over tokens and heads; only if measured.
     """
 
     hidden: Float[Array, "B T D"]
     cache: KVCache
     observed: tuple[Array, ...]
+    plans: tuple[SelectionPlan | None, ...]
+    mass: Float[Array, "B L"] | None
 
 
 def forward(
@@ -125,9 +137,10 @@ def forward(
     tokens: Int32[Array, "B T"],
     cache: KVCache,
     *,
-    plans: Sequence[SelectionPlan | None] | None = None,
+    plans: Sequence[LayerChoice] | None = None,
     observe_layers: tuple[int, ...] = (),
     observe: Callable[[Float[Array, "B T N S"]], Array] | None = None,
+    measure_mass: bool = False,
 ) -> ForwardOutput:
     """Reads T more tokens: appends their keys and values, attends to the cache, returns hidden states.
 
@@ -135,11 +148,11 @@ def forward(
         model: draft or target.
         tokens: the next T tokens of every sequence, at positions `cache.lengths` onwards. There must be room for them.
         cache: what was read so far.
-        plans: one plan per layer: the slots of the past that the layer reads, or None for all of them. Without it every
-            layer is dense.
+        plans: one choice per layer. Without it every layer is dense.
         observe_layers: dense layers whose softmax weights are shown to `observe`.
         observe: receives `[B, T, N, S]` float32 softmax weights and returns what to keep of them; reducing here keeps
             them from piling up over layers.
+        measure_mass: whether to measure the attention mass that was read, by attending densely too (for evaluation).
 
     Returns:
         Hidden states, the longer cache, and what was observed.
@@ -149,15 +162,26 @@ def forward(
     lengths = starts + num_new
     keys, values = list(cache.k), list(cache.v)
     observed: list[Array] = []
+    used: list[SelectionPlan | None] = []
+    masses: list[Float[Array, " B"]] = []
 
     def attend(
         layer: int, q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
     ) -> Float[Array, "B T N H"]:
         keys[layer] = append(keys[layer], k, starts)
         values[layer] = append(values[layer], v, starts)
-        plan = plans[layer] if plans is not None else None
+        choice = plans[layer] if plans is not None else None
+        plan = choice(q, keys[layer], starts) if callable(choice) else choice
+        if plans is not None:
+            used.append(plan)
         if plan is not None:
-            return sparse_decode_attention(q, keys[layer], values[layer], plan, lengths).out
+            sparse = sparse_decode_attention(q, keys[layer], values[layer], plan, lengths, return_lse=measure_mass)
+            whole = decode_attention(q, keys[layer], values[layer], lengths, return_lse=True) if measure_mass else None
+            if whole is not None and whole.lse is not None and sparse.lse is not None:
+                masses.append(jnp.mean(jnp.exp(sparse.lse - whole.lse), axis=(1, 2)))
+            return sparse.out
+        if measure_mass:
+            masses.append(jnp.ones(starts.shape, jnp.float32))
         watched = observe is not None and layer in observe_layers
         result = decode_attention(q, keys[layer], values[layer], lengths, return_scores=watched)
         if observe is not None and result.scores is not None:
@@ -166,7 +190,9 @@ def forward(
 
     positions = starts[:, None] + jnp.arange(num_new, dtype=jnp.int32)
     hidden = module(tokens, rotation(config, positions), attend)
-    return ForwardOutput(hidden, KVCache(tuple(keys), tuple(values), lengths), tuple(observed))
+    grown = KVCache(tuple(keys), tuple(values), lengths)
+    mass = jnp.stack(masses, axis=1) if measure_mass else None
+    return ForwardOutput(hidden, grown, tuple(observed), tuple(used), mass)
 
 
 @functools.partial(jax.jit, static_argnames=("chunk",), donate_argnames=("cache", "last"))
@@ -188,7 +214,7 @@ def _prefill_chunks(
     ) -> tuple[Float[Array, "B D"], KVCache]:
         last, cache = carry
         start = index * chunk
-        hidden, cache, _ = forward(model, jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1), cache)
+        hidden, cache, *_ = forward(model, jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1), cache)
         end = prompt_lengths - 1 - start
         picked = jnp.take_along_axis(hidden, jnp.clip(end, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
         return jnp.where(((end >= 0) & (end < chunk))[:, None], picked, last), cache

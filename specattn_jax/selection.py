@@ -6,7 +6,7 @@ import dataclasses
 import importlib.resources
 import tomllib
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from specattn_kernels import SelectionPlan, compact_blocks, select_blocks, top_p
 from specattn_jax.alignment import Alignment, NucleusMass, reduce_heads
 from specattn_jax.config import ModelConfig
 from specattn_jax.errors import UserError
+from specattn_jax.model import LayerChoice
 
 # Layers for which is selected at a time.
 _LAYERS_AT_ONCE = 8
@@ -77,10 +78,43 @@ class DraftScores:
     union: Bool[Array, "B rows S"] | None
 
 
+class Selection(Protocol):
+    """Anything that chooses what the target reads, a pytree: `Selector`, and the baselines of the evaluation."""
+
+    @property
+    def observed_layers(self) -> tuple[int, ...]:
+        """Draft layers whose attention is needed."""
+        ...
+
+    def observe(self, scores: Float[Array, "B T N S"]) -> Float[Array, "B r S"]:
+        """Keeps of one draft layer's softmax weights what is needed."""
+        ...
+
+    def start(self, batch: int, num_slots: int) -> DraftScores:
+        """Scores before the first draft step."""
+        ...
+
+    def update(
+        self, scores: DraftScores, observed: Sequence[Float[Array, "B r S"]], lengths: Int32[Array, " B"]
+    ) -> DraftScores:
+        """Adds one draft step."""
+        ...
+
+    def plan(
+        self,
+        scores: DraftScores,
+        past: Int32[Array, " B"],
+        read: Float[Array, "B L"] | None = None,
+        windows: Int32[Array, " B"] | None = None,
+    ) -> tuple[LayerChoice, ...]:
+        """One choice per target layer."""
+        ...
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Selector:
-    """A policy with all that it needs to know of one model pair.
+    """The policies that learn from the draft, with all that they need to know of one model pair.
 
     Attributes:
         alignment: how draft attention predicts target attention.

@@ -14,13 +14,12 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
-from specattn_kernels import SelectionPlan
 
 from specattn_jax.cache import KVCache
 from specattn_jax.errors import UserError
 from specattn_jax.model import LanguageModel, forward
 from specattn_jax.sampling import Sampling, Verdict, choose, match_vocabulary, verify
-from specattn_jax.selection import DraftScores, Selector, read_fraction
+from specattn_jax.selection import DraftScores, Selection, read_fraction
 
 Mode = Literal["autoregressive", "speculative", "specattn"]
 MODES: tuple[Mode, ...] = ("autoregressive", "speculative", "specattn")
@@ -165,7 +164,7 @@ def draft_window(
     cache: KVCache,
     last: Int32[Array, "B 2"],
     keys: PRNGKeyArray,
-    selector: Selector | None,
+    selector: Selection | None,
     *,
     window: int,
     sampling: Sampling,
@@ -292,22 +291,25 @@ class WindowRead(NamedTuple):
         hidden: the target's hidden states of the last committed token and the W drafted ones.
         cache: the target's cache, with those tokens, lengths unchanged.
         read: share of the past that each target layer read.
+        mass: share of its attention mass that each target layer read; only if measured.
     """
 
     drafted: Drafted
     hidden: Float[Array, "B T D"]
     cache: KVCache
     read: Float[Array, "B L"]
+    mass: Float[Array, "B L"] | None
 
 
 def read_window(
     target: LanguageModel,
     draft: LanguageModel,
-    selector: Selector | None,
+    selector: Selection | None,
     state: DecodeState,
     keys: PRNGKeyArray,
     settings: DecodeSettings,
     forced: Int32[Array, "B W"] | None = None,
+    measure_mass: bool = False,
 ) -> WindowRead:
     """Drafts W tokens, selects what to read (with a selector), and reads them with the target in one pass."""
     if state.draft_cache is None:
@@ -324,20 +326,19 @@ def read_window(
         vocab_size=target.config.vocab_size,
         forced=forced,
     )
-    plans: tuple[SelectionPlan | None, ...] | None = None
-    read = jnp.ones_like(state.statistics.read)
+    plans = None
     if selector is not None and drafted.scores is not None:
         plans = selector.plan(drafted.scores, past, state.statistics.read, state.statistics.windows)
-        read = read_fraction(plans, past)
     tokens = jnp.concatenate([state.last[:, 1:], drafted.tokens], axis=1)
-    out = forward(target, tokens, state.target_cache, plans=plans)
-    return WindowRead(drafted, out.hidden, out.cache.at_lengths(past), read)
+    out = forward(target, tokens, state.target_cache, plans=plans, measure_mass=measure_mass)
+    read = jnp.ones_like(state.statistics.read) if plans is None else read_fraction(out.plans, past)
+    return WindowRead(drafted, out.hidden, out.cache.at_lengths(past), read, out.mass)
 
 
 def speculative_step(
     target: LanguageModel,
     draft: LanguageModel,
-    selector: Selector | None,
+    selector: Selection | None,
     state: DecodeState,
     settings: DecodeSettings,
 ) -> DecodeState:
@@ -354,7 +355,7 @@ def speculative_step(
 def decode(
     target: LanguageModel,
     draft: LanguageModel | None,
-    selector: Selector | None,
+    selector: Selection | None,
     state: DecodeState,
     max_windows: Int32[Array, ""],
     *,
