@@ -22,6 +22,8 @@ from specattn_jax.sampling import Sampling, Verdict, choose, match_vocabulary, v
 from specattn_jax.selection import DraftScores, Selection, read_fraction
 
 Mode = Literal["autoregressive", "speculative", "specattn"]
+# Far beyond what pays: the chance that a token is accepted falls with every one before it.
+MAX_WINDOW = 64
 MODES: tuple[Mode, ...] = ("autoregressive", "speculative", "specattn")
 
 
@@ -44,8 +46,8 @@ class DecodeSettings:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise UserError(f"mode is {self.mode!r}; expected one of {', '.join(MODES)}.")
-        if self.window < 1:
-            raise UserError(f"window is {self.window}; expected at least 1 drafted token per window.")
+        if not 1 <= self.window <= MAX_WINDOW:
+            raise UserError(f"window is {self.window}; expected 1 to {MAX_WINDOW} drafted tokens per window.")
 
     @property
     def tokens_per_window(self) -> int:

@@ -157,7 +157,8 @@ class TestMistakes:
             (["--prompt", "a", "--kv-reduction", 0.6, "--p", 0.5], "give one of them"),
             (["--prompt", "a", "--kv-reduction", 0.6, "--policy", "paper"], "policy paper has no budgets"),
             (["--prompt", "a", "--policy", "best"], "policy is 'best'; expected one of default, paper"),
-            (["--prompt", "a", "--window", 0], "window is 0"),
+            (["--prompt", "a", "--window", 0], "window is 0; expected 1 to 64"),
+            (["--prompt", "a", "--window", 100000], "window is 100000"),
             (
                 ["--prompt", "a", "--mode", "fast"],
                 "mode is 'fast'; expected one of autoregressive, speculative, specattn",

@@ -115,7 +115,7 @@ def train_draft_command(
             pair.draft,
             documents,
             load_policy("default"),
-            settings=CalibrationSettings(context=min(2048, length), passages=8, windows=32, gradients=4, seed=seed),
+            settings=CalibrationSettings(context=min(2048, length), seed=seed),
             provenance={"target": target, "draft": str(draft), "texts": [path.name for path in paths]},
             progress=bar.steps,
         )
