@@ -120,12 +120,18 @@ def _choose_tile(k: jax.Array, rows: int, plan: SelectionPlan | None) -> _Tile:
     """A tile for these shapes.
 
     Raises:
-        NotImplementedError: the head dim is no multiple of 16, or there are too many query rows.
+        NotImplementedError: the head dim is no multiple of 16, there are too many query rows, or a layer's cache is
+            beyond 32-bit addresses.
     """
     batch, kv_heads, slots, head_dim = k.shape
     if head_dim % 16 or head_dim > 256:
         raise NotImplementedError(
             f"pallas_triton: head dim {head_dim}; expected a multiple of 16 up to 256; use implementation='xla'."
+        )
+    if k.size >= 1 << 31:
+        raise NotImplementedError(
+            f"pallas_triton: a cache of {k.size} numbers per layer; expected fewer than 2 ** 31; use a smaller batch, "
+            "or implementation='xla'."
         )
     padded = max(16, 1 << (rows - 1).bit_length())
     if padded > 128:
@@ -139,7 +145,8 @@ def _choose_tile(k: jax.Array, rows: int, plan: SelectionPlan | None) -> _Tile:
             parts.append((begin, power))
             begin += power
     # As many entries as fit the shared memory twice, K and V, while one step is loaded and another is computed.
-    block = max(16, min(128, STEP_BYTES // (2 * sum(width for _, width in parts) * k.dtype.itemsize)))
+    fitting = STEP_BYTES // (2 * head_dim * k.dtype.itemsize)
+    block = max(16, min(128, 1 << (max(fitting, 1).bit_length() - 1)))
     capacity = slots if plan is None else min(slots, plan.block_ids.shape[2] * plan.block_size)
     splits = max(1, min(MAX_SPLITS, WANTED_PROGRAMS // (batch * kv_heads), -(-capacity // (2 * block))))
     return _Tile(padded, tuple(parts), block, splits, warps=4, stages=2)

@@ -423,6 +423,20 @@ class TestTritonPaths:
         with pytest.raises(NotImplementedError, match=said):
             kernels.decode_attention(q, k, v, lengths, implementation="pallas_triton")
 
+    @pytest.mark.parametrize("head_dim", [16, 48, 80, 96, 128, 160, 256])
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    def test_steps_are_powers_of_two_and_fit(self, head_dim, dtype):
+        cache = jax.ShapeDtypeStruct((2, 4, 4096, head_dim), dtype)
+        tile = pallas_triton._choose_tile(cache, 20, None)
+        assert tile.block & (tile.block - 1) == 0
+        assert 2 * tile.block * head_dim * jnp.dtype(dtype).itemsize <= pallas_triton.STEP_BYTES
+        assert sum(width for _, width in tile.parts) == head_dim
+
+    def test_a_cache_beyond_32_bit_addresses(self):
+        cache = jax.ShapeDtypeStruct((16, 8, 1 << 17, 128), jnp.bfloat16)
+        with pytest.raises(NotImplementedError, match=r"fewer than 2 \*\* 31"):
+            pallas_triton._choose_tile(cache, 20, None)
+
     def test_other_ops_are_not_there_yet(self):
         with pytest.raises(NotImplementedError, match="'pallas_triton' does not exist in this version for this op"):
             kernels.top_p_threshold(jnp.ones(4), 0.5, implementation="pallas_triton")
