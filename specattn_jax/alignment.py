@@ -193,7 +193,7 @@ def monotone_map(similarity: np.ndarray) -> tuple[int, ...]:
 
 
 def save_alignment(alignment: Alignment, folder: Path) -> None:
-    """Writes `alignment.json` and `alignment.npz` into an existing folder (see `loading.files.atomic_folder`)."""
+    """Writes `alignment.json` and `alignment.npz` into an existing folder (see `files.atomic_folder`)."""
     header = {
         "format": FORMAT,
         "granularity": alignment.granularity,

@@ -38,7 +38,7 @@ from specattn_jax.alignment import (
 )
 from specattn_jax.budgets import fit_budgets, length_knots
 from specattn_jax.errors import UserError
-from specattn_jax.loading.files import atomic_folder
+from specattn_jax.files import atomic_folder
 from specattn_jax.model import LanguageModel, causal_attention, read_sequence
 from specattn_jax.plots import alignment_heatmap
 from specattn_jax.selection import SelectionPolicy

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from specattn_jax.errors import UserError
+from specattn_jax.files import exists
 
 _UNPACK: dict[str, Callable[[bytes], bytes]] = {
     ".xz": lzma.decompress,
@@ -31,7 +32,7 @@ def find_text(name: str) -> Path:
         UserError: there is neither.
     """
     path = Path(name)
-    if path.is_file():
+    if exists(path) and path.is_file():
         return path
     books = {book.name.removesuffix(".txt.xz"): book for split in ("train", "valid") for book in shipped_books(split)}
     if name in books:

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -199,6 +200,20 @@ class TestMistakes:
 
     def test_no_such_model(self):
         assert "found nothing of that name" in mistake("generate", "--target", "no-such-model", "--prompt", "a")
+
+    @pytest.mark.parametrize("name", ["x" * 300, "~nobody-of-that-name/model"])
+    def test_impossible_names(self, tiny_folders, name):
+        assert "found nothing of that name" in mistake("info", name)
+        assert "neither a file nor a shipped book" in mistake("calibrate", "--text", name, "--out", "out")
+        if not name.startswith("~"):
+            assert "cannot be written" in mistake("convert", tiny_folders.target, "--out", name)
+
+    @pytest.mark.parametrize("kind", ["hf", "orbax"])
+    def test_a_full_disk(self, tiny_folders, tmp_path, monkeypatch, kind):
+        monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+        said = mistake("convert", tiny_folders.target, "--to", kind, "--out", tmp_path / "out")
+        assert "but the disk has 0.0 MiB left" in said
+        assert list(tmp_path.iterdir()) == []
 
     def test_not_enough_memory(self, generate, monkeypatch):
         monkeypatch.setattr("specattn_jax.loading.memory.available_bytes", lambda device=None: 1000)

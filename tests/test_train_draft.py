@@ -114,7 +114,7 @@ def test_a_full_disk(train, tmp_path, monkeypatch):
     assert list((tmp_path / "run").iterdir()) == []
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))
-        assert "has 0.0 MiB of room, but checkpoints need" in mistake(*train)
+        assert "but the disk has 0.0 MiB left; free some room" in mistake(*train)
     with monkeypatch.context() as patch:
         patch.setattr("orbax.checkpoint.CheckpointManager.save", full)
         said = "the checkpoint of step 4 could not be written (No space left on device)"

@@ -11,7 +11,7 @@ from jaxtyping import DTypeLike
 
 from specattn_jax.config import ModelConfig
 from specattn_jax.errors import UserError
-from specattn_jax.loading.files import atomic_folder, read_json, write_json
+from specattn_jax.files import atomic_folder, read_json, write_json
 from specattn_jax.loading.tensors import array_path
 from specattn_jax.loading.tokenizer import Tokenizer
 from specattn_jax.model import LanguageModel, abstract_model
@@ -57,7 +57,7 @@ def save_checkpoint(model: LanguageModel, tokenizer: Tokenizer, out_dir: Path) -
     """
     import orbax.checkpoint as ocp
 
-    with atomic_folder(out_dir) as work:
+    with atomic_folder(out_dir, needed=sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))) as work:
         tokenizer.save(work)
         with ocp.StandardCheckpointer() as writer:
             writer.save(work / _WEIGHTS, _named(model.params))

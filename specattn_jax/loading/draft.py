@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from specattn_jax.config import ModelConfig
 from specattn_jax.errors import UserError
-from specattn_jax.loading.files import atomic_folder, read_json, write_json
+from specattn_jax.files import atomic_folder, read_json, write_json
 from specattn_jax.loading.hf import HFSource, tensor_names
 from specattn_jax.loading.presets import preset_names
 from specattn_jax.loading.tensors import AnyTensor, array_path, hf_tensors

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from specattn_jax.config import Family, ModelConfig, RopeScaling
 from specattn_jax.errors import UserError
-from specattn_jax.loading.files import read_json
+from specattn_jax.files import read_json
 
 _ARCHITECTURES: dict[Family, str] = {
     "llama": "LlamaForCausalLM",

@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from specattn_jax.errors import UserError
-from specattn_jax.loading.files import read_json
+from specattn_jax.files import read_json
 from specattn_jax.loading.tokenizer import ROLES, Tokenizer, import_transformers, make_tokenizer
 
 

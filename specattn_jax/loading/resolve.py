@@ -14,6 +14,7 @@ from jaxtyping import DTypeLike
 
 from specattn_jax.config import ModelConfig
 from specattn_jax.errors import UserError
+from specattn_jax.files import exists
 from specattn_jax.loading import checkpoint, draft, hub
 from specattn_jax.loading.fetch import fetch_file
 from specattn_jax.loading.gguf import GGUFSource, open_gguf
@@ -88,8 +89,8 @@ def resolve(reference: str, progress: Progress | None = None) -> ModelFiles:
         preset = get_preset(name)
         origin = preset.target if reference == name else preset.draft
         return _resolve_origin(reference, origin, preset.target, progress)
-    path = Path(reference).expanduser()
-    if path.exists():
+    path = _user_path(reference)
+    if exists(path):
         return _resolve_path(reference, path, progress)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", reference) and not reference.startswith((".", "~")):
         return _resolve_hub(reference, reference)
@@ -97,6 +98,14 @@ def resolve(reference: str, progress: Progress | None = None) -> ModelFiles:
         f"model {reference!r}: found nothing of that name; looked for a preset ({', '.join(preset_names())}), a file "
         f"or folder {path.absolute()}, and a hub id of the form organisation/name."
     )
+
+
+def _user_path(reference: str) -> Path:
+    """The path that is meant; a home folder that is unknown stays as it is written."""
+    try:
+        return Path(reference).expanduser()
+    except RuntimeError:
+        return Path(reference)
 
 
 def load_model(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,7 @@ from typing import Any
 import jax
 
 from specattn_jax.errors import UserError
-
-# Metadata and the rounding of files to blocks.
-_OVERHEAD = 1.1
+from specattn_jax.files import check_disk
 
 
 class Checkpoints:
@@ -78,13 +75,7 @@ class Checkpoints:
             UserError: it has not.
         """
         needed = copies * sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-        free = shutil.disk_usage(self._folder).free
-        if free < needed * _OVERHEAD:
-            raise UserError(
-                f"out: {self._folder} has {free / 2**20:.1f} MiB of room, but checkpoints need "
-                f"{needed * _OVERHEAD / 2**20:.1f} MiB; free some room and run the same command again, it goes on from "
-                f"step {self.latest or 0}."
-            )
+        check_disk(self._folder, needed, "move the run to another disk; the same command goes on where it stopped")
 
     def restore(self, like: dict[str, Any]) -> dict[str, Any]:
         """The newest tree.

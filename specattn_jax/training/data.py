@@ -14,8 +14,8 @@ import numpy as np
 
 from specattn_jax.cache import init_cache
 from specattn_jax.errors import UserError
+from specattn_jax.files import atomic_file
 from specattn_jax.loading.draft import embedding_fingerprint
-from specattn_jax.loading.files import atomic_file
 from specattn_jax.model import LanguageModel, prefill
 from specattn_jax.sampling import Sampling
 from specattn_jax.speculative import DecodeSettings, decode, start_decoding

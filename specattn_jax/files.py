@@ -14,17 +14,53 @@ from safetensors import SafetensorError
 
 from specattn_jax.errors import UserError
 
+# Metadata, and the rounding of files to blocks.
+_DISK_OVERHEAD = 1.1
 
-@contextlib.contextmanager
-def atomic_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` when the block ends well and vanishes when it does not.
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder; there is none of an impossible name."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def check_disk(out: Path, needed: int, remedy: str = "choose another folder") -> None:
+    """Refuses to write what the disk has no room for, before a library reports it in its own way or half-way through.
+
+    Args:
+        out: what will be written; it need not exist.
+        needed: bytes.
+        remedy: what else than freeing some room would help.
 
     Raises:
-        UserError: `out` exists already and is not an empty folder, or cannot be made.
+        UserError: there is not enough room.
     """
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    place = next((parent for parent in [out, *out.absolute().parents] if exists(parent)), Path("/"))
+    free = shutil.disk_usage(place).free
+    if free < needed * _DISK_OVERHEAD:
+        raise UserError(
+            f"{out}: needs {needed * _DISK_OVERHEAD / 2**20:.1f} MiB, but the disk has {free / 2**20:.1f} MiB left; "
+            f"free some room or {remedy}."
+        )
+
+
+@contextlib.contextmanager
+def atomic_folder(out: Path, needed: int = 0) -> Iterator[Path]:
+    """A folder to write into, which becomes `out` when the block ends well and vanishes when it does not.
+
+    Args:
+        out: the folder.
+        needed: bytes that will be written, as far as they are known.
+
+    Raises:
+        UserError: `out` exists already and is not an empty folder, or cannot be made, or the disk has no room.
+    """
+    if exists(out) and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out}: exists already; expected a new or empty folder; choose another one or remove it.")
     out = out.absolute()
+    check_disk(out, needed)
     work = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:8]}"
     try:
         work.mkdir(parents=True)
