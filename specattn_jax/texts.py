@@ -6,6 +6,7 @@ import bz2
 import gzip
 import importlib.resources
 import lzma
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def read_text(path: Path) -> str:
         data = _UNPACK.get(path.suffix, bytes)(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"text: {path} does not exist.") from error
-    except (OSError, lzma.LZMAError, EOFError, ValueError) as error:
+    except (OSError, lzma.LZMAError, zlib.error, EOFError, ValueError) as error:
         raise UserError(f"text: {path} cannot be read ({error}).") from error
     try:
         text = data.decode("utf-8")

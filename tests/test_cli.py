@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import dataclasses
+import gzip
 import io
 import json
+import lzma
 import os
 import shutil
 import subprocess
@@ -187,6 +190,15 @@ class TestMistakes:
         where = "byte 0xe9 at offset 11 (line 2)"
         assert where in mistake(*generate("--prompt-file", path))
         assert where in mistake(*generate("--prompt-file", "-"), stdin=path.read_bytes())
+
+    @pytest.mark.parametrize("kind", ["gz", "xz", "bz2"])
+    def test_a_damaged_archive(self, generate, tmp_path, kind):
+        packed = bytearray({"gz": gzip, "xz": lzma, "bz2": bz2}[kind].compress(b"some words, many times over " * 9))
+        for at in range(12, len(packed) - 12, 5):
+            packed[at] ^= 0xFF
+        path = tmp_path / f"prompt.txt.{kind}"
+        path.write_bytes(packed)
+        assert "cannot be read" in mistake(*generate("--prompt-file", path))
 
     def test_a_prompt_of_undecodable_bytes(self, generate):
         assert "not valid UTF-8 at character 2" in mistake(*generate("--prompt", "a\udcff"))

@@ -75,6 +75,7 @@ def test_a_log_file_gets_a_line_for_every_checkpoint(train):
         (["--num-layers", 9], "num_layers is 9; expected at most the target's 3"),
         (["--length", 120], "length is 120; expected a multiple of prompt + written, 64"),
         (["--length", 512], "length is 512; expected at most the target's context of 256"),
+        (["--length", 0], "length is 0; expected at least 1"),
         (["--steps", 0], "steps is 0; expected at least 1"),
         (["--rows", 3, "--accumulate", 2], "rows is 3; expected a multiple of accumulate, 2"),
         (["--peak-rate", "nan"], "peak_rate is nan; expected a positive number"),

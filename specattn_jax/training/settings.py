@@ -49,8 +49,8 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        whole = ("num_layers", "steps", "rows", "accumulate", "attention_rows", "continuations", "prompt", "written")
-        for name in whole:
+        counts = ("num_layers", "steps", "rows", "length", "accumulate", "attention_rows", "continuations", "prompt")
+        for name in (*counts, "written"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; expected at least 1.")
         if self.rows % self.accumulate:
