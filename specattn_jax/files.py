@@ -88,7 +88,8 @@ def atomic_file(out: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error}); choose another folder.") from error
     finally:
-        work.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # such as where the parent is a file
+            work.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

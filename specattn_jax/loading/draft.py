@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from specattn_jax.config import ModelConfig
 from specattn_jax.errors import UserError
-from specattn_jax.files import atomic_folder, read_json, write_json
+from specattn_jax.files import atomic_folder, exists, read_json, write_json
 from specattn_jax.loading.hf import HFSource, tensor_names
 from specattn_jax.loading.presets import preset_names
 from specattn_jax.loading.tensors import AnyTensor, array_path, hf_tensors
@@ -118,7 +118,7 @@ class DraftSource:
 
 def is_draft(folder: Path) -> bool:
     """Whether a folder was written by `save_draft`."""
-    return (folder / MARKER).is_file()
+    return exists(folder / MARKER)
 
 
 def read_draft(folder: Path) -> DraftInfo:

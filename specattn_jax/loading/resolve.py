@@ -214,7 +214,7 @@ def _resolve_hub(reference: str, repo: str) -> ModelFiles:
 def _resolve_draft(reference: str, folder: Path, progress: Progress | None) -> ModelFiles:
     info = draft.read_draft(folder)
     # Also keeps a draft that names itself from being looked up for ever. A preset goes before a folder of its name.
-    nested = info.target not in preset_names() and draft.is_draft(Path(info.target).expanduser())
+    nested = info.target not in preset_names() and draft.is_draft(_user_path(info.target))
     if nested or info.target.endswith(_DRAFT_SUFFIX):
         raise UserError(f"{folder / draft.MARKER}: target is {info.target!r}, itself a draft; expected a full model.")
     try:
