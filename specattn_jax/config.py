@@ -75,6 +75,10 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"Model configuration: {name} is {value!r}; expected a whole number of at least 1.")
+        for name in ("rope_theta", "norm_eps"):
+            number = getattr(self, name)
+            if not isinstance(number, (int, float)) or not 0 < number < float("inf"):
+                raise UserError(f"Model configuration: {name} is {number!r}; expected a positive number.")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"Model configuration: num_heads is {self.num_heads}, which is not a multiple of num_kv_heads, "

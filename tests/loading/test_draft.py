@@ -215,6 +215,11 @@ def test_target_of_another_shape(folder, draft, changes):
         ({"notes": None}, r"notes is None; expected a dict"),
         ({"storage": "int4"}, r"storage is 'int4'; expected one of int8, bfloat16"),
         ({"config": {"family": "llama"}}, r"has no valid configuration \(.*missing"),
+        ({"target": "x" * 300}, r"cannot be used \(model .*name\); if "),
+        (
+            {"config": {**tiny_config().to_json(), "rope_theta": "1"}},
+            r"has no valid configuration \(.*rope_theta is '1'",
+        ),
         ({"config": {**tiny_config().to_json(), "num_layers": 0}}, r"has no valid configuration \(.*num_layers is 0"),
     ],
 )
