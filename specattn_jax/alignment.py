@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import zipfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from specattn_jax.errors import UserError
+from specattn_jax.files import sensible
 
 Granularity = Literal["head", "kv_head", "layer"]
 
@@ -219,13 +219,34 @@ def load_alignment(directory: Path) -> Alignment:
             fitted = {name: jnp.asarray(arrays[name]) for name in _ARRAYS}
     except FileNotFoundError as error:
         raise UserError(f"alignment: {error.filename} does not exist; {remedy}.") from error
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"alignment: {directory} is damaged ({error}); {remedy}.") from error
-    if header.get("format") != FORMAT:
-        raise UserError(f"alignment: {directory} has format {header.get('format')}; expected {FORMAT}; {remedy}.")
-    return Alignment(
-        **fitted,
-        layer_map=tuple(header["layer_map"]),
-        granularity=header["granularity"],
-        provenance=json.dumps(header["provenance"], sort_keys=True),
-    )
+    except Exception as error:  # a damaged archive can fail in any way
+        raise UserError(f"alignment: {directory} is damaged ({type(error).__name__}: {error}); {remedy}.") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        found = header.get("format") if isinstance(header, dict) else header
+        raise UserError(f"alignment: {directory} has format {found}; expected {FORMAT}; {remedy}.")
+    with sensible(f"alignment: {directory}", remedy):
+        alignment = Alignment(
+            **fitted,
+            layer_map=tuple(header["layer_map"]),
+            granularity=header["granularity"],
+            provenance=json.dumps(header["provenance"], sort_keys=True),
+        )
+        _check_sound(alignment)
+    return alignment
+
+
+def _check_sound(alignment: Alignment) -> None:
+    """Raises ValueError for an alignment that cannot have been fitted."""
+    layers, (budgets,), (knots,) = len(alignment.layer_map), alignment.savings.shape, alignment.length_knots.shape
+    rows, sources = alignment.weights.shape
+    wanted = {"weights": (rows, sources), "left_out": (budgets, layers), "length_scale": (budgets, knots)}
+    for name, shape in wanted.items():
+        if getattr(alignment, name).shape != shape:
+            raise ValueError(f"{name} has shape {getattr(alignment, name).shape}, expected {shape}")
+    for name in _ARRAYS:
+        if not bool(jnp.all(jnp.isfinite(getattr(alignment, name)))):
+            raise ValueError(f"{name} holds NaN or infinity")
+    if rows % layers or not all(isinstance(layer, int) and 0 <= layer < sources for layer in alignment.layer_map):
+        raise ValueError("layer_map does not fit the weights")
+    if alignment.granularity not in get_args(Granularity):
+        raise ValueError(f"granularity is {alignment.granularity!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from specattn_jax.errors import UserError
 
@@ -79,6 +79,8 @@ class ModelConfig:
             number = getattr(self, name)
             if not isinstance(number, (int, float)) or not 0 < number < float("inf"):
                 raise UserError(f"Model configuration: {name} is {number!r}; expected a positive number.")
+        if self.family not in get_args(Family):
+            raise UserError(f"Model configuration: family is {self.family!r}; expected one of {get_args(Family)}.")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"Model configuration: num_heads is {self.num_heads}, which is not a multiple of num_kv_heads, "

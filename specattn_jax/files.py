@@ -92,6 +92,22 @@ def atomic_file(out: Path) -> Iterator[Path]:
             work.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def sensible(origin: object, advice: str) -> Iterator[None]:
+    """Around reading a file: whatever libraries raise on contents that make no sense becomes one sentence.
+
+    Raises:
+        UserError: naming `origin`. Errors for people pass as they are.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # damaged contents can fail anywhere, in any way
+        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")[:200]
+        raise UserError(f"{origin}: is damaged ({type(error).__name__}: {reason}); {advice}.") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object.
 

@@ -162,6 +162,11 @@ def generate(
     Raises:
         UserError: an argument is out of range, a prompt is empty or too long, or memory does not suffice.
     """
+    if isinstance(prompts, str):
+        raise UserError(f"prompts is one text, {prompts[:40]!r}; expected a list of prompts: put it into brackets.")
+    for name, value in {"prefill_chunk": prefill_chunk, "windows_per_call": windows_per_call}.items():
+        if value < 1:
+            raise UserError(f"{name} is {value}; expected at least 1.")
     settings = DecodeSettings(
         mode=mode,
         window=window,

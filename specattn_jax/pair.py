@@ -113,7 +113,8 @@ def check_alignment(alignment: Alignment, target: LanguageModel, draft: Language
     per_layer = {"head": draft.config.num_heads, "kv_head": draft.config.num_kv_heads, "layer": 1}
     rows = target.config.num_layers * target.config.num_kv_heads
     wanted = (rows, draft.config.num_layers * per_layer[alignment.granularity])
-    if alignment.weights.shape != wanted or len(alignment.layer_map) != target.config.num_layers:
+    mapped = len(alignment.layer_map) == target.config.num_layers and max(alignment.layer_map) < draft.config.num_layers
+    if alignment.weights.shape != wanted or not mapped:
         raise UserError(
             f"alignment: it maps {alignment.weights.shape[1]} draft sources to {alignment.weights.shape[0]} target kv "
             f"heads, but this pair has {wanted[1]} and {wanted[0]}; calibrate this pair with `specattn calibrate`."

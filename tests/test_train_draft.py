@@ -59,6 +59,12 @@ def test_an_interrupted_run_goes_on_and_its_draft_serves(train, tiny_folders, tm
     )
     assert json.loads(sparse.stdout)["text"] == json.loads(alone.stdout)["text"]
     assert "holds a finished draft already" in mistake(*train)
+    # What an interruption of the calibration leaves: the same command goes on with it.
+    shutil.rmtree(out / "alignment")
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "los')
+    assert json.loads(run(*train, "--json").stdout)["steps"] == 8
+    assert (out / "alignment" / "alignment.json").is_file()
 
 
 def test_a_log_file_gets_a_line_for_every_checkpoint(train):
@@ -78,6 +84,7 @@ def test_a_log_file_gets_a_line_for_every_checkpoint(train):
         (["--length", 0], "length is 0; expected at least 1"),
         (["--steps", 0], "steps is 0; expected at least 1"),
         (["--rows", 3, "--accumulate", 2], "rows is 3; expected a multiple of accumulate, 2"),
+        (["--attention-weight", "nan"], "attention_weight is nan; expected 0 or more"),
         (["--peak-rate", "nan"], "peak_rate is nan; expected a positive number"),
         (["--storage", "int4"], "--storage is 'int4'; expected one of int8, bfloat16"),
         (["--batch", 0], "--batch is 0; expected at least 1"),

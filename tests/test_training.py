@@ -142,11 +142,13 @@ def test_a_diverging_run_stops_with_the_last_good_checkpoint(target, data, tmp_p
 
 
 def test_checkpoints_of_another_configuration_are_refused(target, data, tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    configuration = {**SETTINGS.to_json(), "rows": 99, "texts": data.fingerprint()}
-    (tmp_path / "checkpoints" / "configuration.json").write_text(json.dumps(configuration))
-    with pytest.raises(UserError, match="another configuration \\(rows differ\\)"):
-        train(target, data, SETTINGS, tmp_path)
+    settings = dataclasses.replace(SETTINGS, steps=5)
+    train(target, data, settings, tmp_path)
+    with pytest.raises(UserError, match="another configuration \\(clip differ\\)"):
+        train(target, data, dataclasses.replace(settings, clip=0.5), tmp_path)
+    # A run that failed before its first checkpoint binds nobody.
+    shutil.rmtree(tmp_path / "checkpoints" / "5")
+    train(target, data, dataclasses.replace(settings, clip=0.5), tmp_path)
 
 
 def test_bad_input_is_refused(target):

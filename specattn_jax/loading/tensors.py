@@ -19,6 +19,7 @@ from jaxtyping import DTypeLike, Shaped
 
 from specattn_jax.config import ModelConfig
 from specattn_jax.errors import UserError
+from specattn_jax.files import sensible
 from specattn_jax.model import LanguageModel, abstract_model
 
 # What is being done, how many bytes are done, how many there are (0 when nobody knows).
@@ -223,7 +224,8 @@ def _check_names(source: TensorSource, expected: AbstractSet[str]) -> None:
 
 def _read(source: TensorSource, name: str, shape: tuple[int, ...], dtype: np.dtype) -> AnyTensor:
     """One tensor, checked and cast. The result never aliases the file."""
-    raw = source.get(name)
+    with sensible(f"{source.origin}: tensor {name}", "download or convert it again"):
+        raw = source.get(name)
     if raw.shape != shape:
         raise UserError(
             f"{source.origin}: tensor {name} has shape {list(raw.shape)}; expected {list(shape)} "

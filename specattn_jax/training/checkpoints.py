@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from specattn_jax.errors import UserError
-from specattn_jax.files import check_disk
+from specattn_jax.files import check_disk, read_json, sensible
 
 
 class Checkpoints:
@@ -29,10 +29,14 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         wanted = json.loads(json.dumps(configuration))
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
         note = folder / "configuration.json"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if note.exists() and (found := json.loads(note.read_text())) != wanted:
+            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+            # Without a checkpoint, a run that failed early does not bind the next one.
+            found = read_json(note) if self.latest is not None else wanted
+            if found != wanted:
                 names = [name for name in wanted if found.get(name) != wanted[name]]
                 raise UserError(
                     f"out: {folder} holds checkpoints of another configuration ({', '.join(names)} differ); choose "
@@ -41,8 +45,6 @@ class Checkpoints:
             note.write_text(json.dumps(wanted, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"out: {folder} cannot be written ({error.strerror}); choose another folder.") from error
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         self._args = ocp.args
         self._folder = folder
 
@@ -83,7 +85,8 @@ class Checkpoints:
         Args:
             like: a tree of the same structure, shapes and dtypes.
         """
-        tree: dict[str, Any] = self._manager.restore(self.latest, args=self._args.StandardRestore(like))
+        with sensible(self._folder, "remove it, and the run begins anew"):
+            tree: dict[str, Any] = self._manager.restore(self.latest, args=self._args.StandardRestore(like))
         return tree
 
     def close(self) -> None:

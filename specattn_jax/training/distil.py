@@ -18,7 +18,7 @@ from specattn_jax.training.data import load_or_make_data
 from specattn_jax.training.settings import TrainSettings
 from specattn_jax.training.trainer import METRICS, Report, assemble, read_metrics, train
 
-DRAFT, CURVES, SAMPLES = "draft", "curves.png", "own_texts.npz"
+DRAFT, ALIGNMENT, CURVES, SAMPLES = "draft", "alignment", "curves.png", "own_texts.npz"
 
 
 def distil(
@@ -103,10 +103,7 @@ def check_room(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"out: {out} is a file; expected a new folder, or that of an interrupted run.")
     if (out / DRAFT).exists():
-        raise UserError(
-            f"out: {out} holds a finished draft already; calibrate it with `specattn calibrate --draft {out / DRAFT}`, "
-            "or choose another folder."
-        )
+        raise UserError(f"out: {out} holds a finished draft already; choose another folder or remove it.")
 
 
 def _curves(reports: Sequence[Report]) -> bytes:

@@ -65,7 +65,7 @@ class TrainSettings:
         for name in ("peak_rate", "clip"):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name} is {getattr(self, name)}; expected a positive number.")
-        if self.attention_weight < 0.0:
+        if not 0.0 <= self.attention_weight < float("inf"):
             raise UserError(f"attention_weight is {self.attention_weight}; expected 0 or more.")
 
     def to_json(self) -> dict[str, Any]:

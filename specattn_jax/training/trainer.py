@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -216,7 +217,10 @@ def _note(file: Path, report: Report) -> None:
 
 def read_metrics(file: Path) -> list[Report]:
     """The reports of a run in the order of their steps; where a resumed run went over a step again, the later one."""
-    reports = (Report(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines())
+    reports = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError, TypeError):  # a line that a kill cut short
+            reports.append(Report(**json.loads(line)))
     by_step = {report.step: report for report in reports}
     return [by_step[step] for step in sorted(by_step)]
 
@@ -251,6 +255,8 @@ def train(
         state = init_state(target, settings)
         if checkpoints.latest is not None:
             state = TrainState(**checkpoints.restore(state._asdict()))
+        else:
+            (folder / METRICS).unlink(missing_ok=True)
         # Two are kept while a third is written.
         checkpoints.check_room(state._asdict(), copies=3 if checkpoints.latest is None else 1)
         for report, reached in _steps(target, data, settings, state, checkpoints, report_every, checkpoint_every):
@@ -284,7 +290,7 @@ def _steps(
         if not np.isfinite(numbers["total"]):
             raise UserError(
                 f"The loss became {numbers['total']} at step {done}; the last good checkpoint is of step "
-                f"{checkpoints.latest or 0}; lower the learning rate and start anew."
+                f"{checkpoints.latest or 0}; lower the learning rate and start anew in another folder."
             )
         speed = (done - last) * settings.rows * settings.length / (time.perf_counter() - clock)
         accepted = None
