@@ -132,6 +132,25 @@ def test_alignment_survives_saving(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(loaded), jax.tree.leaves(alignment))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weights": jnp.full((4, 4), jnp.nan)},
+        {"left_out": jnp.zeros((2, 3))},
+        {"length_scale": jnp.ones((1, 2))},
+        {"layer_map": (9, 9)},
+        {"granularity": "token"},
+    ],
+)
+def test_an_alignment_that_cannot_be_is_refused(tmp_path, changes):
+    sound = random_alignment(tiny_config(), tiny_config())
+    save_alignment(sound, tmp_path)
+    assert load_alignment(tmp_path).layer_map == sound.layer_map
+    save_alignment(dataclasses.replace(sound, **changes), tmp_path)
+    with pytest.raises(UserError, match=f"alignment: {tmp_path}: is damaged .*; make one with `specattn calibrate`"):
+        load_alignment(tmp_path)
+
+
 def test_damaged_alignment_is_refused(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         load_alignment(tmp_path)

@@ -19,7 +19,7 @@ from specattn_jax.loading.tokenizer import Tokenizer
 from specattn_jax.model import LanguageModel, abstract_model
 
 MARKER = "specattn_model.json"
-_FORMAT = 2
+_FORMAT = 1
 _WEIGHTS = "weights"
 
 

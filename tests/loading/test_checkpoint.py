@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -42,15 +45,28 @@ def test_round_trip(folder, model, dtype):
 
 def test_missing_weights(folder):
     (folder / "weights").rename(folder / "elsewhere")
-    with pytest.raises(UserError, match=r"checkpoint/weights/.*: is missing; expected [\d,]+ bytes"):
+    with pytest.raises(UserError, match=r"checkpoint/weights/.*: is missing; copy or convert"):
         load_model(str(folder), dtype="float32")
 
 
-def test_truncated_weights(folder):
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_damaged_weights(folder, damage):
     largest = max((folder / "weights").rglob("*"), key=lambda path: path.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:1000])
-    with pytest.raises(UserError, match=rf"{largest.name}: has 1,000 bytes; expected [\d,]+ bytes; copy or convert"):
+    data = bytearray(largest.read_bytes())
+    if damage == "truncated":
+        del data[1000:]
+    else:
+        data[len(data) // 2] ^= 0xFF
+    largest.write_bytes(data)
+    with pytest.raises(UserError, match=rf"{largest.name}: is damaged .*; copy or convert the model again\."):
         load_model(str(folder), dtype="float32")
+
+
+def test_weights_that_are_no_numbers_are_not_written(model, tmp_path):
+    broken = dataclasses.replace(model, params=jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), model.params))
+    with pytest.raises(UserError, match="contains NaN or infinity"):
+        save_checkpoint(broken, tiny_tokenizer(), tmp_path / "checkpoint")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_orbax_cannot_read_is_one_sentence(folder, monkeypatch):
