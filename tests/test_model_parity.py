@@ -47,7 +47,7 @@ def read(model: LanguageModel, ids: jax.Array, piece: int) -> jax.Array:
     cache = init_cache(model.config, batch, length, model.dtype)
 
     def step(cache, chunk):
-        hidden, cache, _ = forward(model, chunk, cache)
+        hidden, cache, *_ = forward(model, chunk, cache)
         return cache, model.logits(hidden)
 
     _, logits = jax.lax.scan(step, cache, ids.reshape(batch, -1, piece).swapaxes(0, 1))
