@@ -213,14 +213,13 @@ def load_alignment(directory: Path) -> Alignment:
     """
     directory = Path(directory)
     remedy = "make one with `specattn calibrate`"
-    try:
-        header: dict[str, Any] = json.loads((directory / "alignment.json").read_text(encoding="utf-8"))
-        with open(directory / "alignment.npz", "rb") as file, np.load(file) as arrays:
-            fitted = {name: jnp.asarray(arrays[name]) for name in _ARRAYS}
-    except FileNotFoundError as error:
-        raise UserError(f"alignment: {error.filename} does not exist; {remedy}.") from error
-    except Exception as error:  # a damaged archive can fail in any way
-        raise UserError(f"alignment: {directory} is damaged ({type(error).__name__}: {error}); {remedy}.") from error
+    with sensible(f"alignment: {directory}", remedy):
+        try:
+            header: dict[str, Any] = json.loads((directory / "alignment.json").read_text(encoding="utf-8"))
+            with open(directory / "alignment.npz", "rb") as file, np.load(file) as arrays:
+                fitted = {name: jnp.asarray(arrays[name]) for name in _ARRAYS}
+        except FileNotFoundError as error:
+            raise UserError(f"alignment: {error.filename} does not exist; {remedy}.") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         found = header.get("format") if isinstance(header, dict) else header
         raise UserError(f"alignment: {directory} has format {found}; expected {FORMAT}; {remedy}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 import uuid
@@ -24,6 +25,22 @@ def exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):
         return False
+
+
+def is_taken(out: Path) -> bool:
+    """Whether there is something that writing `out` as a new folder would overwrite."""
+    return exists(out) and (out.is_file() or any(out.iterdir()))
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def first_line(reason: object) -> str:
+    """What went wrong, without the stack of sources that some libraries append, to stand inside a sentence."""
+    return (str(reason).strip().splitlines() or [type(reason).__name__])[0].rstrip(".")
 
 
 def check_disk(out: Path, needed: int, remedy: str = "choose another folder") -> None:
@@ -57,7 +74,7 @@ def atomic_folder(out: Path, needed: int = 0) -> Iterator[Path]:
     Raises:
         UserError: `out` exists already and is not an empty folder, or cannot be made, or the disk has no room.
     """
-    if exists(out) and (out.is_file() or any(out.iterdir())):
+    if is_taken(out):
         raise UserError(f"{out}: exists already; expected a new or empty folder; choose another one or remove it.")
     out = out.absolute()
     check_disk(out, needed)
@@ -104,8 +121,8 @@ def sensible(origin: object, advice: str) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except Exception as error:  # damaged contents can fail anywhere, in any way
-        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")[:200]
-        raise UserError(f"{origin}: is damaged ({type(error).__name__}: {reason}); {advice}.") from error
+        reason = f"{type(error).__name__}: {first_line(error)[:200]}"
+        raise UserError(f"{origin}: is damaged ({reason}); {advice}.") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.text import Text
 
 from specattn_jax.errors import UserError
-from specattn_jax.files import exists
+from specattn_jax.files import is_taken
 from specattn_jax.texts import read_text
 
 if TYPE_CHECKING:
@@ -207,5 +207,5 @@ def check_out(out: Path) -> None:
     Raises:
         UserError: it is a file, or holds something.
     """
-    if exists(out) and (out.is_file() or any(out.iterdir())):
+    if is_taken(out):
         raise UserError(f"--out: {out} exists already; expected a new or empty folder; choose another or remove it.")

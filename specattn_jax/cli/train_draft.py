@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -148,7 +147,7 @@ def _summary(out: Path, last: Report, seconds: float) -> dict[str, Any]:
         "draft": str(out / "draft"),
         "alignment": str(out / "alignment"),
         "steps": last.step,
-        "losses": {name: value for name, value in last.losses.items() if math.isfinite(value)},
+        "losses": last.losses,
         "held_out_accepted_per_window": last.accepted,
         "tokens_per_s": last.tokens_per_s,
         "seconds": seconds,

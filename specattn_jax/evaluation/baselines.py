@@ -6,15 +6,16 @@ Each is a `selection.Selection`, so the loop, the sparse attention and the accou
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
-from specattn_kernels import SelectionPlan, compact_blocks, select_blocks
+from jaxtyping import Array, Float, Int32
+from specattn_kernels import SelectionPlan, compact_blocks, decode_attention, select_blocks
 
-from specattn_jax.alignment import NucleusMass
+from specattn_jax.alignment import NucleusMass, reduce_heads
 from specattn_jax.config import ModelConfig
 from specattn_jax.model import LayerChoice
 from specattn_jax.selection import DraftScores
@@ -43,14 +44,40 @@ class _WithoutDraft:
         return scores
 
 
-def _sparse_share(saving: Float[Array, ""], num_layers: int, dense_layers: int) -> Float[Array, ""]:
-    """Share that the sparse layers may read so that all layers together save `saving`."""
-    return jnp.clip((num_layers * (1.0 - saving) - dense_layers) / (num_layers - dense_layers), 0.0, 1.0)
+class _FixedShare(_WithoutDraft):
+    """Dense layers first; every other layer reads the same share, so that all together save what is wanted."""
+
+    saving: Float[Array, ""]
+    target: ModelConfig
+    dense_layers: int
+
+    def plan(
+        self,
+        scores: DraftScores,
+        past: Int32[Array, " B"],
+        read: Float[Array, "B L"] | None = None,
+        windows: Int32[Array, " B"] | None = None,
+    ) -> tuple[LayerChoice, ...]:
+        """The same choice for all sparse layers."""
+        sparse_layers = self.target.num_layers - self.dense_layers
+        wanted = self.target.num_layers * (1.0 - self.saving) - self.dense_layers
+        choose = functools.partial(self.choose, jnp.clip(wanted / sparse_layers, 0.0, 1.0))
+        return (None,) * self.dense_layers + (choose,) * sparse_layers
+
+    def choose(
+        self,
+        share: Float[Array, ""],
+        q: Float[Array, "B T N H"],
+        keys: Float[Array, "B K S H"],
+        past: Int32[Array, " B"],
+    ) -> SelectionPlan:
+        """What one layer reads, `share` of the past."""
+        raise NotImplementedError
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Streaming(_WithoutDraft):
+class Streaming(_FixedShare):
     """StreamingLLM (Xiao et al. 2023): attention sinks and a recent window, nothing in between.
 
     Attributes:
@@ -65,31 +92,24 @@ class Streaming(_WithoutDraft):
     num_sink: int = dataclasses.field(default=4, metadata={"static": True})
     dense_layers: int = dataclasses.field(default=2, metadata={"static": True})
 
-    def plan(
+    def choose(
         self,
-        scores: DraftScores,
+        share: Float[Array, ""],
+        q: Float[Array, "B T N H"],
+        keys: Float[Array, "B K S H"],
         past: Int32[Array, " B"],
-        read: Float[Array, "B L"] | None = None,
-        windows: Int32[Array, " B"] | None = None,
-    ) -> tuple[LayerChoice, ...]:
-        """The same slots for every head of every sparse layer."""
-        share = _sparse_share(self.saving, self.target.num_layers, self.dense_layers)
-
-        def choose(
-            q: Float[Array, "B T N H"], keys: Float[Array, "B K S H"], past: Int32[Array, " B"]
-        ) -> SelectionPlan:
-            kept = jnp.round(share * past).astype(jnp.int32)[:, None]
-            slot = jnp.arange(keys.shape[2])
-            last = slot >= past[:, None] - jnp.maximum(kept - self.num_sink, 0)
-            mask = ((slot < jnp.minimum(self.num_sink, kept)) | last) & (slot < past[:, None])
-            return compact_blocks(jnp.broadcast_to(mask[:, None], keys.shape[:3]), block_size=1)
-
-        return _dense_then(self.dense_layers, self.target.num_layers, choose)
+    ) -> SelectionPlan:
+        """The same slots for every head."""
+        kept = jnp.round(share * past).astype(jnp.int32)[:, None]
+        slot = jnp.arange(keys.shape[2])
+        last = slot >= past[:, None] - jnp.maximum(kept - self.num_sink, 0)
+        mask = ((slot < jnp.minimum(self.num_sink, kept)) | last) & (slot < past[:, None])
+        return compact_blocks(jnp.broadcast_to(mask[:, None], keys.shape[:3]), block_size=1)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Quest(_WithoutDraft):
+class Quest(_FixedShare):
     """Quest (Tang et al. 2024): pages whose channel-wise minima and maxima bound the logits of a query most highly.
 
     A page's score is the softmax over pages of each query head's bound, averaged over the heads that share a kv head
@@ -108,27 +128,20 @@ class Quest(_WithoutDraft):
     page: int = dataclasses.field(default=16, metadata={"static": True})
     dense_layers: int = dataclasses.field(default=2, metadata={"static": True})
 
-    def plan(
+    def choose(
         self,
-        scores: DraftScores,
+        share: Float[Array, ""],
+        q: Float[Array, "B T N H"],
+        keys: Float[Array, "B K S H"],
         past: Int32[Array, " B"],
-        read: Float[Array, "B L"] | None = None,
-        windows: Int32[Array, " B"] | None = None,
-    ) -> tuple[LayerChoice, ...]:
-        """The best pages for every kv head, as many as the saving leaves."""
-        share = _sparse_share(self.saving, self.target.num_layers, self.dense_layers)
-
-        def choose(
-            q: Float[Array, "B T N H"], keys: Float[Array, "B K S H"], past: Int32[Array, " B"]
-        ) -> SelectionPlan:
-            value = _page_scores(q, keys, past, self.page)
-            pages = -(-past // self.page)
-            count = jnp.round(share * pages).astype(jnp.int32)
-            rank = jnp.argsort(jnp.argsort(-value, axis=-1), axis=-1)
-            mask = (rank < count[:, None, None]) & (value >= 0)
-            return compact_blocks(mask, block_size=self.page)
-
-        return _dense_then(self.dense_layers, self.target.num_layers, choose)
+    ) -> SelectionPlan:
+        """The best pages for every kv head."""
+        value = _page_scores(q, keys, past, self.page)
+        pages = -(-past // self.page)
+        count = jnp.round(share * pages).astype(jnp.int32)
+        rank = jnp.argsort(jnp.argsort(-value, axis=-1), axis=-1)
+        mask = (rank < count[:, None, None]) & (value >= 0)
+        return compact_blocks(mask, block_size=self.page)
 
 
 def _page_scores(
@@ -200,12 +213,12 @@ class Oracle(_WithoutDraft):
             def choose(
                 q: Float[Array, "B T N H"], keys: Float[Array, "B K S H"], past: Int32[Array, " B"]
             ) -> SelectionPlan:
-                seen = _past_attention(q, keys, past)
-                if self.per == "layer":
-                    seen = jnp.broadcast_to(jnp.mean(seen, axis=1, keepdims=True), seen.shape)
+                attention = decode_attention(q, keys, keys, past + q.shape[1], return_scores=True).scores
+                assert attention is not None
+                sources = jnp.max(reduce_heads(attention, self.per, keys.shape[1]), axis=1)
                 return select_blocks(
-                    jnp.max(seen, axis=2),
-                    jnp.broadcast_to(layers[:, layer, None], seen.shape[:2]),
+                    jnp.broadcast_to(sources, keys.shape[:3]),
+                    jnp.broadcast_to(layers[:, layer, None], keys.shape[:2]),
                     past,
                     block_size=self.block_size,
                     num_sink=self.num_sink,
@@ -215,19 +228,3 @@ class Oracle(_WithoutDraft):
             return choose
 
         return tuple(for_layer(layer) for layer in range(self.target.num_layers))
-
-
-def _past_attention(
-    q: Float[Array, "B T N H"], keys: Float[Array, "B K S H"], past: Int32[Array, " B"]
-) -> Float[Array, "B K T S"]:
-    """Attention of every new token, averaged over each kv head's group; over everything that the token sees."""
-    grouped = q.astype(jnp.float32).reshape(*q.shape[:2], keys.shape[1], -1, q.shape[3])
-    logits = jnp.einsum("btkgh,bksh->bktgs", grouped, keys.astype(jnp.float32)) * q.shape[3] ** -0.5
-    position = past[:, None] + jnp.arange(q.shape[1])
-    visible: Bool[Array, "B T S"] = jnp.arange(keys.shape[2]) <= position[..., None]
-    return jnp.mean(jax.nn.softmax(jnp.where(visible[:, None, :, None], logits, -jnp.inf), axis=-1), axis=3)
-
-
-def _dense_then(dense_layers: int, num_layers: int, choose: LayerChoice) -> tuple[LayerChoice, ...]:
-    """Dense layers first, then the same choice for all others."""
-    return (None,) * dense_layers + (choose,) * (num_layers - dense_layers)

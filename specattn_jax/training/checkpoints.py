@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from specattn_jax.errors import UserError
-from specattn_jax.files import check_disk, read_json, sensible
+from specattn_jax.files import check_disk, first_line, read_json, sensible
 
 
 class Checkpoints:
@@ -65,8 +65,9 @@ class Checkpoints:
         try:
             self._manager.save(step, args=self._args.StandardSave(tree))
         except (OSError, ValueError) as error:
+            reason = first_line(getattr(error, "strerror", None) or error)
             raise UserError(
-                f"out: the checkpoint of step {step} could not be written ({_first_line(error)}); free some room and "
+                f"out: the checkpoint of step {step} could not be written ({reason}); free some room and "
                 f"run the same command again, it goes on from step {self.latest or 0}."
             ) from error
 
@@ -92,9 +93,3 @@ class Checkpoints:
     def close(self) -> None:
         """Releases what Orbax holds."""
         self._manager.close()
-
-
-def _first_line(error: Exception) -> str:
-    """What went wrong, without the stack of sources that tensorstore appends."""
-    reason = getattr(error, "strerror", None) or str(error)
-    return str(reason).strip().splitlines()[0].rstrip(".")

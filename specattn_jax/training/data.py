@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from specattn_jax.cache import init_cache
 from specattn_jax.errors import UserError
-from specattn_jax.files import atomic_file
+from specattn_jax.files import atomic_file, sensible
 from specattn_jax.loading.draft import embedding_fingerprint
 from specattn_jax.model import LanguageModel, prefill
 from specattn_jax.sampling import Sampling
@@ -186,13 +185,8 @@ def load_or_make_data(
         with atomic_file(file) as work, work.open("wb") as stream:
             np.savez(stream, own=data.own, held_out=data.held_out, origin=np.array(origin))
         return data
-    try:
-        with np.load(file) as arrays:
-            found, own, held_out = str(arrays["origin"]), arrays["own"], arrays["held_out"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{file}: cannot be read ({error}); remove it, and the target writes its texts anew."
-        ) from error
+    with sensible(file, "remove it, and the target writes its texts anew"), np.load(file) as arrays:
+        found, own, held_out = str(arrays["origin"]), arrays["own"], arrays["held_out"]
     if found != origin:
         raise UserError(
             f"{file}: holds what another target wrote, or after other texts or settings; choose another folder or "

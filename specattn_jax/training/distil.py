@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -86,7 +85,7 @@ def distil(
         "texts": list(texts),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        "metrics": json.loads(json.dumps(reports[-1]._asdict())),
+        "metrics": reports[-1]._asdict(),
     }
     embedding = np.asarray(target.module().embedding[...])
     draft = assemble(state.weights, target)
