@@ -51,8 +51,11 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Next-token logits in float32."""
-        weight = (self.embedding if self.output is None else self.output)[...]
-        return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+        return jnp.einsum("...d,vd->...v", hidden, self.output_matrix(), preferred_element_type=jnp.float32)
+
+    def output_matrix(self) -> Float[Array, "V D"]:
+        """What turns hidden states into logits: the embedding where a model has no matrix of its own."""
+        return (self.embedding if self.output is None else self.output)[...]
 
 
 @jax.tree_util.register_dataclass

@@ -82,6 +82,23 @@ def test_a_draft_of_all_layers_is_the_target(target):
     assert float(token_loss(target, draft, teacher.hidden, student.hidden)) == pytest.approx(0.0, abs=1e-6)
 
 
+def test_the_token_loss_and_its_gradient_are_those_of_the_whole_softmax(target, monkeypatch):
+    draft = assemble(initial_weights(target, 2), target)
+    rng = np.random.default_rng(1)
+    wanted, have = (jnp.asarray(rng.normal(size=(2, 12, target.config.embed_dim)), jnp.float32) for _ in range(2))
+
+    def plain(states):
+        teacher, student = (jax.nn.log_softmax(target.logits(x)) for x in (wanted, states))
+        return jnp.mean(jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1))
+
+    expected, slope = jax.value_and_grad(plain)(have)
+    for chunk in (8, 4096):
+        monkeypatch.setattr("specattn_jax.training.objective._CHUNK", chunk)
+        loss, found = jax.value_and_grad(lambda states: 2 * token_loss(target, draft, wanted, states))(have)
+        assert float(loss) == pytest.approx(2 * float(expected), rel=1e-5)
+        np.testing.assert_allclose(found, 2 * slope, rtol=1e-4, atol=1e-7)
+
+
 def test_attention_loss_and_its_mixture_step_agree_with_calibration():
     rng = np.random.default_rng(0)
     rows = jnp.asarray(rng.dirichlet(np.full(12, 0.3), (4, 2, 5)), jnp.float32)

@@ -53,21 +53,51 @@ def _head_attention(
     return jnp.mean(jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1), axis=1)
 
 
+@jax.custom_vjp
 def token_loss(
     target: LanguageModel, draft: LanguageModel, wanted: Float[Array, "B T D"], have: Float[Array, "B T D"]
 ) -> Float[Array, ""]:
-    """Mean KL(target || draft) of the next-token distributions, in nats, from hidden states."""
+    """Mean KL(target || draft) of the next-token distributions, in nats, from hidden states.
+
+    The gradient flows into `have` alone: both output matrices are the target's, and fixed. It is computed together
+    with the loss, so that the logits, by far the largest arrays of a step, are made once and a part at a time.
+
+    Args:
+        target: the teacher.
+        draft: the student.
+        wanted: hidden states of the target.
+        have: hidden states of the draft.
+    """
+    return _token_loss_and_slope(target, draft, wanted, have)[0]
+
+
+def _token_loss_and_slope(
+    target: LanguageModel, draft: LanguageModel, wanted: Float[Array, "B T D"], have: Float[Array, "B T D"]
+) -> tuple[Float[Array, ""], Float[Array, "B T D"]]:
+    """The loss and its gradient with respect to `have`."""
     total = wanted.shape[0] * wanted.shape[1]
     chunk = _CHUNK if total % _CHUNK == 0 else total
 
-    @jax.checkpoint
-    def part(pair: tuple[Float[Array, "c D"], Float[Array, "c D"]]) -> Float[Array, ""]:
-        teacher = jax.nn.log_softmax(target.logits(pair[0]))
-        student = jax.nn.log_softmax(draft.logits(pair[1]))
-        return jnp.sum(jnp.exp(teacher) * (teacher - student))
+    def part(hidden: tuple[Float[Array, "c D"], Float[Array, "c D"]]) -> tuple[Float[Array, ""], Float[Array, "c D"]]:
+        teacher = jax.nn.log_softmax(target.logits(hidden[0]))
+        student = jax.nn.log_softmax(draft.logits(hidden[1]))
+        loss = jnp.sum(jnp.exp(teacher) * (teacher - student))
+        # In the model's dtype, as every other gradient of its activations.
+        slope = ((jnp.exp(student) - jnp.exp(teacher)) / total).astype(have.dtype)
+        return loss, slope @ draft.module().output_matrix()
 
     split = jax.tree.map(lambda x: x.reshape(total // chunk, chunk, x.shape[-1]), (wanted, have))
-    return jnp.sum(jax.lax.map(part, split)) / total
+    losses, slopes = jax.lax.map(part, split)
+    return jnp.sum(losses) / total, slopes.reshape(have.shape)
+
+
+def _backward(
+    slope: Float[Array, "B T D"], upstream: Float[Array, ""]
+) -> tuple[None, None, None, Float[Array, "B T D"]]:
+    return None, None, None, (upstream * slope).astype(slope.dtype)
+
+
+token_loss.defvjp(_token_loss_and_slope, _backward)
 
 
 def attention_loss(
