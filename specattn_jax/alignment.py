@@ -238,7 +238,8 @@ def _check_sound(alignment: Alignment) -> None:
     """Raises ValueError for an alignment that cannot have been fitted."""
     layers, (budgets,), (knots,) = len(alignment.layer_map), alignment.savings.shape, alignment.length_knots.shape
     rows, sources = alignment.weights.shape
-    wanted = {"weights": (rows, sources), "left_out": (budgets, layers), "length_scale": (budgets, knots)}
+    per = rows if alignment.left_out.shape[-1:] == (rows,) else layers
+    wanted = {"weights": (rows, sources), "left_out": (budgets, per), "length_scale": (budgets, knots)}
     for name, shape in wanted.items():
         if getattr(alignment, name).shape != shape:
             raise ValueError(f"{name} has shape {getattr(alignment, name).shape}, expected {shape}")

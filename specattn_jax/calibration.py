@@ -18,7 +18,7 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,7 @@ class CalibrationSettings:
         iterations: EM steps.
         gradients: samples of the Fisher information per passage.
         seed: of window places and sampled tokens.
+        budgets: whether each layer or each kv head of the target gets a budget of its own.
     """
 
     context: int = 2048
@@ -72,6 +73,7 @@ class CalibrationSettings:
     iterations: int = 60
     gradients: int = 1
     seed: int = 0
+    budgets: Literal["layer", "kv_head"] = "layer"
 
     def __post_init__(self) -> None:
         if self.passages < 2:
@@ -162,7 +164,7 @@ def _selected(
     return chosen & (slot < start)
 
 
-@functools.partial(jax.jit, static_argnames=("policy",))
+@functools.partial(jax.jit, static_argnames=("policy", "units"))
 def price_layer(
     layer: Captured,
     predicted: Float[Array, "n K T"],
@@ -171,8 +173,9 @@ def price_layer(
     masses: Float[Array, " C"],
     *,
     policy: SelectionPolicy,
-) -> tuple[Float[Array, " C"], Float[Array, "C n"]]:
-    """Estimated KL per window and density of one layer for every nucleus mass.
+    units: int = 1,
+) -> tuple[Float[Array, "units C"], Float[Array, "units C n"]]:
+    """Estimated KL per window and density of one layer, or of each of its kv heads, for every nucleus mass.
 
     Args:
         layer: the target layer at the rows of the windows (n windows of Q / n rows).
@@ -181,6 +184,7 @@ def price_layer(
         starts: first slot of each window.
         masses: nucleus masses p.
         policy: how the prediction becomes a selection.
+        units: into how many parts the layer's heads are priced: 1, or K for each kv head alone (the others dense).
 
     Returns:
         Mean over windows of the second-order KL (nats, summed over the window's rows), and the share of the past read.
@@ -195,16 +199,19 @@ def price_layer(
 
     dense = attend(causal)
 
-    def price(p: Float[Array, ""]) -> tuple[Float[Array, ""], Float[Array, " n"]]:
+    def price(p: Float[Array, ""]) -> tuple[Float[Array, " units"], Float[Array, "units n"]]:
         mask = _selected(predicted, p, starts, policy)
         fresh = jnp.arange(slots) >= starts[:, None, None]
         per_row = jnp.repeat(mask | fresh, rows.shape[0] // num, axis=0)
         moved = attend(jnp.swapaxes(per_row, 0, 1)[:, None] & causal) - dense
-        felt = jnp.einsum("sqnh,qnh->sq", gradients, moved)
-        density = jnp.mean(jnp.sum(mask, axis=-1), axis=-1) / starts
-        return 0.5 * jnp.sum(jnp.mean(felt**2, axis=0)) / num, density
+        felt = jnp.einsum("sqnh,qnh->sqn", gradients, moved)
+        felt = jnp.sum(felt.reshape(*felt.shape[:2], units, -1), axis=-1)
+        entries = jnp.sum(mask, axis=-1).reshape(num, units, -1)
+        density = jnp.mean(entries, axis=-1).T / starts
+        return 0.5 * jnp.sum(jnp.mean(felt**2, axis=0), axis=0) / num, density
 
-    return jax.lax.map(price, masses)
+    costs, densities = jax.lax.map(price, masses)
+    return costs.T, jnp.swapaxes(densities, 0, 1)
 
 
 class Passage(NamedTuple):
@@ -281,8 +288,9 @@ def price_passage(
     settings: CalibrationSettings,
     key: PRNGKeyArray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Estimated KL `[L, C]` and density `[L, C, n]` on one passage."""
+    """Estimated KL `[units, C]` and density `[units, C, n]` on one passage; units are layers, or kv heads of layers."""
     count, heads = settings.window + 1, target.config.num_kv_heads
+    units = heads if settings.budgets == "kv_head" else 1
     rows = _rows(passage.starts, count)
     sources = draft_sources(draft, passage, settings.granularity, settings.window)
     layers = capture(target, passage.tokens, rows)
@@ -303,10 +311,10 @@ def price_passage(
     for index, layer in enumerate(layers):
         predicted = predict(weights[index * heads : (index + 1) * heads], sources)
         gradients = jnp.stack([sample[index] for sample in samples])
-        cost, density = price_layer(layer, predicted, gradients, starts, masses, policy=policy)
+        cost, density = price_layer(layer, predicted, gradients, starts, masses, policy=policy, units=units)
         costs.append(np.asarray(cost))
         densities.append(np.asarray(density))
-    return np.stack(costs), np.stack(densities)
+    return np.concatenate(costs), np.concatenate(densities)
 
 
 def calibrate(

@@ -115,6 +115,18 @@ LayerPlanner: TypeAlias = Callable[
 ]
 # The slots of the past that a layer reads; None is all of them.
 LayerChoice: TypeAlias = SelectionPlan | LayerPlanner | None
+# Attends in the place of the model's own attention, for evaluation: takes the queries, the keys and values with the new
+# tokens, what to read of the past, and the lengths with the new tokens; gives the output and what to keep besides.
+LayerReader: TypeAlias = Callable[
+    [
+        Float[Array, "B T N H"],
+        Float[Array, "B K S H"],
+        Float[Array, "B K S H"],
+        SelectionPlan | None,
+        Int32[Array, " B"],
+    ],
+    tuple[Float[Array, "B T N H"], Any],
+]
 
 
 class ForwardOutput(NamedTuple):
@@ -125,14 +137,14 @@ class ForwardOutput(NamedTuple):
         cache: the cache with the T tokens appended.
         observed: what `observe` returned, one value per observed layer, in the order of the layers.
         plans: what each layer read; None is everything. Empty if no layer was given a choice.
-        mass: share of its attention mass that each layer read, averaged over tokens and heads; only if measured.
+        kept: what `reader` kept, one value per layer; empty without a reader.
     """
 
     hidden: Float[Array, "B T D"]
     cache: KVCache
     observed: tuple[Array, ...]
     plans: tuple[SelectionPlan | None, ...]
-    mass: Float[Array, "B L"] | None
+    kept: tuple[Any, ...]
 
 
 def forward(
@@ -143,7 +155,7 @@ def forward(
     plans: Sequence[LayerChoice] | None = None,
     observe_layers: tuple[int, ...] = (),
     observe: Callable[[Float[Array, "B T N S"]], Array] | None = None,
-    measure_mass: bool = False,
+    reader: LayerReader | None = None,
 ) -> ForwardOutput:
     """Reads T more tokens: appends their keys and values, attends to the cache, returns hidden states.
 
@@ -155,10 +167,10 @@ def forward(
         observe_layers: dense layers whose softmax weights are shown to `observe`.
         observe: receives `[B, T, N, S]` float32 softmax weights and returns what to keep of them; reducing here keeps
             them from piling up over layers.
-        measure_mass: whether to measure the attention mass that was read, by attending densely too (for evaluation).
+        reader: attends in the place of the model's own attention, for evaluation; nothing is observed then.
 
     Returns:
-        Hidden states, the longer cache, and what was observed.
+        Hidden states, the longer cache, and what was observed or kept.
     """
     config, module = model.config, model.module()
     starts, num_new = cache.lengths, tokens.shape[1]
@@ -166,7 +178,7 @@ def forward(
     keys, values = list(cache.k), list(cache.v)
     observed: list[Array] = []
     used: list[SelectionPlan | None] = []
-    masses: list[Float[Array, " B"]] = []
+    kept: list[Any] = []
 
     def attend(
         layer: int, q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
@@ -177,14 +189,12 @@ def forward(
         plan = choice(q, keys[layer], starts) if callable(choice) else choice
         if plans is not None:
             used.append(plan)
+        if reader is not None:
+            out, rest = reader(q, keys[layer], values[layer], plan, lengths)
+            kept.append(rest)
+            return out
         if plan is not None:
-            sparse = sparse_decode_attention(q, keys[layer], values[layer], plan, lengths, return_lse=measure_mass)
-            whole = decode_attention(q, keys[layer], values[layer], lengths, return_lse=True) if measure_mass else None
-            if whole is not None and whole.lse is not None and sparse.lse is not None:
-                masses.append(jnp.mean(jnp.exp(sparse.lse - whole.lse), axis=(1, 2)))
-            return sparse.out
-        if measure_mass:
-            masses.append(jnp.ones(starts.shape, jnp.float32))
+            return sparse_decode_attention(q, keys[layer], values[layer], plan, lengths).out
         watched = observe is not None and layer in observe_layers
         result = decode_attention(q, keys[layer], values[layer], lengths, return_scores=watched)
         if observe is not None and result.scores is not None:
@@ -194,8 +204,7 @@ def forward(
     positions = starts[:, None] + jnp.arange(num_new, dtype=jnp.int32)
     hidden = module(tokens, rotation(config, positions), attend)
     grown = KVCache(tuple(keys), tuple(values), lengths)
-    mass = jnp.stack(masses, axis=1) if measure_mass else None
-    return ForwardOutput(hidden, grown, tuple(observed), tuple(used), mass)
+    return ForwardOutput(hidden, grown, tuple(observed), tuple(used), tuple(kept))
 
 
 @functools.partial(jax.jit, static_argnames=("chunk",), donate_argnames=("cache", "last"))

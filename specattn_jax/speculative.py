@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
+from specattn_kernels import SelectionPlan
 
 from specattn_jax.cache import KVCache
 from specattn_jax.errors import UserError
-from specattn_jax.model import LanguageModel, forward
+from specattn_jax.model import LanguageModel, LayerReader, forward
 from specattn_jax.sampling import Sampling, Verdict, choose, match_vocabulary, verify
 from specattn_jax.selection import DraftScores, Selection, read_fraction
 
@@ -293,14 +294,16 @@ class WindowRead(NamedTuple):
         hidden: the target's hidden states of the last committed token and the W drafted ones.
         cache: the target's cache, with those tokens, lengths unchanged.
         read: share of the past that each target layer read.
-        mass: share of its attention mass that each target layer read; only if measured.
+        plans: what each target layer read; None is everything. Empty without a selector.
+        kept: what `reader` kept, one value per target layer; empty without a reader.
     """
 
     drafted: Drafted
     hidden: Float[Array, "B T D"]
     cache: KVCache
     read: Float[Array, "B L"]
-    mass: Float[Array, "B L"] | None
+    plans: tuple[SelectionPlan | None, ...]
+    kept: tuple[Any, ...]
 
 
 def read_window(
@@ -311,9 +314,12 @@ def read_window(
     keys: PRNGKeyArray,
     settings: DecodeSettings,
     forced: Int32[Array, "B W"] | None = None,
-    measure_mass: bool = False,
+    reader: LayerReader | None = None,
 ) -> WindowRead:
-    """Drafts W tokens, selects what to read (with a selector), and reads them with the target in one pass."""
+    """Drafts W tokens, selects what to read (with a selector), and reads them with the target in one pass.
+
+    Evaluation may force the tokens, and attend in the target's place (`reader`) to see what was read.
+    """
     if state.draft_cache is None:
         raise ValueError("state.draft_cache is None; speculative modes need the draft's cache.")
     past = state.target_cache.lengths
@@ -332,9 +338,9 @@ def read_window(
     if selector is not None and drafted.scores is not None:
         plans = selector.plan(drafted.scores, past, state.statistics.read, state.statistics.windows)
     tokens = jnp.concatenate([state.last[:, 1:], drafted.tokens], axis=1)
-    out = forward(target, tokens, state.target_cache, plans=plans, measure_mass=measure_mass)
+    out = forward(target, tokens, state.target_cache, plans=plans, reader=reader)
     read = jnp.ones_like(state.statistics.read) if plans is None else read_fraction(out.plans, past)
-    return WindowRead(drafted, out.hidden, out.cache.at_lengths(past), read, out.mass)
+    return WindowRead(drafted, out.hidden, out.cache.at_lengths(past), read, out.plans, out.kept)
 
 
 def speculative_step(

@@ -14,10 +14,11 @@ from tiny import tiny_config, tiny_model
 
 from specattn_jax.alignment import NucleusMass
 from specattn_jax.errors import UserError
-from specattn_jax.evaluation.baselines import Oracle, Quest, Streaming
-from specattn_jax.evaluation.forced import _start, read_documents
+from specattn_jax.evaluation.baselines import Oracle, Quest, Streaming, Vegas
+from specattn_jax.evaluation.forced import _reader, _start, read_documents, read_together
+from specattn_jax.evaluation.learning import Learner
 from specattn_jax.model import read_sequence
-from specattn_jax.speculative import DecodeSettings, read_window
+from specattn_jax.speculative import DecodeSettings, WindowRead, read_window
 
 LAYERS, WINDOW, LENGTH, PROMPT = 4, 3, 30, 6
 CONFIG = tiny_config(num_layers=LAYERS)
@@ -35,6 +36,7 @@ BASELINES = {
     "streaming": Streaming(saving(0.6), CONFIG, num_sink=2, dense_layers=1),
     "quest": Quest(saving(0.6), CONFIG, page=4, dense_layers=1),
     "oracle": Oracle(NucleusMass.uniform(0.8, LAYERS), CONFIG, num_sink=1, num_recent=2),
+    "vegas": Vegas(NucleusMass.uniform(0.8, LAYERS), CONFIG, decay=0.5, num_sink=1, num_recent=2),
     "oracle per layer": Oracle(NucleusMass.uniform(0.8, LAYERS), CONFIG, per="layer", num_sink=0, num_recent=0),
 }
 
@@ -108,13 +110,18 @@ def test_the_cached_sparse_path_is_a_masked_dense_pass(target, draft, documents,
     slots = state.target_cache.num_slots
     visible = np.broadcast_to(np.tril(np.ones((LENGTH, LENGTH), bool)), (LAYERS, 2, 2, LENGTH, LENGTH)).copy()
     hidden, settings = [], DecodeSettings("specattn", WINDOW)
+    chosen = chosen.prepare(2, slots) if isinstance(chosen, Learner) else chosen
     count = (LENGTH - PROMPT - 1) // WINDOW
     for index in range(count):
         past = PROMPT + index * WINDOW
         here = tokens[:, past - 1 : past + 1 + WINDOW]
         recorder = Recorder(chosen)
         state = dataclasses.replace(state, last=here[:, :2])
-        seen = read_window(target, draft, recorder, state, state.keys, settings, forced=here[:, 2:])
+        reader = _reader(chosen, False)
+        seen = read_window(target, draft, recorder, state, state.keys, settings, forced=here[:, 2:], reader=reader)
+        if isinstance(chosen, Learner):
+            learnt = seen._replace(kept=tuple(kept for _, kept in seen.kept))
+            chosen, _ = chosen.learn(learnt, state.target_cache.lengths)
         for layer, mask in enumerate(masks(recorder.plans, np.full(2, past), slots)):
             # The window's last token is read again, with the next window's plan.
             visible[layer, :, :, past : past + WINDOW, :past] = mask[:, :, None, :past]
@@ -177,6 +184,17 @@ def test_documents_of_impossible_length_are_refused(target, draft, length):
 PAST = np.array([37, 9])
 
 
+def test_readings_together_are_the_readings_alone(target, draft, documents):
+    dense = read_text(target, draft, None, documents)
+    chosen = [Streaming(saving(share), CONFIG, dense_layers=1) for share in (0.4, 0.7)]
+    both = read_together(target, draft, chosen, documents, reference=dense.hidden, window=WINDOW, prefill_share=0.2)
+    for one, got in zip(chosen, both, strict=True):
+        want = read_text(target, draft, one, documents, reference=dense.hidden)
+        assert got.tokens == want.tokens
+        for name in ("nll", "kl", "top1", "read"):
+            np.testing.assert_allclose(getattr(got, name), getattr(want, name), rtol=1e-4, atol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def inputs():
     """Queries `[B, T, N, H]` and keys `[B, K, S, H]` of one layer."""
@@ -185,6 +203,13 @@ def inputs():
     for b, past in enumerate(PAST):
         keys[b, :, past + 4 :] = np.nan
     return q, keys
+
+
+def nucleus(row, p):
+    """The fewest entries that hold share p of the row's total."""
+    order = np.argsort(-row)
+    size = int(np.searchsorted(np.cumsum(row[order]), p * row.sum())) + 1
+    return np.isin(np.arange(len(row)), order[:size])
 
 
 class TestMasks:
@@ -196,12 +221,14 @@ class TestMasks:
         plan = choice(jnp.asarray(inputs[0], jnp.float32), jnp.asarray(inputs[1], jnp.float32), past)
         return masks([plan], PAST, 48)[0]
 
-    def attention(self, inputs):
-        """`[B, K, T, S]`, averaged over the group."""
+    def attention(self, inputs, mask=None):
+        """`[B, K, T, S]`, averaged over the group; softmax over the slots of `mask` alone."""
         q, keys = inputs
+        mask = np.ones((2, 2, 48), bool) if mask is None else mask
         out = np.zeros((2, 2, 4, 48))
         for b, k, t, g in np.ndindex(2, 2, 4, 2):
             logits = keys[b, k, : PAST[b] + t + 1] @ q[b, t, 2 * k + g] / np.sqrt(8)
+            logits = np.where(mask[b, k, : PAST[b] + t + 1], logits, -np.inf)
             weights = np.exp(logits - logits.max())
             out[b, k, t, : len(weights)] += weights / weights.sum() / 2
         return out
@@ -232,6 +259,33 @@ class TestMasks:
             want = [at // 4 in best and at < past for at in range(48)]
             assert (got[b, k] == want).all()
 
+    def test_vegas(self, inputs):
+        """Reads everything, remembers it, reads the nucleus of that, and keeps what it then did not see, decayed."""
+        vegas, past = BASELINES["vegas"].prepare(2, 48), jnp.asarray(PAST, jnp.int32)
+        q, keys = (jnp.asarray(x, jnp.float32) for x in inputs)
+        keys = jnp.nan_to_num(keys)
+        assert all((mask == (np.arange(48) < PAST[:, None, None])).all() for mask in self.planned(vegas, past))
+        seen = self.attention(inputs).max(2)
+        known = None
+        for _ in range(2):
+            plans = vegas.plan(vegas.start(2, 48), past)
+            kept = tuple(vegas.attend(q, keys, keys, plan, past + 4)[1] for plan in plans)
+            if known is None:
+                known = seen
+            else:
+                mask = masks(plans, PAST, 48)[0] | (np.arange(48) >= PAST[:, None, None])
+                known = np.where(mask, self.attention(inputs, mask).max(2), 0.5 * known)
+            vegas, _ = vegas.learn(WindowRead(None, None, None, None, plans, kept), past)
+            np.testing.assert_allclose(vegas.attention[0], known, atol=1e-5)
+            for got in self.planned(vegas, past):
+                for b, k in np.ndindex(2, 2):
+                    want = nucleus(known[b, k, : PAST[b]], 0.8)
+                    want[:1], want[-2:] = True, True
+                    assert (got[b, k, : PAST[b]] == want).all()
+
+    def planned(self, baseline, past):
+        return masks(baseline.plan(baseline.start(2, 48), past), PAST, 48)
+
     @pytest.mark.parametrize("name", ["oracle", "oracle per layer"])
     def test_oracle(self, inputs, name):
         got, baseline = self.chosen(BASELINES[name], inputs), BASELINES[name]
@@ -242,9 +296,7 @@ class TestMasks:
         for b, k in np.ndindex(2, 2):
             past = PAST[b]
             row = score[b, k, :past]
-            order = np.argsort(-row)
-            size = int(np.searchsorted(np.cumsum(row[order]), 0.8 * row.sum())) + 1
-            want = np.isin(np.arange(48), order[:size])
+            want = np.pad(nucleus(row, 0.8), (0, 48 - past))
             want[: baseline.num_sink] = True
             want[past - baseline.num_recent : past] = True
             assert (got[b, k] == want).all()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,10 @@ from specattn_kernels import SelectionPlan, compact_blocks, decode_attention, se
 
 from specattn_jax.alignment import NucleusMass, reduce_heads
 from specattn_jax.config import ModelConfig
+from specattn_jax.evaluation.learning import attend_plan, attention_read, remember
 from specattn_jax.model import LayerChoice
 from specattn_jax.selection import DraftScores
+from specattn_jax.speculative import WindowRead
 
 
 class _WithoutDraft:
@@ -228,3 +230,77 @@ class Oracle(_WithoutDraft):
             return choose
 
         return tuple(for_layer(layer) for layer in range(self.target.num_layers))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Vegas(_WithoutDraft):
+    """The nucleus of the target's own attention at the last verification, as self-speculation with sparse caches does.
+
+    What was read then has fresh attention (the largest over the window's queries); what was not keeps what it last had,
+    decayed. Until something was verified everything is read.
+
+    Attributes:
+        mass: how much attention mass each layer keeps.
+        target: shape of the target.
+        decay: factor, per window, on the attention of entries that were not read.
+        num_sink: first slots that are always read.
+        num_recent: last slots that are always read.
+        attention: what is remembered, one array per target layer; None before `prepare`.
+        windows: windows verified so far.
+    """
+
+    mass: NucleusMass
+    target: ModelConfig = dataclasses.field(metadata={"static": True})
+    decay: float = dataclasses.field(default=1.0, metadata={"static": True})
+    num_sink: int = dataclasses.field(default=4, metadata={"static": True})
+    num_recent: int = dataclasses.field(default=16, metadata={"static": True})
+    attention: tuple[Float[Array, "B K S"], ...] | None = None
+    windows: Int32[Array, ""] | None = None
+
+    def prepare(self, batch: int, num_slots: int) -> Self:
+        """Nothing seen yet."""
+        empty = jnp.zeros((batch, self.target.num_kv_heads, num_slots), jnp.float32)
+        return dataclasses.replace(self, attention=(empty,) * self.target.num_layers, windows=jnp.zeros((), jnp.int32))
+
+    def plan(
+        self,
+        scores: DraftScores,
+        past: Int32[Array, " B"],
+        read: Float[Array, "B L"] | None = None,
+        windows: Int32[Array, " B"] | None = None,
+    ) -> tuple[LayerChoice, ...]:
+        """One nucleus of what is remembered for every kv head of each layer; everything at first."""
+        if self.attention is None or self.windows is None:
+            raise ValueError("Vegas.plan: nothing is remembered; call `prepare` first.")
+        layers = self.mass.p(past, None if read is None else jnp.mean(read, axis=1), windows)
+        layers = jnp.where(self.windows > 0, layers, 1.0)
+        return tuple(
+            select_blocks(
+                attention,
+                jnp.broadcast_to(layers[:, layer, None], attention.shape[:2]),
+                past,
+                num_sink=self.num_sink,
+                num_recent=self.num_recent,
+            )
+            for layer, attention in enumerate(self.attention)
+        )
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        keys: Float[Array, "B K S H"],
+        values: Float[Array, "B K S H"],
+        plan: SelectionPlan | None,
+        lengths: Int32[Array, " B"],
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B K S"]]:
+        """The model's own attention; keeps the attention over what was read."""
+        return attend_plan(q, keys, values, plan, lengths), attention_read(q, keys, plan, lengths)
+
+    def learn(self, window: WindowRead, past: Int32[Array, " B"]) -> tuple[Self, Float[Array, "B L"]]:
+        """Remembers the attention of this window."""
+        if self.attention is None or self.windows is None:
+            raise ValueError("Vegas.learn: nothing is remembered; call `prepare` first.")
+        known = zip(self.attention, window.kept, strict=True)
+        attention = tuple(remember(before, seen, self.decay) for before, seen in known)
+        return dataclasses.replace(self, attention=attention, windows=self.windows + 1), window.read

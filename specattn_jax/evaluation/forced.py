@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
+from specattn_kernels import SelectionPlan
 
 from specattn_jax.cache import init_cache
 from specattn_jax.errors import UserError
-from specattn_jax.model import LanguageModel, forward, prefill
+from specattn_jax.evaluation.learning import Learner, attend_plan, mass_read
+from specattn_jax.model import LanguageModel, LayerReader, forward, prefill
 from specattn_jax.selection import Selection
 from specattn_jax.speculative import DecodeSettings, DecodeState, read_window, start_decoding
 
@@ -31,7 +34,8 @@ class Reading:
         top1: how often the likeliest token is the full target's; None without a reference.
         read: share of the past that each layer read, averaged over windows and kv heads.
         mass: share of its own attention mass that each layer read; None unless it was measured.
-        hidden: the target's hidden states before every scored token, window by window: a reference for other readings.
+        hidden: the target's hidden states before every scored token, window by window: a reference for other readings;
+            None where many selections were read together.
     """
 
     tokens: int
@@ -40,7 +44,7 @@ class Reading:
     top1: Float[np.ndarray, " B"] | None
     read: Float[np.ndarray, "B L"]
     mass: Float[np.ndarray, "B L"] | None
-    hidden: Float[Array, "windows B W D"]
+    hidden: Float[Array, "windows B W D"] | None
 
     @property
     def perplexity(self) -> float:
@@ -83,38 +87,141 @@ def read_documents(
     Raises:
         UserError: the documents are too short for one window after the prefill, or longer than a model's context.
     """
-    tokens = jnp.asarray(np.asarray(documents, np.int32))
-    length = tokens.shape[1]
-    prompt = max(2, round(length * prefill_share))
-    limit = min(target.config.max_context, draft.config.max_context)
-    if not prompt + window + 1 <= length <= limit:
-        raise UserError(
-            f"context is {length}; expected at least {prompt + window + 1} tokens, for one window after the prefill, "
-            f"and at most the models' {limit}."
-        )
-    state = _start(target, draft if selection is not None else None, tokens, prompt, window)
+    setting, state = _begin(target, draft if selection is not None else None, documents, prefill_share, window)
+    if isinstance(selection, Learner):
+        selection = selection.prepare(state.limit.shape[0], state.target_cache.num_slots)
     state, sums = _read_windows(
         target,
         draft,
         selection,
         state,
-        tokens,
+        setting.tokens,
         reference,
-        settings=DecodeSettings("speculative" if selection is None else "specattn", window),
-        prompt=prompt,
+        prompt=setting.prompt,
+        window=window,
         measure_mass=measure_mass,
     )
-    windows = (length - prompt - 1) // window
+    return _summary(setting.windows, window, state.statistics.read, sums, sums["hidden"])
+
+
+def read_together(
+    target: LanguageModel,
+    draft: LanguageModel,
+    selections: Sequence[Selection],
+    documents: Sequence[Sequence[int]],
+    *,
+    reference: Float[Array, "windows B W D"],
+    prefill_share: float = 0.1,
+    window: int = 5,
+) -> list[Reading]:
+    """`read_documents` for selections that differ only in their arrays: one compilation, and one batch of all of them.
+
+    Pays on an accelerator; the memory for caches grows with the number of selections.
+
+    Args:
+        target: the target.
+        draft: the draft.
+        selections: of one kind, with equal shapes and static fields.
+        documents: token ids, all of one length.
+        reference: `hidden` of a dense reading of the same documents.
+        prefill_share: share of each document that is prefilled.
+        window: W.
+
+    Returns:
+        One reading for each selection, without hidden states.
+
+    Raises:
+        UserError: as `read_documents`.
+    """
+    setting, state = _begin(target, draft, documents, prefill_share, window)
+    batch, slots = state.limit.shape[0], state.target_cache.num_slots
+    ready = [one.prepare(batch, slots) if isinstance(one, Learner) else one for one in selections]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ready)
+    shares, sums = _read_windows_of_each(
+        target, draft, stacked, state, setting.tokens, reference, prompt=setting.prompt, window=window
+    )
+    return [
+        _summary(setting.windows, window, shares[index], {name: value[index] for name, value in sums.items()}, None)
+        for index in range(len(selections))
+    ]
+
+
+@functools.partial(jax.jit, static_argnames=("prompt", "window"))
+def _read_windows_of_each(
+    target: LanguageModel,
+    draft: LanguageModel,
+    stacked: Selection,
+    state: DecodeState,
+    tokens: Int32[Array, "B length"],
+    reference: Float[Array, "windows B W D"],
+    *,
+    prompt: int,
+    window: int,
+) -> tuple[Float[Array, "n B L"], dict[str, Array]]:
+    """`_read_windows` along the first axis of a selection's arrays: sums of shares read, and the other sums."""
+
+    def one(selection: Selection) -> tuple[Float[Array, "B L"], dict[str, Array]]:
+        end, sums = _read_windows(
+            target, draft, selection, state, tokens, reference, prompt=prompt, window=window, measure_mass=False
+        )
+        return end.statistics.read, {name: value for name, value in sums.items() if name != "hidden"}
+
+    return jax.vmap(one)(stacked)
+
+
+class _Setting(NamedTuple):
+    """Documents and how they are cut.
+
+    Attributes:
+        tokens: all documents.
+        prompt: tokens prefilled.
+        windows: windows read.
+    """
+
+    tokens: Int32[Array, "B length"]
+    prompt: int
+    windows: int
+
+
+def _begin(
+    target: LanguageModel,
+    draft: LanguageModel | None,
+    documents: Sequence[Sequence[int]],
+    prefill_share: float,
+    window: int,
+) -> tuple[_Setting, DecodeState]:
+    """Cuts the documents and prefills them.
+
+    Raises:
+        UserError: too short, or too long.
+    """
+    tokens = jnp.asarray(np.asarray(documents, np.int32))
+    length = tokens.shape[1]
+    prompt = max(2, round(length * prefill_share))
+    limit = min(target.config.max_context, draft.config.max_context if draft is not None else length)
+    if not prompt + window + 1 <= length <= limit:
+        raise UserError(
+            f"context is {length}; expected at least {prompt + window + 1} tokens, for one window after the prefill, "
+            f"and at most the models' {limit}."
+        )
+    setting = _Setting(tokens, prompt, (length - prompt - 1) // window)
+    return setting, _start(target, draft, tokens, prompt, window)
+
+
+def _summary(
+    windows: int, window: int, read: Array, sums: dict[str, Array], hidden: Float[Array, "windows B W D"] | None
+) -> Reading:
+    """Means from sums over windows and tokens."""
     count = windows * window
     host = jax.device_get({name: value for name, value in sums.items() if name != "hidden"})
     return Reading(
         tokens=count,
         nll=host["nll"] / count,
-        kl=None if reference is None else host["kl"] / count,
-        top1=None if reference is None else host["top1"] / count,
-        read=np.asarray(state.statistics.read) / windows,
-        mass=host["mass"] / windows if measure_mass else None,
-        hidden=sums["hidden"],
+        kl=host["kl"] / count if "kl" in host else None,
+        top1=host["top1"] / count if "top1" in host else None,
+        read=np.asarray(read) / windows,
+        mass=host["mass"] / windows if "mass" in host else None,
+        hidden=hidden,
     )
 
 
@@ -146,7 +253,7 @@ def _start(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("settings", "prompt", "measure_mass"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("prompt", "window", "measure_mass"), donate_argnames=("state",))
 def _read_windows(
     target: LanguageModel,
     draft: LanguageModel,
@@ -155,32 +262,36 @@ def _read_windows(
     tokens: Int32[Array, "B length"],
     reference: Float[Array, "windows B W D"] | None,
     *,
-    settings: DecodeSettings,
     prompt: int,
+    window: int,
     measure_mass: bool,
 ) -> tuple[DecodeState, dict[str, Array]]:
     """Reads on after the prompt, window by window; the state then, and sums over windows and tokens."""
-    window = settings.window
+    settings = DecodeSettings("speculative" if selection is None else "specattn", window)
     count = (tokens.shape[1] - prompt - 1) // window
     keys = state.keys
 
     def step(
-        state: DecodeState, inputs: tuple[Int32[Array, ""], Float[Array, "B W D"] | None]
-    ) -> tuple[DecodeState, dict[str, Array]]:
-        index, full = inputs
+        carry: tuple[DecodeState, Selection | None], inputs: tuple[Int32[Array, ""], Float[Array, "B W D"] | None]
+    ) -> tuple[tuple[DecodeState, Selection | None], dict[str, Array]]:
+        (state, selection), (index, full) = carry, inputs
         # Committed so far: prompt + 1 + index * W tokens, the newest not yet in the target's cache.
         here = jax.lax.dynamic_slice_in_dim(tokens, prompt - 1 + index * window, window + 2, axis=1)
         past, before = state.target_cache.lengths, state.statistics
         if selection is None:
             out = forward(target, here[:, 1:], state.target_cache)
-            hidden, grown, draft_cache, mass = out.hidden, out.cache, None, None
+            hidden, grown, draft_cache = out.hidden, out.cache, None
             read = jnp.ones_like(before.read)
+            mass: Float[Array, "B L"] | None = read
         else:
             state = dataclasses.replace(state, last=here[:, :2])
-            seen = read_window(
-                target, draft, selection, state, keys, settings, forced=here[:, 2:], measure_mass=measure_mass
-            )
-            hidden, grown, draft_cache, mass, read = seen.hidden, seen.cache, seen.drafted.cache, seen.mass, seen.read
+            reader = _reader(selection, measure_mass)
+            seen = read_window(target, draft, selection, state, keys, settings, forced=here[:, 2:], reader=reader)
+            hidden, grown, draft_cache, read = seen.hidden, seen.cache, seen.drafted.cache, seen.read
+            masses, learnt = zip(*seen.kept, strict=True) if seen.kept else ((), ())
+            mass = jnp.stack(masses, axis=1) if measure_mass else None
+            if isinstance(selection, Learner):
+                selection, read = selection.learn(seen._replace(kept=learnt), past)
         scored = hidden[:, :-1]
         log_probs = jax.nn.log_softmax(target.logits(scored))
         result = {"nll": -jnp.sum(jnp.take_along_axis(log_probs, here[:, 2:, None], axis=-1), axis=(1, 2))}
@@ -189,15 +300,38 @@ def _read_windows(
             result["kl"] = jnp.sum(jnp.exp(wanted) * (wanted - log_probs), axis=(1, 2))
             result["top1"] = jnp.sum(jnp.argmax(wanted, axis=-1) == jnp.argmax(log_probs, axis=-1), axis=1)
         if measure_mass:
-            result["mass"] = jnp.ones_like(read) if mass is None else mass
+            assert mass is not None
+            result["mass"] = mass
         state = dataclasses.replace(
             state,
             target_cache=grown.at_lengths(past + window),
             draft_cache=draft_cache,
             statistics=dataclasses.replace(before, windows=before.windows + 1, read=before.read + read),
         )
-        return state, {**result, "hidden": scored}
+        return (state, selection), {**result, "hidden": scored}
 
-    state, outputs = jax.lax.scan(step, state, (jnp.arange(count), reference))
+    (state, _), outputs = jax.lax.scan(step, (state, selection), (jnp.arange(count), reference))
     hidden = outputs.pop("hidden")
     return state, {**{name: jnp.sum(value, axis=0) for name, value in outputs.items()}, "hidden": hidden}
+
+
+def _reader(selection: Selection, measure_mass: bool) -> LayerReader | None:
+    """Attends as the selection wants it; keeps attention mass and what it learns from. None: as the model does."""
+    learner = selection if isinstance(selection, Learner) else None
+    if learner is None and not measure_mass:
+        return None
+
+    def attend(
+        q: Float[Array, "B T N H"],
+        keys: Float[Array, "B K S H"],
+        values: Float[Array, "B K S H"],
+        plan: SelectionPlan | None,
+        lengths: Int32[Array, " B"],
+    ) -> tuple[Float[Array, "B T N H"], tuple[Float[Array, " B"] | None, Any]]:
+        mass = mass_read(q, keys, plan, lengths) if measure_mass else None
+        if learner is None:
+            return attend_plan(q, keys, values, plan, lengths), (mass, None)
+        out, kept = learner.attend(q, keys, values, plan, lengths)
+        return out, (mass, kept)
+
+    return attend

@@ -1,0 +1,388 @@
+"""One selection with every ingredient as a number, to measure what each of them is worth.
+
+`Ablation` reads as `selection.Selector` does, but whatever distinguishes the rows of the ablation table is an array:
+one compiled reading serves all of them, and many can be read at once (`forced.read_together`). It costs more per window
+than the policies that are shipped, and steers harder, so that all rows save the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, Self, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+from specattn_kernels import SelectionPlan, compact_blocks, merge_states, sparse_decode_attention, top_p_threshold
+
+from specattn_jax.alignment import Alignment
+from specattn_jax.config import ModelConfig
+from specattn_jax.evaluation.learning import attend_plan, attention_read, plan_mask, remember
+from specattn_jax.model import LayerChoice
+from specattn_jax.selection import DraftScores
+from specattn_jax.speculative import WindowRead
+
+# What is selected: slots, blocks by the sum or maximum of their scores, or slots for which whole blocks are fetched.
+Grain = Literal["slot", "sum 4", "sum 8", "sum 16", "max 16", "inside 16"]
+GRAINS: tuple[str, ...] = get_args(Grain)
+# Keys per centroid.
+TAIL = 256
+# A proportional and integral controller in the logarithm of the mass left out; the prior counts windows.
+_PROPORTIONAL, _INTEGRAL, _PRIOR = 4.0, 0.2, 4.0
+_MOST_LEFT_OUT = 0.9999
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepScores(DraftScores):
+    """What the draft steps of a window said, both ways.
+
+    Attributes:
+        maximum: largest predicted attention over the steps, one row per target kv head.
+        union: slots in the nucleus of any step.
+        step: steps so far.
+    """
+
+    maximum: Float[Array, "B rows S"]
+    union: Bool[Array, "B rows S"]
+    step: Int32[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What is carried from window to window.
+
+    Attributes:
+        attention: target attention as last seen, one row per target kv head.
+        scores: the scores for which plans were last made.
+        past: entries in the cache then.
+        read: sum of the shares read.
+        windows: windows so far.
+        integral: of the logarithmic error of the share read.
+    """
+
+    attention: Float[Array, "B rows S"]
+    scores: StepScores
+    past: Int32[Array, " B"]
+    read: Float[Array, " B"]
+    windows: Int32[Array, ""]
+    integral: Float[Array, " B"]
+
+
+class Ingredients(NamedTuple):
+    """What distinguishes one row of the table; the defaults are those of the `default` policy.
+
+    Attributes:
+        oracle: select by the target's own attention at this window, not by the draft's.
+        union: unite the nuclei of the steps, instead of one nucleus of their maximum.
+        linear: published bisection, where nuclei are united.
+        steps: draft steps that count.
+        grain: how slots become a selection.
+        num_sink: first slots that are always read.
+        num_recent: last slots that are always read.
+        blend: weight of the target's attention as last seen; 1 does without the draft.
+        decay: factor, per window, on attention of entries that were not read.
+        reuse: windows for which one selection serves.
+        dense_every: every so many windows everything is read; 0 never.
+        tail: attend to the mean of the unread keys and values of every 256 slots besides.
+    """
+
+    oracle: bool = False
+    union: bool = False
+    linear: bool = False
+    steps: int = 64
+    grain: Grain = "slot"
+    num_sink: int = 4
+    num_recent: int = 16
+    blend: float = 0.0
+    decay: float = 1.0
+    reuse: int = 1
+    dense_every: int = 0
+    tail: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ablation:
+    """A selection made of `Ingredients`, a `learning.Learner`.
+
+    Attributes:
+        weights: mixture over all heads of the draft, one row per target kv head (see `head_weights`, `map_weights`).
+        left_out: attention mass that each target kv head leaves out, before steering; 0 reads everything.
+        wanted: share of reads to steer to, everything counted; 0 keeps `left_out` as it is.
+        numbers: the ingredients as arrays.
+        target: shape of the target.
+        draft: shape of the draft.
+        memory: None before `prepare`.
+    """
+
+    weights: Float[Array, "rows R"]
+    left_out: Float[Array, " rows"]
+    wanted: Float[Array, ""]
+    numbers: dict[str, Array]
+    target: ModelConfig = dataclasses.field(metadata={"static": True})
+    draft: ModelConfig = dataclasses.field(metadata={"static": True})
+    memory: Memory | None = None
+
+    @classmethod
+    def make(
+        cls,
+        weights: Float[Array, "rows R"],
+        left_out: Float[Array, " rows"],
+        wanted: float,
+        ingredients: Ingredients,
+        target: ModelConfig,
+        draft: ModelConfig,
+    ) -> Ablation:
+        """A selection of these ingredients, nothing remembered yet."""
+        plain = {**ingredients._asdict(), "grain": GRAINS.index(ingredients.grain)}
+        kinds = {bool: jnp.bool_, int: jnp.int32, float: jnp.float32}
+        numbers = {name: jnp.asarray(value, kinds[type(value)]) for name, value in plain.items()}
+        return cls(weights, left_out, jnp.asarray(wanted, jnp.float32), numbers, target, draft)
+
+    @property
+    def observed_layers(self) -> tuple[int, ...]:
+        """All draft layers."""
+        return tuple(range(self.draft.num_layers))
+
+    def observe(self, scores: Float[Array, "B T N S"]) -> Float[Array, "B N S"]:
+        """Attention of the newest token, all heads."""
+        return scores[:, -1]
+
+    def prepare(self, batch: int, num_slots: int) -> Self:
+        """Nothing seen yet."""
+        zero = jnp.zeros((batch,), jnp.float32)
+        memory = Memory(
+            attention=jnp.zeros((batch, len(self.weights), num_slots), jnp.float32),
+            scores=self.start(batch, num_slots),
+            past=jnp.zeros((batch,), jnp.int32),
+            read=zero,
+            windows=jnp.zeros((), jnp.int32),
+            integral=zero,
+        )
+        return dataclasses.replace(self, memory=memory)
+
+    def start(self, batch: int, num_slots: int) -> StepScores:
+        """Scores before the first draft step."""
+        shape = (batch, len(self.weights), num_slots)
+        return StepScores(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.bool_), jnp.zeros((), jnp.int32))
+
+    @property
+    def _remembered(self) -> Memory:
+        if self.memory is None:
+            raise ValueError("Ablation: nothing is remembered; call `prepare` first.")
+        return self.memory
+
+    def _p(self) -> Float[Array, "B rows"]:
+        """Nucleus masses of this window, steered by what was read so far."""
+        memory = self._remembered
+        scale = jnp.exp(_PROPORTIONAL * self._error(memory) + memory.integral)
+        p = 1.0 - jnp.clip(self.left_out * scale[:, None], 0.0, _MOST_LEFT_OUT)
+        every = self.numbers["dense_every"]
+        # Also the first window of a selection that has seen nothing.
+        dense = (every > 0) & (memory.windows % jnp.maximum(every, 1) == every - 1)
+        dense |= (self.numbers["blend"] == 1.0) & (memory.windows == 0)
+        return jnp.where(dense, 1.0, p)
+
+    def _error(self, memory: Memory) -> Float[Array, " B"]:
+        """Logarithm of the mean share read over the wanted one; 0 if none is wanted."""
+        wanted = jnp.where(self.wanted > 0, self.wanted, 1.0)
+        mean = (memory.read + _PRIOR * wanted) / (memory.windows + _PRIOR)
+        return jnp.where(self.wanted > 0, jnp.log(mean / wanted), 0.0)
+
+    def update(
+        self, scores: DraftScores, observed: Sequence[Float[Array, "B N S"]], lengths: Int32[Array, " B"]
+    ) -> StepScores:
+        """Adds one draft step, if it counts."""
+        assert isinstance(scores, StepScores)
+        rows = jnp.einsum("ar,brs->bas", self.weights, jnp.concatenate(observed, axis=1))
+        p = self._p()
+
+        def nucleus(method: Literal["exact", "linear"]) -> Callable[[], Bool[Array, "B rows S"]]:
+            return lambda: rows >= top_p_threshold(rows, p, lengths=lengths[:, None], method=method)[..., None]
+
+        def united() -> Bool[Array, "B rows S"]:
+            return scores.union | jax.lax.cond(self.numbers["linear"], nucleus("linear"), nucleus("exact"))
+
+        counts = scores.step < self.numbers["steps"]
+        union = jax.lax.cond(self.numbers["union"] & counts, united, lambda: scores.union)
+        maximum = jnp.where(counts, jnp.maximum(scores.maximum, rows), scores.maximum)
+        return StepScores(maximum, union, scores.step + 1)
+
+    def _current(self, scores: StepScores, past: Int32[Array, " B"]) -> tuple[StepScores, Int32[Array, " B"]]:
+        """The scores for which is selected, and the past when they were made."""
+        memory = self._remembered
+        fresh = memory.windows % self.numbers["reuse"] == 0
+        chosen = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), scores, memory.scores)
+        return chosen, jnp.where(fresh, past, memory.past)
+
+    def plan(
+        self,
+        scores: DraftScores,
+        past: Int32[Array, " B"],
+        read: Float[Array, "B L"] | None = None,
+        windows: Int32[Array, " B"] | None = None,
+    ) -> tuple[LayerChoice, ...]:
+        """One choice per target layer, made when its queries are there (the oracle needs them)."""
+        assert isinstance(scores, StepScores)
+        current, made = self._current(scores, past)
+        blend, p = self.numbers["blend"], self._p()
+        slot, end = jnp.arange(current.maximum.shape[-1]), past[:, None, None]
+        inside = slot < end
+        mixed = (1.0 - blend) * current.maximum + blend * self._remembered.attention
+        chosen = jax.lax.cond(
+            self.numbers["union"],
+            lambda: current.union,
+            lambda: jax.lax.switch(self.numbers["grain"], _SELECT, jnp.where(inside, mixed, 0.0), p),
+        )
+        # What was written since the scores were made has none.
+        forced = (slot < self.numbers["num_sink"]) | (slot >= end - self.numbers["num_recent"])
+        forced |= (slot >= made[:, None, None]) | (p >= 1.0)[..., None]
+        heads = self.target.num_kv_heads
+
+        def for_layer(layer: int) -> LayerChoice:
+            rows = slice(layer * heads, (layer + 1) * heads)
+
+            def choose(
+                q: Float[Array, "B T N H"], keys: Float[Array, "B K S H"], past: Int32[Array, " B"]
+            ) -> SelectionPlan:
+                def own() -> Bool[Array, "B K S"]:
+                    attention = attention_read(q, keys, None, past + q.shape[1])
+                    return _slots(jnp.where(inside, attention, 0.0), p[:, rows])
+
+                picked = jax.lax.cond(self.numbers["oracle"], own, lambda: chosen[:, rows])
+                return compact_blocks((picked | forced[:, rows]) & inside, block_size=1)
+
+            return choose
+
+        return tuple(for_layer(layer) for layer in range(self.target.num_layers))
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        keys: Float[Array, "B K S H"],
+        values: Float[Array, "B K S H"],
+        plan: SelectionPlan | None,
+        lengths: Int32[Array, " B"],
+    ) -> tuple[Float[Array, "B T N H"], tuple[Float[Array, "B K S"], Float[Array, " B"]]]:
+        """Sparse attention, with centroids if wanted; keeps the attention over what was read, and what was fetched."""
+        assert plan is not None
+        out = jax.lax.cond(
+            self.numbers["tail"],
+            lambda: attend_with_centroids(q, keys, values, plan, lengths),
+            lambda: attend_plan(q, keys, values, plan, lengths),
+        )
+        seen = jax.lax.cond(
+            self.numbers["blend"] > 0,
+            lambda: attention_read(q, keys, plan, lengths),
+            lambda: jnp.zeros(keys.shape[:3], jnp.float32),
+        )
+        past = lengths - q.shape[1]
+        whole = jax.lax.cond(
+            self.numbers["grain"] == GRAINS.index("inside 16"),
+            lambda: _fetched(plan_mask(plan, past, keys.shape[2]), past, 16),
+            lambda: jnp.zeros(past.shape, jnp.float32),
+        )
+        return out, (seen, whole)
+
+    def learn(self, window: WindowRead, past: Int32[Array, " B"]) -> tuple[Self, Float[Array, "B L"]]:
+        """Remembers the attention of this window, and steers by what it read."""
+        memory = self._remembered
+        assert isinstance(window.drafted.scores, StepScores)
+        seen, whole = zip(*window.kept, strict=True)
+        read = jnp.maximum(window.read, jnp.stack(whole, axis=1))
+        centroids = -(-past // TAIL) / jnp.maximum(past, 1)
+        read += jnp.where(self.numbers["tail"], centroids, 0.0)[:, None]
+        scores, made = self._current(window.drafted.scores, past)
+        grown = dataclasses.replace(
+            memory,
+            attention=remember(memory.attention, jnp.concatenate(seen, axis=1), self.numbers["decay"]),
+            scores=scores,
+            past=made,
+            read=memory.read + jnp.mean(read, axis=1),
+            windows=memory.windows + 1,
+        )
+        grown = dataclasses.replace(grown, integral=memory.integral + _INTEGRAL * self._error(grown))
+        return dataclasses.replace(self, memory=grown), read
+
+
+def _slots(scores: Float[Array, "B rows S"], p: Float[Array, "B rows"]) -> Bool[Array, "B rows S"]:
+    """The nucleus of slots."""
+    return scores >= top_p_threshold(scores, p)[..., None]
+
+
+def _blocks(
+    size: int, reduce: Callable[..., Array]
+) -> Callable[[Float[Array, "B rows S"], Float[Array, "B rows"]], Bool[Array, "B rows S"]]:
+    """The nucleus of blocks, as slots."""
+
+    def select(scores: Float[Array, "B rows S"], p: Float[Array, "B rows"]) -> Bool[Array, "B rows S"]:
+        slots = scores.shape[-1]
+        padded = jnp.pad(scores, ((0, 0), (0, 0), (0, -slots % size)))
+        chosen = _slots(reduce(padded.reshape(*scores.shape[:2], -1, size), axis=-1), p)
+        return jnp.repeat(chosen, size, axis=-1)[..., :slots]
+
+    return select
+
+
+# In the order of `GRAINS`.
+_SELECT = (_slots, _blocks(4, jnp.sum), _blocks(8, jnp.sum), _blocks(16, jnp.sum), _blocks(16, jnp.max), _slots)
+
+
+def _fetched(mask: Bool[Array, "B K S"], past: Int32[Array, " B"], size: int) -> Float[Array, " B"]:
+    """Share of the past in blocks that hold any slot of the mask, averaged over kv heads."""
+    padded = jnp.pad(mask, ((0, 0), (0, 0), (0, -mask.shape[-1] % size)))
+    blocks = jnp.any(padded.reshape(*mask.shape[:2], -1, size), axis=-1)
+    entries = jnp.clip(past[:, None, None] - size * jnp.arange(blocks.shape[-1]), 0, size)
+    return jnp.mean(jnp.sum(jnp.where(blocks, entries, 0), axis=-1), axis=-1) / jnp.maximum(past, 1)
+
+
+def attend_with_centroids(
+    q: Float[Array, "B T N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    plan: SelectionPlan,
+    lengths: Int32[Array, " B"],
+) -> Float[Array, "B T N H"]:
+    """Sparse attention that also sees, for every 256 slots, the mean of the keys and values that it did not read.
+
+    A centroid counts as often as there are keys behind it. Its cost is one key and one value a block: the sums over
+    whole blocks are kept, and what was read is subtracted from them.
+    """
+    batch, heads, slots, width = keys.shape
+    past = lengths - q.shape[1]
+    unread = (jnp.arange(slots) < past[:, None, None]) & ~plan_mask(plan, past, slots)
+    unread = jnp.pad(unread, ((0, 0), (0, 0), (0, -slots % TAIL))).reshape(batch, heads, -1, TAIL)
+
+    def mean(x: Float[Array, "B K S H"]) -> Float[Array, "B K blocks H"]:
+        wide = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, 0), (0, -slots % TAIL), (0, 0)))
+        blocks = jnp.where(unread[..., None], wide.reshape(batch, heads, -1, TAIL, width), 0.0)
+        return jnp.sum(blocks, axis=3) / jnp.maximum(count, 1)[..., None]
+
+    count = jnp.sum(unread, axis=-1)
+    grouped = q.astype(jnp.float32).reshape(*q.shape[:2], heads, -1, width)
+    logits = jnp.einsum("btkgh,bkch->btkgc", grouped, mean(keys), precision="highest") * width**-0.5
+    behind = count[:, None, :, None]
+    logits = jnp.where(behind > 0, logits + jnp.log(jnp.maximum(behind, 1)), -jnp.inf)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    weights = jnp.exp(logits - jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None])
+    tail = jnp.einsum("btkgc,bkch->btkgh", weights, mean(values), precision="highest").reshape(q.shape)
+    near = sparse_decode_attention(q, keys, values, plan, lengths, return_lse=True)
+    assert near.lse is not None
+    out, _ = merge_states(near.out, near.lse, tail.astype(near.out.dtype), lse.reshape(q.shape[:3]))
+    return out
+
+
+def head_weights(alignment: Alignment, draft: ModelConfig) -> Float[Array, "rows R"]:
+    """An alignment's mixture weights over all heads of the draft, whatever its sources are."""
+    per_layer = alignment.weights.shape[1] // draft.num_layers
+    shared = draft.num_heads // per_layer
+    return jnp.repeat(alignment.weights, shared, axis=1) / shared
+
+
+def map_weights(alignment: Alignment, target: ModelConfig, draft: ModelConfig) -> Float[Array, "rows R"]:
+    """The published layer map as a mixture: the mean over the heads of one draft layer."""
+    layer = jnp.repeat(jnp.asarray(alignment.layer_map), target.num_kv_heads)
+    return jnp.repeat(jax.nn.one_hot(layer, draft.num_layers), draft.num_heads, axis=1) / draft.num_heads
