@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from specattn_jax.cache import init_cache
+from specattn_jax.cache import KVCache, init_cache
 from specattn_jax.errors import UserError
+from specattn_jax.evaluation.watch import Watched, head_fraction
 from specattn_jax.model import LanguageModel, forward, prefill
 from specattn_jax.selection import Selection
 from specattn_jax.speculative import DecodeSettings, DecodeState, read_window, start_decoding
@@ -30,6 +31,7 @@ class Reading:
         kl: mean KL(full || this) of the next-token distributions, in nats; None without a reference.
         top1: how often the likeliest token is the full target's; None without a reference.
         read: share of the past that each layer read, averaged over windows and kv heads.
+        head_read: the same for each kv head.
         mass: share of its own attention mass that each layer read; None unless it was measured.
         hidden: the target's hidden states before every scored token, window by window: a reference for other readings.
     """
@@ -39,6 +41,7 @@ class Reading:
     kl: Float[np.ndarray, " B"] | None
     top1: Float[np.ndarray, " B"] | None
     read: Float[np.ndarray, "B L"]
+    head_read: Float[np.ndarray, "B L K"]
     mass: Float[np.ndarray, "B L"] | None
     hidden: Float[Array, "windows B W D"]
 
@@ -92,7 +95,8 @@ def read_documents(
             f"context is {length}; expected at least {prompt + window + 1} tokens, for one window after the prefill, "
             f"and at most the models' {limit}."
         )
-    state = _start(target, draft if selection is not None else None, tokens, prompt, window)
+    settings = DecodeSettings("speculative" if selection is None else "specattn", window)
+    state = start_reading(target, None if selection is None else draft, tokens[:, :prompt], length, settings)
     state, sums = _read_windows(
         target,
         draft,
@@ -100,7 +104,7 @@ def read_documents(
         state,
         tokens,
         reference,
-        settings=DecodeSettings("speculative" if selection is None else "specattn", window),
+        settings=settings,
         prompt=prompt,
         measure_mass=measure_mass,
     )
@@ -113,22 +117,37 @@ def read_documents(
         kl=None if reference is None else host["kl"] / count,
         top1=None if reference is None else host["top1"] / count,
         read=np.asarray(state.statistics.read) / windows,
+        head_read=host["head_read"] / windows,
         mass=host["mass"] / windows if measure_mass else None,
         hidden=sums["hidden"],
     )
 
 
-def _start(
-    target: LanguageModel, draft: LanguageModel | None, tokens: Int32[Array, "B length"], prompt: int, window: int
+def start_reading(
+    target: LanguageModel,
+    draft: LanguageModel | None,
+    prompts: Int32[Array, "B prompt"],
+    length: int,
+    settings: DecodeSettings,
+    seed: int = 0,
 ) -> DecodeState:
-    """State after the prefill of both models."""
-    batch, length = tokens.shape
+    """State after the prefill of both models.
+
+    Args:
+        target: the target.
+        draft: the draft, or None where nothing is drafted.
+        prompts: prompts of one length.
+        length: tokens of a whole document, for which there will be room.
+        settings: how it goes on.
+        seed: of the random draws.
+    """
+    batch, prompt = prompts.shape
     padded = -(-prompt // _CHUNK) * _CHUNK
-    slots = -(-max(padded, length + window + 1) // 128) * 128
-    head = jnp.pad(tokens[:, :prompt], ((0, 0), (0, padded - prompt)))
+    slots = -(-max(padded, length + settings.tokens_per_window) // 128) * 128
+    head = jnp.pad(prompts, ((0, 0), (0, padded - prompt)))
     lengths = jnp.full((batch,), prompt, jnp.int32)
 
-    def read(model: LanguageModel) -> tuple[Array, object]:
+    def read(model: LanguageModel) -> tuple[Array, KVCache]:
         cache = init_cache(model.config, batch, slots, model.dtype)
         return prefill(model, head, lengths, cache, chunk=_CHUNK)
 
@@ -138,11 +157,11 @@ def _start(
         hidden,
         cache,
         None if draft is None else read(draft)[1],
-        tokens[:, prompt - 1],
-        jnp.full((batch,), length, jnp.int32),
-        jax.random.split(jax.random.key(0), batch),
-        settings=DecodeSettings("speculative", window),
-        room=1,
+        prompts[:, -1],
+        jnp.full((batch,), length - prompt, jnp.int32),
+        jax.random.split(jax.random.key(seed), batch),
+        settings=settings,
+        room=length - prompt,
     )
 
 
@@ -175,15 +194,28 @@ def _read_windows(
             out = forward(target, here[:, 1:], state.target_cache)
             hidden, grown, draft_cache, mass = out.hidden, out.cache, None, None
             read = jnp.ones_like(before.read)
+            head_read = head_fraction((None,) * read.shape[1], past, target.config.num_kv_heads)
         else:
             state = dataclasses.replace(state, last=here[:, :2])
+            watched = Watched(selection)
             seen = read_window(
-                target, draft, selection, state, keys, settings, forced=here[:, 2:], measure_mass=measure_mass
+                target,
+                draft,
+                watched.as_selection(),
+                state,
+                keys,
+                settings,
+                forced=here[:, 2:],
+                measure_mass=measure_mass,
             )
+            head_read = head_fraction(watched.plans, past, target.config.num_kv_heads)
             hidden, grown, draft_cache, mass, read = seen.hidden, seen.cache, seen.drafted.cache, seen.mass, seen.read
         scored = hidden[:, :-1]
         log_probs = jax.nn.log_softmax(target.logits(scored))
-        result = {"nll": -jnp.sum(jnp.take_along_axis(log_probs, here[:, 2:, None], axis=-1), axis=(1, 2))}
+        result = {
+            "nll": -jnp.sum(jnp.take_along_axis(log_probs, here[:, 2:, None], axis=-1), axis=(1, 2)),
+            "head_read": head_read,
+        }
         if full is not None:
             wanted = jax.nn.log_softmax(target.logits(full))
             result["kl"] = jnp.sum(jnp.exp(wanted) * (wanted - log_probs), axis=(1, 2))
