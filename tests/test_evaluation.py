@@ -15,7 +15,7 @@ from tiny import tiny_config, tiny_model
 from specattn_jax.alignment import NucleusMass
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.baselines import Oracle, Quest, Streaming, Vegas
-from specattn_jax.evaluation.forced import _reader, _start, read_documents, read_together
+from specattn_jax.evaluation.forced import _reader, read_documents, read_together, start_reading
 from specattn_jax.evaluation.learning import Learner
 from specattn_jax.model import read_sequence
 from specattn_jax.speculative import DecodeSettings, WindowRead, read_window
@@ -106,7 +106,7 @@ def test_the_cached_sparse_path_is_a_masked_dense_pass(target, draft, documents,
     """The logits of all windows at once, from one dense pass with the plans' slots as its mask."""
     tokens = jnp.asarray(documents, jnp.int32)
     chosen = selections(target, draft)[name]
-    state = _start(target, draft, tokens, PROMPT, WINDOW)
+    state = start_reading(target, draft, tokens[:, :PROMPT], LENGTH, DecodeSettings("specattn", WINDOW))
     slots = state.target_cache.num_slots
     visible = np.broadcast_to(np.tril(np.ones((LENGTH, LENGTH), bool)), (LAYERS, 2, 2, LENGTH, LENGTH)).copy()
     hidden, settings = [], DecodeSettings("specattn", WINDOW)
@@ -173,6 +173,8 @@ def test_documents_do_not_depend_on_each_other(target, draft, documents):
         alone = read_text(target, draft, BASELINES["quest"], documents[index : index + 1])
         np.testing.assert_allclose(alone.nll[0], both.nll[index], rtol=1e-5)
         np.testing.assert_allclose(alone.read[0], both.read[index], rtol=1e-5)
+        np.testing.assert_allclose(alone.head_read[0], both.head_read[index], rtol=1e-5)
+        np.testing.assert_allclose(alone.head_read[0].mean(-1), alone.read[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("length", [7, 9, 600])

@@ -13,9 +13,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 from specattn_kernels import SelectionPlan
 
-from specattn_jax.cache import init_cache
+from specattn_jax.cache import KVCache, init_cache
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.learning import Learner, attend_plan, mass_read
+from specattn_jax.evaluation.watch import head_fraction
 from specattn_jax.model import LanguageModel, LayerReader, forward, prefill
 from specattn_jax.selection import Selection
 from specattn_jax.speculative import DecodeSettings, DecodeState, read_window, start_decoding
@@ -33,6 +34,7 @@ class Reading:
         kl: mean KL(full || this) of the next-token distributions, in nats; None without a reference.
         top1: how often the likeliest token is the full target's; None without a reference.
         read: share of the past that each layer read, averaged over windows and kv heads.
+        head_read: the same for each kv head.
         mass: share of its own attention mass that each layer read; None unless it was measured.
         hidden: the target's hidden states before every scored token, window by window: a reference for other readings;
             None where many selections were read together.
@@ -43,6 +45,7 @@ class Reading:
     kl: Float[np.ndarray, " B"] | None
     top1: Float[np.ndarray, " B"] | None
     read: Float[np.ndarray, "B L"]
+    head_read: Float[np.ndarray, "B L K"]
     mass: Float[np.ndarray, "B L"] | None
     hidden: Float[Array, "windows B W D"] | None
 
@@ -198,14 +201,15 @@ def _begin(
     tokens = jnp.asarray(np.asarray(documents, np.int32))
     length = tokens.shape[1]
     prompt = max(2, round(length * prefill_share))
-    limit = min(target.config.max_context, draft.config.max_context if draft is not None else length)
+    limit = min(model.config.max_context for model in (target, draft) if model is not None)
     if not prompt + window + 1 <= length <= limit:
         raise UserError(
             f"context is {length}; expected at least {prompt + window + 1} tokens, for one window after the prefill, "
             f"and at most the models' {limit}."
         )
     setting = _Setting(tokens, prompt, (length - prompt - 1) // window)
-    return setting, _start(target, draft, tokens, prompt, window)
+    settings = DecodeSettings("speculative", window)
+    return setting, start_reading(target, draft, tokens[:, :prompt], length, settings)
 
 
 def _summary(
@@ -220,22 +224,37 @@ def _summary(
         kl=host["kl"] / count if "kl" in host else None,
         top1=host["top1"] / count if "top1" in host else None,
         read=np.asarray(read) / windows,
+        head_read=host["head_read"] / windows,
         mass=host["mass"] / windows if "mass" in host else None,
         hidden=hidden,
     )
 
 
-def _start(
-    target: LanguageModel, draft: LanguageModel | None, tokens: Int32[Array, "B length"], prompt: int, window: int
+def start_reading(
+    target: LanguageModel,
+    draft: LanguageModel | None,
+    prompts: Int32[Array, "B prompt"],
+    length: int,
+    settings: DecodeSettings,
+    seed: int = 0,
 ) -> DecodeState:
-    """State after the prefill of both models."""
-    batch, length = tokens.shape
+    """State after the prefill of both models.
+
+    Args:
+        target: the target.
+        draft: the draft, or None where nothing is drafted.
+        prompts: prompts of one length.
+        length: tokens of a whole document, for which there will be room.
+        settings: how it goes on.
+        seed: of the random draws.
+    """
+    batch, prompt = prompts.shape
     padded = -(-prompt // _CHUNK) * _CHUNK
-    slots = -(-max(padded, length + window + 1) // 128) * 128
-    head = jnp.pad(tokens[:, :prompt], ((0, 0), (0, padded - prompt)))
+    slots = -(-max(padded, length + settings.tokens_per_window) // 128) * 128
+    head = jnp.pad(prompts, ((0, 0), (0, padded - prompt)))
     lengths = jnp.full((batch,), prompt, jnp.int32)
 
-    def read(model: LanguageModel) -> tuple[Array, object]:
+    def read(model: LanguageModel) -> tuple[Array, KVCache]:
         cache = init_cache(model.config, batch, slots, model.dtype)
         return prefill(model, head, lengths, cache, chunk=_CHUNK)
 
@@ -245,11 +264,11 @@ def _start(
         hidden,
         cache,
         None if draft is None else read(draft)[1],
-        tokens[:, prompt - 1],
-        jnp.full((batch,), length, jnp.int32),
-        jax.random.split(jax.random.key(0), batch),
-        settings=DecodeSettings("speculative", window),
-        room=1,
+        prompts[:, -1],
+        jnp.full((batch,), length - prompt, jnp.int32),
+        jax.random.split(jax.random.key(seed), batch),
+        settings=settings,
+        room=length - prompt,
     )
 
 
@@ -283,18 +302,23 @@ def _read_windows(
             hidden, grown, draft_cache = out.hidden, out.cache, None
             read = jnp.ones_like(before.read)
             mass: Float[Array, "B L"] | None = read
+            plans: tuple[SelectionPlan | None, ...] = (None,) * read.shape[1]
         else:
             state = dataclasses.replace(state, last=here[:, :2])
             reader = _reader(selection, measure_mass)
             seen = read_window(target, draft, selection, state, keys, settings, forced=here[:, 2:], reader=reader)
             hidden, grown, draft_cache, read = seen.hidden, seen.cache, seen.drafted.cache, seen.read
+            plans = seen.plans
             masses, learnt = zip(*seen.kept, strict=True) if seen.kept else ((), ())
             mass = jnp.stack(masses, axis=1) if measure_mass else None
             if isinstance(selection, Learner):
                 selection, read = selection.learn(seen._replace(kept=learnt), past)
         scored = hidden[:, :-1]
         log_probs = jax.nn.log_softmax(target.logits(scored))
-        result = {"nll": -jnp.sum(jnp.take_along_axis(log_probs, here[:, 2:, None], axis=-1), axis=(1, 2))}
+        result = {
+            "nll": -jnp.sum(jnp.take_along_axis(log_probs, here[:, 2:, None], axis=-1), axis=(1, 2)),
+            "head_read": head_fraction(plans, past, target.config.num_kv_heads),
+        }
         if full is not None:
             wanted = jax.nn.log_softmax(target.logits(full))
             result["kl"] = jnp.sum(jnp.exp(wanted) * (wanted - log_probs), axis=(1, 2))
