@@ -1,0 +1,368 @@
+"""Measures what each ingredient of a selection is worth: the ablation table, all rows at equal savings.
+
+Known text from held-out books is read in teacher-forced windows (`evaluation/forced.py`); every row is steered to read
+the same share of the cache. Each row is written when it is there, so the same command goes on after a kill.
+
+    python scripts/ablate_selection.py --out DIR                              all rows, minutes each on two cores
+    python scripts/ablate_selection.py --out DIR --together 40 --jobs 8       an accelerator: many rows in one batch
+    python scripts/ablate_selection.py --out DIR --rows default "oracle, budgets" --savings 0.9
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from specattn_jax.alignment import Alignment, load_alignment
+from specattn_jax.calibration import CalibrationSettings, calibrate, save_calibration
+from specattn_jax.errors import UserError
+from specattn_jax.evaluation.ablations import Ablation, Ingredients, head_weights, map_weights
+from specattn_jax.evaluation.baselines import Quest, Streaming
+from specattn_jax.evaluation.forced import Reading, read_documents, read_together
+from specattn_jax.files import atomic_file, exists, read_json, write_json
+from specattn_jax.pair import ModelPair, load_pair
+from specattn_jax.selection import Selection, Selector, load_policy
+from specattn_jax.texts import read_text, shipped_books
+
+# Savings are equal if they differ by less.
+TOLERANCE = 0.005
+Weights: TypeAlias = Literal["mixture", "one mask a layer", "layer map", "heaviest source"]
+Kind: TypeAlias = Literal["ablation", "streaming", "quest", "policy"]
+
+
+class Row(NamedTuple):
+    """One row of the table.
+
+    Attributes:
+        kind: which class reads it: `Ablation`, a baseline, or the shipped policy as it is, with its own steering.
+        alignment: which alignment (see `ALIGNMENTS`).
+        weights: how the draft predicts the target.
+        budgets: the fitted masses, or the same in every layer.
+        dense_layers: leading layers that read everything.
+        ingredients: the rest.
+    """
+
+    kind: Kind = "ablation"
+    alignment: str = "shipped"
+    weights: Weights = "mixture"
+    budgets: bool = True
+    dense_layers: int = 0
+    ingredients: Ingredients = Ingredients()
+
+
+PLAIN = Row(budgets=False)
+PUBLISHED = Row(
+    weights="layer map",
+    budgets=False,
+    ingredients=Ingredients(union=True, linear=True, num_sink=0, num_recent=0),
+)
+EXACT = PUBLISHED._replace(ingredients=PUBLISHED.ingredients._replace(linear=False))
+# Calibrations beside the shipped one, which has kv-head sources and one budget a layer.
+ALIGNMENTS: dict[str, CalibrationSettings | None] = {
+    "shipped": None,
+    "layer sources": CalibrationSettings(passages=8, gradients=4, windows=32, granularity="layer"),
+    "head sources": CalibrationSettings(passages=8, gradients=4, windows=32, granularity="head"),
+    "budgets per kv head": CalibrationSettings(passages=8, gradients=4, windows=32, budgets="kv_head"),
+    "head sources, budgets per kv head": CalibrationSettings(
+        passages=8, gradients=4, windows=32, granularity="head", budgets="kv_head"
+    ),
+}
+
+
+def _with(base: Row = Row(), **changes: Any) -> Row:  # noqa: B008 - a tuple
+    """A row that differs in its ingredients."""
+    return base._replace(ingredients=base.ingredients._replace(**changes))
+
+
+ROWS: dict[str, Row] = {
+    "streaming, dl2": Row("streaming", dense_layers=2),
+    "streaming, dl0": Row("streaming"),
+    "quest, dl2": Row("quest", dense_layers=2),
+    "quest, dl0": Row("quest"),
+    "published, dl2": PUBLISHED._replace(dense_layers=2),
+    "published, dl0": PUBLISHED,
+    "published with exact nucleus, dl2": EXACT._replace(dense_layers=2),
+    "published with exact nucleus, dl0": EXACT,
+    "heaviest draft kv head for each target kv head, union, dl2": EXACT._replace(
+        weights="heaviest source", dense_layers=2
+    ),
+    "mixture, one mask a layer, dl2": PLAIN._replace(weights="one mask a layer", dense_layers=2),
+    "mixture per target kv head, dl2": PLAIN._replace(dense_layers=2),
+    "mixture per target kv head, dl1": PLAIN._replace(dense_layers=1),
+    "mixture per target kv head, dl0": PLAIN,
+    "default": Row(),
+    "default as shipped": Row("policy"),
+    "oracle, dl2": _with(PLAIN, oracle=True)._replace(dense_layers=2),
+    "oracle, dl0": _with(PLAIN, oracle=True),
+    "oracle, budgets": _with(oracle=True),
+    "last verification alone": _with(blend=1.0),
+    "last verification blended, 1/4": _with(blend=0.25),
+    "last verification blended, 1/2": _with(blend=0.5),
+    "last verification blended, 1/2, decayed": _with(blend=0.5, decay=0.9),
+    "centroids of 256 unread keys": _with(tail=True),
+    "layer sources": Row(alignment="layer sources"),
+    "head sources": Row(alignment="head sources"),
+    "budgets per kv head": Row(alignment="budgets per kv head"),
+    "head sources, budgets per kv head": Row(alignment="head sources, budgets per kv head"),
+    "blocks of 4, sum": _with(grain="sum 4"),
+    "blocks of 8, sum": _with(grain="sum 8"),
+    "blocks of 16, sum": _with(grain="sum 16"),
+    "blocks of 16, maximum": _with(grain="max 16"),
+    "blocks of 16, token mask inside": _with(grain="inside 16"),
+    "first draft step only": _with(steps=1),
+    "selection reused for 2 windows": _with(reuse=2),
+    "selection reused for 4 windows": _with(reuse=4),
+    "dense verification every 16 windows": _with(dense_every=16),
+    "dense verification every 32 windows": _with(dense_every=32),
+    "dense verification every 64 windows": _with(dense_every=64),
+    "no sinks, no recent window": _with(num_sink=0, num_recent=0),
+    "head sources, budgets per kv head, last verification 1/2": _with(
+        Row(alignment="head sources, budgets per kv head"), blend=0.5
+    ),
+}
+
+
+class Task(NamedTuple):
+    """One row at one saving."""
+
+    name: str
+    saving: float
+
+    @property
+    def file(self) -> str:
+        """Name of its file."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-") + f"_{self.saving:g}.json"
+
+
+def make_selection(row: Row, saving: float, pair: ModelPair, alignments: dict[str, Alignment]) -> Selection:
+    """The selection of a row, for a wanted saving."""
+    target, draft = pair.target.config, pair.draft.config
+    wanted = jnp.asarray(saving, jnp.float32)
+    if row.kind == "streaming":
+        return Streaming(wanted, target, dense_layers=row.dense_layers)
+    if row.kind == "quest":
+        return Quest(wanted, target, dense_layers=row.dense_layers)
+    alignment = alignments[row.alignment]
+    fitted = alignment.mass_for_saving(saving)
+    if row.kind == "policy":
+        return Selector(alignment, fitted, load_policy("default"), target, draft)
+    rows = target.num_layers * target.num_kv_heads
+    # Steering only needs a start that is about right.
+    flat = jnp.full((rows,), jnp.exp(jnp.mean(jnp.log(fitted.left_out))))
+    left_out = jnp.repeat(fitted.left_out, rows // len(fitted.left_out)) if row.budgets else flat
+    left_out = jnp.where(jnp.arange(rows) < row.dense_layers * target.num_kv_heads, 0.0, left_out)
+    weights = make_weights(row.weights, alignment, pair)
+    return Ablation.make(weights, left_out, 1.0 - saving, row.ingredients, target, draft)
+
+
+def make_weights(kind: Weights, alignment: Alignment, pair: ModelPair) -> Float[Array, "rows R"]:
+    """Mixture weights over all heads of the draft."""
+    target, draft = pair.target.config, pair.draft.config
+    if kind == "layer map":
+        return map_weights(alignment, target, draft)
+    if kind == "heaviest source":
+        heaviest = jax.nn.one_hot(jnp.argmax(alignment.weights, axis=1), alignment.weights.shape[1])
+        return head_weights(dataclasses.replace(alignment, weights=heaviest), draft)
+    weights = head_weights(alignment, draft)
+    if kind == "one mask a layer":
+        shared = weights.reshape(target.num_layers, target.num_kv_heads, -1).mean(axis=1)
+        return jnp.repeat(shared, target.num_kv_heads, axis=0)
+    return weights
+
+
+def find_alignments(folder: Path, names: Sequence[str], pair: ModelPair, jobs: int) -> dict[str, Alignment]:
+    """The alignments that the rows need; those that are not in the folder yet are calibrated on books/train."""
+    assert pair.alignment is not None
+    books = shipped_books("train")
+    places = {name: folder / name.replace(",", "").replace(" ", "_") for name in names if ALIGNMENTS[name] is not None}
+    missing = [name for name, place in places.items() if not exists(place)]
+    documents = [pair.tokenizer.encode(read_text(book)) for book in books] if missing else []
+    notes: dict[str, object] = {"target": "smollm2", "draft": "distilled", "texts": [book.name for book in books]}
+
+    def make(name: str) -> None:
+        alignment, similarity = calibrate(
+            pair.target,
+            pair.draft,
+            documents,
+            load_policy("default"),
+            settings=ALIGNMENTS[name],
+            provenance=notes,
+            progress=lambda *step: print(name, *step, file=sys.stderr, flush=True),
+        )
+        save_calibration(places[name], alignment, similarity)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(make, missing))
+    return {"shipped": pair.alignment, **{name: load_alignment(place) for name, place in places.items()}}
+
+
+def batches(tasks: Sequence[Task], together: int) -> Iterator[list[Task]]:
+    """Tasks in groups that one compiled function serves, at most `together` each."""
+    groups: dict[tuple[object, ...], list[Task]] = {}
+    for task in tasks:
+        row = ROWS[task.name]
+        # An Ablation's dense layers are numbers; a baseline's are part of its structure.
+        key = (row.kind, row.dense_layers if row.kind != "ablation" else 0)
+        groups.setdefault(key, []).append(task)
+    for group in groups.values():
+        size = math.ceil(len(group) / math.ceil(len(group) / together))
+        for begin in range(0, len(group), size):
+            yield group[begin : begin + size]
+
+
+def result(task: Task, reading: Reading, dense: Reading, seconds: float) -> dict[str, Any]:
+    """One row of the table, with each document's numbers."""
+    assert reading.kl is not None
+    assert reading.top1 is not None
+    documents = len(reading.kl)
+    return {
+        "row": task.name,
+        "wanted_saving": task.saving,
+        "kv_reduction": reading.kv_reduction,
+        "equal_savings": abs(reading.kv_reduction - task.saving) <= TOLERANCE,
+        "kl": float(reading.kl.mean()),
+        "kl_standard_error": float(reading.kl.std(ddof=1) / math.sqrt(documents)) if documents > 1 else None,
+        "top1_fidelity": float(reading.top1.mean()),
+        "perplexity": reading.perplexity,
+        "relative_increase": reading.perplexity / dense.perplexity - 1,
+        "tokens": reading.tokens * documents,
+        "documents": {
+            "kl": reading.kl.tolist(),
+            "top1_fidelity": reading.top1.tolist(),
+            "nll": reading.nll.tolist(),
+            "kv_reduction": (1 - reading.read.mean(axis=1)).tolist(),
+        },
+        "seconds": seconds,
+    }
+
+
+def table(results: Sequence[dict[str, Any]], savings: Sequence[float]) -> str:
+    """Markdown: one line a row, the savings side by side."""
+    head = "".join(f" saved | KL at {saving:.0%} | top-1 | perplexity |" for saving in savings)
+    lines = [f"| row |{head}", "|---|" + "---|" * 4 * len(savings)]
+    by_task = {(one["row"], one["wanted_saving"]): one for one in results}
+    for name in ROWS:
+        cells = [_cells(by_task.get((name, saving))) for saving in savings]
+        if any(cells):
+            lines.append(f"| {name} |" + "".join(cell or " | | | |" for cell in cells))
+    return "\n".join(lines) + "\n"
+
+
+def _cells(one: dict[str, Any] | None) -> str:
+    """The four cells of one row at one saving; savings that are not the wanted ones are marked."""
+    if one is None:
+        return ""
+    mark = "" if one["equal_savings"] else " (!)"
+    error = one["kl_standard_error"]
+    spread = "" if error is None else f" ± {error:.4f}"
+    return (
+        f" {one['kv_reduction']:.1%}{mark} | {one['kl']:.4f}{spread} | {one['top1_fidelity']:.3f} |"
+        f" {one['relative_increase']:+.2%} |"
+    )
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rows", nargs="+", metavar="ROW", default=list(ROWS), help="names of rows; all by default")
+    parser.add_argument("--savings", type=float, nargs="+", default=[0.75, 0.9])
+    parser.add_argument("--alignments", type=Path, help="folder of other calibrations; OUT/alignments by default")
+    parser.add_argument("--together", type=int, default=1, help="rows that are read in one batch")
+    parser.add_argument("--jobs", type=int, default=1, help="batches and calibrations that are compiled side by side")
+    parser.add_argument("--documents", type=int, default=4)
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--prefill", type=float, default=0.1)
+    parser.add_argument("--window", type=int, default=5)
+    parser.add_argument("--calibrate-only", action="store_true", help="make the alignments and stop")
+    options = parser.parse_args()
+    unknown = [name for name in options.rows if name not in ROWS]
+    if unknown:
+        parser.error(f"--rows: there is no row {unknown[0]!r}; the rows are {'; '.join(ROWS)}")
+    return options
+
+
+def read_books(pair: ModelPair, count: int, context: int) -> list[list[int]]:
+    """Documents spread evenly over the held-out books."""
+    tokens = [token for book in shipped_books("valid") for token in pair.tokenizer.encode(read_text(book))]
+    starts = np.linspace(0, len(tokens) - context - 1, count).astype(int)
+    return [tokens[start : start + context] for start in starts]
+
+
+def main() -> None:
+    """Reads what is missing, then writes the table."""
+    options = parse()
+    jax.config.update("jax_default_matmul_precision", "highest")
+    pair = load_pair("smollm2", dtype="float32")
+    needed = list(dict.fromkeys(ROWS[name].alignment for name in options.rows))
+    alignments = find_alignments(options.alignments or options.out / "alignments", needed, pair, options.jobs)
+    if options.calibrate_only:
+        return
+    setting = {name: getattr(options, name) for name in ("documents", "context", "prefill", "window")}
+    noted = options.out / "setting.json"
+    if exists(noted) and read_json(noted) != setting:
+        raise SystemExit(f"{options.out}: holds rows of another setting, {read_json(noted)}; choose another folder.")
+    with atomic_file(noted) as work:
+        write_json(work, setting)
+
+    tasks = [Task(name, saving) for saving in options.savings for name in options.rows]
+    rest = [task for task in tasks if not exists(options.out / "rows" / task.file)]
+    how = {"prefill_share": options.prefill, "window": options.window}
+    documents = read_books(pair, options.documents, options.context)
+    dense = read_documents(pair.target, pair.draft, None, documents, **how)
+    assert dense.hidden is not None
+
+    def read(batch: Sequence[Task]) -> None:
+        began = time.perf_counter()
+        chosen = [make_selection(ROWS[task.name], task.saving, pair, alignments) for task in batch]
+        models, reference = (pair.target, pair.draft), dense.hidden
+        if len(chosen) == 1:
+            readings = [read_documents(*models, chosen[0], documents, reference=reference, **how)]
+        else:
+            readings = read_together(*models, chosen, documents, reference=reference, **how)
+        seconds = (time.perf_counter() - began) / len(batch)
+        for task, reading in zip(batch, readings, strict=True):
+            one = result(task, reading, dense, seconds)
+            with atomic_file(options.out / "rows" / task.file) as work:
+                write_json(work, one)
+            line = {key: one[key] for key in ("row", "wanted_saving", "kv_reduction", "kl", "top1_fidelity")}
+            print(json.dumps(line), f"{seconds:.0f} s", file=sys.stderr, flush=True)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(read, batches(rest, options.together)))
+    results = [read_json(options.out / "rows" / task.file) for task in tasks]
+    report = {
+        "command": shlex.join(["python", "scripts/ablate_selection.py", *sys.argv[1:]]),
+        "seed": 0,
+        **setting,
+        "books": [book.name for book in shipped_books("valid")],
+        "perplexity": dense.perplexity,
+        "rows": results,
+    }
+    with atomic_file(options.out / "ablation.json") as work:
+        write_json(work, report)
+    with atomic_file(options.out / "ablation.md") as work:
+        work.write_text(table(results, options.savings), encoding="utf-8")
+    print(table(results, options.savings))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(str(error)) from error
