@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
 from pathlib import Path
 
 import jax
@@ -14,6 +13,7 @@ import numpy as np
 
 from specattn_jax.alignment import NucleusMass
 from specattn_jax.evaluation.forced import read_documents
+from specattn_jax.evaluation.provenance import commit
 from specattn_jax.generation import generate
 from specattn_jax.model import likeliest_next
 from specattn_jax.pair import ModelPair, load_pair
@@ -78,7 +78,7 @@ def main() -> None:
         "dtype": options.dtype,
         "device": jax.devices()[0].device_kind,
         "versions": {"jax": jax.__version__, "python": platform.python_version()},
-        "commit": _commit(),
+        "commit": commit(),
         "acceptance": {
             "accepted_per_window": accepted,
             "window": 5,
@@ -100,12 +100,6 @@ def _own_text_agreement(pair: ModelPair, document: list[int]) -> float:
     """How often draft and target name the same likeliest next token on the book's own text."""
     tokens = jnp.asarray([document], jnp.int32)
     return float(jnp.mean(likeliest_next(pair.target, tokens) == likeliest_next(pair.draft, tokens)))
-
-
-def _commit() -> str:
-    """The commit that is measured; a copy of the tree without its history says so."""
-    found = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() if found.returncode == 0 else "unknown"
 
 
 if __name__ == "__main__":

@@ -59,15 +59,50 @@ def alignment_heatmap(similarity: np.ndarray, alignment: Alignment, *, target: s
     left.legend(loc="lower right", framealpha=0.9)
     _label(left, "Similarity of layers and the layer map", num_draft, num_target)
 
-    mixture = mixture_by_layer(alignment, num_draft)
-    image = right.imshow(mixture, origin="lower", aspect="auto", cmap="magma", vmin=0.0)
-    bar = figure.colorbar(image, ax=right, pad=0.02)
-    bar.set_label("weight, summed over the sources of a draft layer")
-    _label(right, f"Mixture weights (sources: {alignment.granularity.replace('_', ' ')}s)", num_draft, num_target)
-
+    _draw_mixture(figure, right, alignment, num_draft)
     data = io.BytesIO()
     figure.savefig(data, format="png")
     return data.getvalue()
+
+
+def mixture_heatmap(alignment: Alignment, num_draft_layers: int, *, target: str, draft: str) -> bytes:
+    """Draws what an alignment holds, without the similarities that it was made from: mixture and layer map.
+
+    Args:
+        alignment: the alignment.
+        num_draft_layers: M.
+        target: name of the target, for the title.
+        draft: name of the draft, for the title.
+
+    Returns:
+        A PNG.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    num_target = len(alignment.layer_map)
+    size = (max(6.0, _CELL_INCHES * num_target + 1.8), max(3.2, _CELL_INCHES * num_draft_layers + 1.8))
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    figure.suptitle(f"Draft {draft} predicts the attention of target {target}", fontsize="medium")
+    _draw_mixture(figure, axes, alignment, num_draft_layers)
+    places, colour = range(num_target), "deepskyblue"
+    axes.plot(places, alignment.layer_map, "o-", color=colour, markersize=3, linewidth=1, label="published layer map")
+    axes.legend(loc="upper left", fontsize="small", framealpha=0.9)
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    return data.getvalue()
+
+
+def _draw_mixture(figure: Any, axes: Any, alignment: Alignment, num_draft_layers: int) -> None:
+    """Mixture weights by layer, with their scale."""
+    mixture = mixture_by_layer(alignment, num_draft_layers)
+    image = axes.imshow(mixture, origin="lower", aspect="auto", cmap="magma", vmin=0.0)
+    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    bar.set_label("weight, summed over the sources of a draft layer", fontsize="small")
+    title = f"Mixture weights (sources: {alignment.granularity.replace('_', ' ')}s)"
+    _label(axes, title, num_draft_layers, mixture.shape[1])
 
 
 def training_curves(

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from specattn_jax.cli.calibrate import calibrate_command
 from specattn_jax.cli.generate import generate_command
 from specattn_jax.cli.models import convert_command, fetch_command, info_command
+from specattn_jax.cli.perplexity import perplexity_command
 from specattn_jax.cli.terminal import mendable_errors
 from specattn_jax.cli.train_draft import train_draft_command
 
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.command("generate")(generate_command)
 app.command("calibrate")(calibrate_command)
+app.command("perplexity")(perplexity_command)
 app.command("train-draft")(train_draft_command)
 app.command("fetch")(fetch_command)
 app.command("convert")(convert_command)

@@ -38,12 +38,12 @@ Texts = Annotated[
 MoreTexts = Annotated[list[str] | None, typer.Argument(hidden=True)]
 
 
-def find_texts(text: list[str] | None, more: list[str] | None) -> list[Path]:
-    """The files that `--text F...` names; the shipped books for training where it names none.
+def find_texts(text: list[str] | None, more: list[str] | None, split: str = "train") -> list[Path]:
+    """The files that `--text F...` names; the shipped books of a split where it names none.
 
     Raises:
         UserError: a text does not exist, or stands without the option.
     """
     if more and not text:
         raise UserError(f"{more[0]!r} stands alone; put --text before the texts.")
-    return [find_text(name) for name in [*(text or []), *(more or [])]] or shipped_books("train")
+    return [find_text(name) for name in [*(text or []), *(more or [])]] or shipped_books(split)

@@ -40,9 +40,7 @@ class Watched:
     def _remember(self, layer: int, choose: LayerPlanner) -> LayerPlanner:
         """The same planner, whose plan is kept."""
 
-        def keep(
-            q: Float[Array, "B T N H"], keys: Float[Array, "B K S H"], past: Int32[Array, " B"]
-        ) -> SelectionPlan:
+        def keep(q: Float[Array, "B T N H"], keys: Float[Array, "B K S H"], past: Int32[Array, " B"]) -> SelectionPlan:
             plan = choose(q, keys, past)
             self.plans[layer] = plan
             return plan

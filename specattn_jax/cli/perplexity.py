@@ -1,0 +1,196 @@
+"""`specattn perplexity`: what reading less of the cache costs in quality."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.table import Table
+
+from specattn_jax.cli import options
+from specattn_jax.cli.process import importing
+from specattn_jax.cli.terminal import console, print_json, print_table, say, stage_bar
+from specattn_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from specattn_jax.evaluation.tables import Row
+
+_SAVINGS = "0.75,0.9"
+
+
+def perplexity_command(
+    ctx: typer.Context,
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for results; the same command again goes on where it stopped.", show_default=False),
+    ],
+    target: options.Target = "smollm2",
+    draft: options.Draft = "default",
+    alignment: Annotated[
+        Path | None, typer.Option(help="Folder written by `specattn calibrate`.", show_default="the preset's")
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text",
+            help="UTF-8 text (.xz, .gz, .bz2 too) or the name of a shipped book; several may follow.",
+            metavar="F...",
+            show_default="the shipped books for evaluation",
+        ),
+    ] = None,
+    more_texts: options.MoreTexts = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Instead of texts: pg19, streamed from the Hugging Face hub.", show_default=False)
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens per document.")] = 2048,
+    prefill: Annotated[float, typer.Option(help="Share of each document that is prefilled densely.")] = 0.1,
+    documents: Annotated[int, typer.Option(help="Documents, spread evenly over the texts.")] = 4,
+    batch: Annotated[int, typer.Option(help="Documents read at a time.")] = 4,
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Some of full (always there), streaming, quest, oracle, oracle_layer, specattn.",
+            metavar="M,...",
+        ),
+    ] = "full,streaming,quest,oracle,specattn",
+    kv_reduction: Annotated[
+        str | None,
+        typer.Option(
+            help="Shares of the cache reads to save; where a method has no budgets, p is searched for.",
+            metavar="R,...",
+            show_default=_SAVINGS,
+        ),
+    ] = None,
+    p: Annotated[
+        str | None,
+        typer.Option("--p", help="Instead: attention masses to read, in (0, 1].", metavar="P,...", show_default=False),
+    ] = None,
+    policy: Annotated[
+        str, typer.Option(help="specattn: default, paper, paper_exact; one line each.", metavar="NAME,...")
+    ] = "default,paper",
+    window: options.Window = 5,
+    drift_tokens: Annotated[
+        int,
+        typer.Option(help="Also generate this many tokens freely, to see how errors add up in the cache."),
+    ] = 0,
+    seed: options.Seed = 0,
+    dtype: options.Dtype = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Measure quality against cache reads saved, for several methods: perplexity, KL and top-1 fidelity.
+
+    Writes table.json, table.md, pareto.png, alignment.png, selection.png and run.json.
+    """
+    names, policies = _names(methods, "--methods"), _names(policy, "--policy")
+    savings = _numbers(kv_reduction or ("" if p else _SAVINGS), "--kv-reduction")
+    masses = _numbers(p or "", "--p")
+    if savings and masses:
+        raise UserError("--p and --kv-reduction both say how much to read; give one of them.")
+    if dataset is not None and (text or more_texts):
+        raise UserError(f"--text and --dataset {dataset} both say what to read; give one of them.")
+    paths = options.find_texts(text, more_texts, "valid") if dataset is None else []
+    began = time.perf_counter()
+
+    with importing():
+        from specattn_jax.evaluation.documents import cut_documents, load_dataset_preset, stream_texts, take_documents
+        from specattn_jax.evaluation.methods import list_cases, without_p
+        from specattn_jax.evaluation.perplexity import EvaluationSettings
+        from specattn_jax.evaluation.report import evaluate_into
+        from specattn_jax.pair import load_pair
+
+    if dataset is not None:
+        load_dataset_preset(dataset)
+    cases = list_cases(names, policies, savings=savings, masses=masses)
+    settings = EvaluationSettings(prefill=prefill, window=window, batch=batch)
+    if masses and without_p(names):
+        say(f"Left out, because they read a given share and know no p: {', '.join(without_p(names))}.")
+    with stage_bar() as bar:
+        bar.wait("starting")
+        pair = load_pair(target, draft, alignment=alignment or "default", dtype=dtype, progress=bar.bytes)
+        if dataset is None:
+            chosen = cut_documents(bar.read_documents(paths, pair.tokenizer), context, documents)
+        else:
+            chosen = take_documents(
+                stream_texts(dataset),
+                functools.partial(pair.tokenizer.encode, add_special=False),
+                context,
+                documents,
+                functools.partial(bar.steps, "streaming texts"),
+            )
+        source = dataset or ", ".join(path.name.split(".")[0] for path in paths)
+        results = evaluate_into(
+            out,
+            pair,
+            chosen,
+            cases,
+            settings,
+            names={"target": target, "draft": draft, "texts": source},
+            command={name: str(value) if isinstance(value, Path) else value for name, value in ctx.params.items()},
+            drift_tokens=drift_tokens,
+            seed=seed,
+            progress=functools.partial(bar.steps, "reading documents"),
+        )
+    report = {"out": str(out), **results, "seconds": time.perf_counter() - began}
+    if as_json:
+        print_json(report)
+    else:
+        _print(report["rows"])
+        print_table(_summary(report))
+
+
+def _names(given: str, option: str) -> list[str]:
+    """Names separated by commas, each once.
+
+    Raises:
+        UserError: there are none.
+    """
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"{option} is {given!r}; expected names separated by commas.")
+    return list(dict.fromkeys(names))
+
+
+def _numbers(given: str, option: str) -> list[float]:
+    """Numbers separated by commas, each once, in ascending order.
+
+    Raises:
+        UserError: one of them is no number.
+    """
+    numbers = set()
+    for part in filter(None, (part.strip() for part in given.split(","))):
+        try:
+            numbers.add(float(part))
+        except ValueError as error:
+            raise UserError(f"{option} names {part!r}; expected numbers, such as 0.75,0.9.") from error
+    return sorted(numbers)
+
+
+def _print(rows: Sequence[Row]) -> None:
+    """The table, for people."""
+    from specattn_jax.evaluation.tables import table_cells
+
+    header, cells = table_cells(rows)
+    table = Table(box=box.SIMPLE)
+    for name in header:
+        table.add_column(name, justify="left" if name in ("method", "policy") else "right", no_wrap=True)
+    for row in cells:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _summary(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is below the table."""
+    drift = [
+        (
+            f"drift, {line['label']}",
+            f"KL {line['kl_first_quarter']:.4f} in the first quarter of the new tokens, "
+            f"{line['kl_last_quarter']:.4f} in the last",
+        )
+        for line in report["drift"]
+    ]
+    return [*drift, ("written", report["out"]), ("time", f"{report['seconds']:.0f} s")]

@@ -1,0 +1,179 @@
+"""Drift: how errors of sparse reading add up in the cache while a pair generates freely."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from specattn_jax.cache import init_cache
+from specattn_jax.errors import UserError
+from specattn_jax.evaluation.forced import start_reading
+from specattn_jax.model import LanguageModel, forward
+from specattn_jax.pair import ModelPair
+from specattn_jax.sampling import Sampling, verify
+from specattn_jax.selection import Selection
+from specattn_jax.speculative import DecodeSettings, DecodeState, _commit, read_window
+
+_CHUNK = 128
+# Positions whose distributions are compared at a time.
+_POSITIONS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Drift:
+    """What generating freely did to the distributions. B prompts, n new tokens each.
+
+    Attributes:
+        kl: KL(clean || sparse) of the distribution that each new token was verified with, in nats, from the second new
+            token on. Clean is the same target over the same prefix, all of it read densely.
+        tokens: the new tokens.
+        read: share of the cache that was read, averaged over layers and windows.
+        accepted: drafted tokens accepted per window.
+    """
+
+    kl: Float[np.ndarray, "B n-1"]
+    tokens: Int32[np.ndarray, "B n"]
+    read: Float[np.ndarray, " B"]
+    accepted: Float[np.ndarray, " B"]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists."""
+        return {field.name: getattr(self, field.name).tolist() for field in dataclasses.fields(self)}
+
+
+def measure_drift(
+    pair: ModelPair,
+    selection: Selection | None,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    *,
+    window: int = 5,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> Drift:
+    """Lets the pair continue prompts, and compares each verification with a dense pass over what was written.
+
+    Args:
+        pair: the models.
+        selection: what the target reads; None is everything, which leaves rounding alone.
+        prompts: token ids, all of one length.
+        new_tokens: tokens to generate; end tokens do not end a text.
+        window: W.
+        temperature: of the draws; greedy text (0) soon repeats itself, and repetition is easy to predict.
+        seed: of the draws.
+
+    Raises:
+        UserError: prompt and new tokens do not fit a model's context, or there are fewer than 2 new tokens.
+    """
+    prompt = len(prompts[0])
+    limit = min(pair.target.config.max_context, pair.draft.config.max_context)
+    if new_tokens < 2 or prompt + new_tokens > limit:
+        raise UserError(
+            f"drift_tokens is {new_tokens}; expected at least 2, and at most {limit - prompt} after a prompt of "
+            f"{prompt} tokens."
+        )
+    settings = DecodeSettings("speculative" if selection is None else "specattn", window, Sampling(temperature))
+    tokens = jnp.asarray(np.asarray(prompts, np.int32))
+    state = start_reading(pair.target, pair.draft, tokens, prompt + new_tokens, settings, seed)
+    state, hidden = _generate(pair.target, pair.draft, selection, state, settings=settings, room=new_tokens)
+    output, counts = state.output[:, :new_tokens], jax.device_get(state.statistics)
+    clean = _read_densely(pair.target, jnp.concatenate([tokens, output], axis=1))
+    # The hidden state that decides token i is that of the token before it.
+    kl = _compare(pair.target, clean[:, prompt : prompt + new_tokens - 1], hidden[:, 1:new_tokens])
+    return Drift(
+        kl=np.asarray(kl),
+        tokens=np.asarray(output),
+        read=counts.read.mean(axis=1) / counts.windows,
+        accepted=counts.accepted / counts.windows,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("settings", "room"), donate_argnames=("state",))
+def _generate(
+    target: LanguageModel,
+    draft: LanguageModel,
+    selection: Selection | None,
+    state: DecodeState,
+    *,
+    settings: DecodeSettings,
+    room: int,
+) -> tuple[DecodeState, Float[Array, "B places D"]]:
+    """Decodes to the end; besides, the hidden state that each new token was verified with, at the token's place."""
+    batch = state.limit.shape[0]
+    write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at, 0)))
+
+    def advance(carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
+        state, kept = carry
+        split = jax.vmap(lambda key: jax.random.split(key, 3))(state.keys)
+        seen = read_window(target, draft, selection, state, split[:, 0], settings)
+        # What is not committed is overwritten by the next window.
+        kept = write(kept, seen.hidden, state.emitted)
+        drafted = seen.drafted
+        verdict = verify(split[:, 1], drafted.tokens, drafted.probs, target.logits(seen.hidden), settings.sampling)
+        state = dataclasses.replace(state, target_cache=seen.cache, draft_cache=drafted.cache, keys=split[:, 2])
+        return _commit(state, verdict, seen.read, settings), kept
+
+    kept = jnp.zeros((batch, room + settings.tokens_per_window, target.config.embed_dim), target.dtype)
+    return jax.lax.while_loop(lambda carry: ~jnp.all(carry[0].done), advance, (state, kept))
+
+
+@jax.jit
+def _read_densely(target: LanguageModel, tokens: Int32[Array, "B length"]) -> Float[Array, "B length D"]:
+    """Hidden states of whole texts, read densely chunk by chunk."""
+    batch, length = tokens.shape
+    count = -(-length // _CHUNK)
+    padded = jnp.pad(tokens, ((0, 0), (0, count * _CHUNK - length)))
+    cache = init_cache(target.config, batch, count * _CHUNK, target.dtype)
+
+    def read(cache: Any, chunk: Int32[Array, "B chunk"]) -> tuple[Any, Float[Array, "B chunk D"]]:
+        out = forward(target, chunk, cache)
+        return out.cache, out.hidden
+
+    hidden = jax.lax.scan(read, cache, jnp.moveaxis(padded.reshape(batch, count, _CHUNK), 1, 0))[1]
+    return jnp.moveaxis(hidden, 0, 1).reshape(batch, count * _CHUNK, -1)[:, :length]
+
+
+@jax.jit
+def _compare(target: LanguageModel, clean: Float[Array, "B n D"], sparse: Float[Array, "B n D"]) -> Float[Array, "B n"]:
+    """KL(clean || sparse) of the next-token distributions of hidden states, position by position."""
+
+    def at_position(hidden: tuple[Float[Array, "B D"], Float[Array, "B D"]]) -> Float[Array, " B"]:
+        wanted, got = (jax.nn.log_softmax(target.logits(x)) for x in hidden)
+        return jnp.sum(jnp.exp(wanted) * (wanted - got), axis=-1)
+
+    by_position = (jnp.moveaxis(clean, 1, 0), jnp.moveaxis(sparse, 1, 0))
+    return jax.lax.map(at_position, by_position, batch_size=_POSITIONS).T
+
+
+def drift_row(label: dict[str, Any], parts: Sequence[dict[str, Any]], prompt: int) -> dict[str, Any]:
+    """One line of the plot: the mean over texts at every position, with its standard error.
+
+    Args:
+        label: what the line stands for.
+        parts: `Drift.to_json` of each batch of prompts.
+        prompt: tokens of each prompt.
+    """
+    kl = np.concatenate([np.asarray(part["kl"], np.float64) for part in parts])
+    texts, count = kl.shape
+    quarter = max(1, count // 4)
+    error = kl.std(axis=0, ddof=1) / np.sqrt(texts) if texts > 1 else None
+    return {
+        **label,
+        "prompt_tokens": prompt,
+        "new_tokens": count + 1,
+        "documents": texts,
+        "kv_reduction": 1.0 - float(np.mean([value for part in parts for value in part["read"]])),
+        "accepted_per_window": float(np.mean([value for part in parts for value in part["accepted"]])),
+        "kl": float(kl.mean()),
+        "kl_first_quarter": float(kl[:, :quarter].mean()),
+        "kl_last_quarter": float(kl[:, -quarter:].mean()),
+        "kl_by_position": kl.mean(axis=0).tolist(),
+        "kl_by_position_se": None if error is None else error.tolist(),
+    }

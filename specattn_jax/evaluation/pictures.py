@@ -1,0 +1,212 @@
+"""Pictures of an evaluation: quality against reads saved, one window's selection, drift over position."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int32
+from specattn_kernels import SelectionPlan
+
+from specattn_jax.evaluation.forced import start_reading
+from specattn_jax.evaluation.methods import Case
+from specattn_jax.evaluation.tables import Row
+from specattn_jax.evaluation.watch import Watched
+from specattn_jax.model import LanguageModel
+from specattn_jax.pair import ModelPair
+from specattn_jax.selection import Selection
+from specattn_jax.speculative import DecodeSettings, DecodeState, read_window
+
+# Table 1 of arXiv 2510.27641: share of reads saved and relative increase of perplexity (Llama-2-7b, PG-19).
+PUBLISHED = {
+    "SpecAttn": [(0.443, 0.0056), (0.688, 0.0443), (0.784, 0.1529)],
+    "StreamingLLM": [(0.774, 27.94)],
+    "Quest": [(0.774, 0.2158)],
+}
+_MARKS = {"SpecAttn": "x", "StreamingLLM": "+", "Quest": "1"}
+# Columns of the picture of a selection; a longer cache is drawn several slots to a column.
+_COLUMNS = 512
+_COLOURS = {
+    "specattn default": "tab:blue",
+    "specattn paper": "tab:red",
+    "specattn paper_exact": "tab:orange",
+    "oracle": "tab:green",
+    "oracle_layer": "tab:olive",
+    "quest": "tab:purple",
+    "streaming": "tab:brown",
+}
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty figure that needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _png(figure: Any) -> bytes:
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    return data.getvalue()
+
+
+def pareto(rows: Sequence[tuple[Case, Row]], title: str) -> bytes:
+    """Draws KL and perplexity increase against reads saved, one line per method, with the paper's own points.
+
+    Args:
+        rows: of the table.
+        title: what was measured.
+
+    Returns:
+        A PNG.
+    """
+    figure = _figure(11, 4.6)
+    left, right = figure.subplots(1, 2)
+    figure.suptitle(title, fontsize="medium")
+    lines: dict[str, list[Row]] = {}
+    for case, row in rows:
+        if case.method != "full":
+            lines.setdefault(case.line, []).append(row)
+    for name, points in lines.items():
+        points.sort(key=lambda row: row["kv_reduction"])
+        saved = [100 * row["kv_reduction"] for row in points]
+        style = {"marker": "o", "markersize": 4, "linewidth": 1.2, "capsize": 2, "color": _COLOURS.get(name)}
+        for axes, value, scale in ((left, "kl", 1.0), (right, "relative_increase", 100.0)):
+            error = [scale * (row[f"{value}_se"] or 0.0) for row in points]
+            axes.errorbar(saved, [scale * row[value] for row in points], yerr=error, label=name, **style)
+    for name, published in PUBLISHED.items():
+        x, y = zip(*((100 * saved, 100 * increase) for saved, increase in published), strict=True)
+        label = f"{name}, as published (Llama-2-7b)"
+        right.plot(x, y, linestyle=":", marker=_MARKS[name], color="0.5", linewidth=1, label=label)
+    left.set(ylabel="KL(full || sparse), nats per token", yscale="log", title="Distance from the full target")
+    right.set(ylabel="increase of perplexity, %", title="Perplexity (below 0: better by luck)")
+    right.set_yscale("symlog", linthresh=1.0, linscale=0.6)
+    right.axhline(0.0, color="0.7", linewidth=0.8)
+    right.set_yticks([-1, 0, 1, 10, 100, 1000], ["-1", "0", "1", "10", "100", "1000"])
+    for axes in (left, right):
+        axes.set_xlabel("cache reads saved, %")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small")
+    return _png(figure)
+
+
+def slots_read(
+    pair: ModelPair, selection: Selection, document: Sequence[int], window: int = 5
+) -> Bool[np.ndarray, "L K past"]:
+    """What is read in one window in the middle of a document, after a dense prefill of the first half.
+
+    Args:
+        pair: the models.
+        selection: what the target reads.
+        document: token ids, at least `2 * window + 4` of them.
+        window: W.
+    """
+    settings = DecodeSettings("specattn", window)
+    past = len(document) // 2
+    tokens = jnp.asarray([document[: past + window + 1]], jnp.int32)
+    state = start_reading(pair.target, pair.draft, tokens[:, :past], past + window + 1, settings)
+    plans = jax.device_get(_window_plans(pair.target, pair.draft, selection, state, tokens[:, past - 1 :], settings))
+    heads = pair.target.config.num_kv_heads
+    return np.stack([_mask(plan, heads, past) for plan in plans])
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def _window_plans(
+    target: LanguageModel,
+    draft: LanguageModel,
+    selection: Selection,
+    state: DecodeState,
+    tokens: Int32[Array, "1 W+2"],
+    settings: DecodeSettings,
+) -> list[SelectionPlan | None]:
+    """The plans of a window that reads known tokens."""
+    watched = Watched(selection)
+    state = dataclasses.replace(state, last=tokens[:, :2])
+    read_window(target, draft, watched.as_selection(), state, state.keys, settings, forced=tokens[:, 2:])
+    return watched.plans
+
+
+def _mask(plan: SelectionPlan | None, heads: int, past: int) -> Bool[np.ndarray, "K past"]:
+    """Slots of the past that a plan of one sequence reads."""
+    if plan is None:
+        return np.ones((heads, past), bool)
+    mask = np.zeros((heads, past), bool)
+    for head, count in enumerate(plan.counts[0]):
+        blocks = plan.block_ids[0, head, :count]
+        slots = (blocks[:, None] * plan.block_size + np.arange(plan.block_size)).ravel()
+        mask[head, slots[slots < past]] = True
+    return mask
+
+
+def selection_picture(mask: Bool[np.ndarray, "L K past"], title: str) -> bytes:
+    """Draws what one window reads, one line per layer and kv head, and how much each of them reads.
+
+    Args:
+        mask: from `slots_read`.
+        title: what chose it.
+
+    Returns:
+        A PNG.
+    """
+    layers, heads, past = mask.shape
+    rows = mask.reshape(layers * heads, past).astype(np.float64)
+    width = -(-past // _COLUMNS)
+    padded = np.pad(rows, ((0, 0), (0, -past % width)), constant_values=np.nan)
+    columns = np.nanmean(padded.reshape(len(rows), -1, width), axis=2)
+    figure = _figure(11, max(3.5, 0.06 * len(rows) + 1.6))
+    left, right = figure.subplots(1, 2, width_ratios=(5, 1), sharey=True)
+    figure.suptitle(title, fontsize="medium")
+    left.imshow(
+        columns, aspect="auto", cmap="Blues", vmin=0.0, vmax=1.0, extent=(0, past, layers, 0), interpolation="nearest"
+    )
+    share = f" (darkness: share of {width} slots)" if width > 1 else ""
+    left.set(xlabel=f"slot of the cache{share}", ylabel=f"target layer ({heads} kv heads each)")
+    left.set_yticks(np.arange(0, layers, max(1, layers // 15)))
+    left.hlines(np.arange(1, layers), 0, past, color="0.85", linewidth=0.4)
+    places = (np.arange(layers * heads) + 0.5) / heads
+    right.barh(places, 100 * rows.mean(axis=1), height=0.9 / heads, color="tab:blue")
+    right.axvline(100 * rows.mean(), color="0.4", linewidth=0.8, linestyle="--")
+    right.set(xlabel="read, %")
+    right.grid(alpha=0.3, axis="x")
+    return _png(figure)
+
+
+def drift_curves(rows: Sequence[dict[str, Any]], smooth: int = 32) -> bytes:
+    """Draws KL from a clean dense pass over position, one line per selection.
+
+    Args:
+        rows: from `drift.drift_row`.
+        smooth: positions that are averaged.
+
+    Returns:
+        A PNG.
+    """
+    figure = _figure(8, 4.2)
+    axes = figure.subplots()
+    for row in rows:
+        kl = np.asarray(row["kl_by_position"])
+        width = min(smooth, len(kl))
+        kernel = np.ones(width) / width
+        mean = np.convolve(kl, kernel, mode="valid")
+        place = row["prompt_tokens"] + 1 + width / 2 + np.arange(len(mean))
+        (line,) = axes.plot(place, mean, linewidth=1.2, label=f"{row['label']} ({row['kv_reduction']:.1%})")
+        axes.axhline(kl.mean(), color=line.get_color(), linewidth=0.6, linestyle=":")
+    axes.set(
+        xlabel=f"position (prompt of {rows[0]['prompt_tokens']} tokens, read densely)",
+        ylabel="KL(clean dense pass || sparse), nats",
+        yscale="log",
+        title=f"Free-running generation, {rows[0]['documents']} texts, running mean over {smooth} positions",
+    )
+    axes.title.set_fontsize("medium")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return _png(figure)
