@@ -54,8 +54,8 @@ def main() -> None:
     """Trains a draft for each attention weight."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--attention-weights", type=float, nargs="+", default=[0.2, 0.0])
-    parser.add_argument("--sample-batch", type=int, default=512)
+    parser.add_argument("--attention-weights", type=float, nargs="+", default=[0.1, 0.0])
+    parser.add_argument("--sample-batch", type=int, default=1024)
     for field in dataclasses.fields(TrainSettings):
         if field.name != "attention_weight":
             parser.add_argument("--" + field.name.replace("_", "-"), type=type(field.default), default=field.default)
