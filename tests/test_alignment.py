@@ -240,3 +240,17 @@ def test_calibration_of_a_tiny_pair(tmp_path):
     assert told[-1][1] == told[-1][2]
     with pytest.raises(UserError, match="longest text has 400 tokens"):
         calibrate(target, draft, documents, load_policy("default"), settings=dataclasses.replace(settings, context=500))
+
+
+@pytest.mark.parametrize("error", [0.7, 0.85, 1.4])
+@pytest.mark.parametrize("wanted", [0.1, 0.25])
+def test_steering_meets_the_saving_on_texts_that_read_more_or_less_than_expected(error, wanted):
+    """A text whose density is off by a factor, and goes as the inverse square root of the mass left out."""
+    one = jnp.ones((1,))
+    mass = NucleusMass(jnp.full((1,), 0.02), one, one, jnp.asarray(wanted))
+    rng, read = np.random.default_rng(0), 0.0
+    steered = jax.jit(lambda read, windows: 1.0 - mass.p(jnp.array([500]), read[None], windows[None])[0, 0])
+    for windows in range(60):
+        left_out = float(steered(jnp.float32(read), jnp.int32(windows)))
+        read += float(wanted * error * (0.02 / left_out) ** 0.5 * rng.uniform(0.8, 1.2))
+    assert abs(read / 60 - wanted) < 0.02
