@@ -298,7 +298,7 @@ class TestInterrupt:
         if where != "calibration.target_rows":
             fitted = dataclasses.replace(tiny_pair.alignment, provenance='{"mixture_kl": 0, "layer_map_kl": 0}')
             found = fitted, np.zeros((2, 3))
-            monkeypatch.setattr("specattn_jax.calibration.calibrate", lambda *_, **__: found)
+            monkeypatch.setattr("specattn_jax.pair.calibrate", lambda *_, **__: found)
         monkeypatch.setattr(f"specattn_jax.{where}", interrupt)
         arguments = ["--target", tiny_folders.target, "--draft", tiny_folders.draft, "--text", "milton"]
         result = run("calibrate", *arguments, "--context", 64, "--passages", 2, "--out", tmp_path / "out")
