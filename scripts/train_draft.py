@@ -15,11 +15,10 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from specattn_jax.calibration import CalibrationSettings, calibrate, save_calibration
+from specattn_jax.calibration import CalibrationSettings
 from specattn_jax.loading import load_model
 from specattn_jax.loading.draft import read_draft, save_draft
 from specattn_jax.pair import load_pair
-from specattn_jax.selection import load_policy
 from specattn_jax.texts import read_text, shipped_books
 from specattn_jax.training.distil import DRAFT, SAMPLES, distil
 from specattn_jax.training.settings import TrainSettings
@@ -38,24 +37,21 @@ def quantise(folder: Path) -> None:
 def align(folder: Path, documents: list[list[int]], texts: list[str]) -> None:
     """Calibrates the int8 draft, in float32."""
     pair = load_pair("smollm2", str(folder / INT8), alignment=None, dtype="float32")
-    alignment, similarity = calibrate(
-        pair.target,
-        pair.draft,
+    pair.calibrate(
         documents,
-        load_policy("default"),
+        out=folder / "alignment",
         settings=CalibrationSettings(passages=8, gradients=4, windows=32),
-        provenance={"target": "smollm2", "draft": "distilled", "texts": texts},
+        provenance={"draft": "distilled", "texts": texts},
         progress=lambda *step: print(*step, flush=True),
     )
-    save_calibration(folder / "alignment", alignment, similarity)
 
 
 def main() -> None:
     """Trains a draft for each attention weight."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--attention-weights", type=float, nargs="+", default=[0.2, 0.0])
-    parser.add_argument("--sample-batch", type=int, default=512)
+    parser.add_argument("--attention-weights", type=float, nargs="+", default=[0.1, 0.0])
+    parser.add_argument("--sample-batch", type=int, default=1024)
     for field in dataclasses.fields(TrainSettings):
         if field.name != "attention_weight":
             parser.add_argument("--" + field.name.replace("_", "-"), type=type(field.default), default=field.default)

@@ -15,6 +15,7 @@ from specattn_jax.alignment import NucleusMass
 from specattn_jax.cache import init_cache
 from specattn_jax.errors import UserError
 from specattn_jax.loading.memory import check_memory
+from specattn_jax.loading.tokenizer import TextStream, Tokenizer
 from specattn_jax.model import LanguageModel, prefill
 from specattn_jax.pair import ModelPair
 from specattn_jax.sampling import Sampling
@@ -132,7 +133,7 @@ def generate(
     stop_at_eos: bool = True,
     prefill_chunk: int = 512,
     windows_per_call: int = 4,
-    on_tokens: Callable[[list[list[int]]], None] | None = None,
+    on_text: Callable[[int, str], None] | None = None,
     on_prefill: Callable[[int, int], None] | None = None,
 ) -> Generations:
     """Continues a batch of prompts of any lengths.
@@ -153,7 +154,8 @@ def generate(
         stop_at_eos: whether the tokenizer's end tokens end a sequence.
         prefill_chunk: prompt tokens read at a time.
         windows_per_call: windows per jitted call when streaming.
-        on_tokens: receives all new token ids so far, per prompt, after each call; without it one call does everything.
+        on_text: receives the index of a prompt and what was added to its text, whole characters only, after each call;
+            without it one call does everything.
         on_prefill: receives positions read and positions to read.
 
     Returns:
@@ -182,12 +184,15 @@ def generate(
     state = _prefill_both(pair.target, draft, encoded, max_new_tokens, settings, seed, prefill_chunk, clock, on_prefill)
     state = decode(pair.target, draft, selector, state, jnp.int32(0), settings=settings)
     clock.lap("compile", state)
+    writer = None if on_text is None else _Writer(pair.tokenizer, len(encoded), on_text)
     while not bool(jnp.all(state.done)):
-        steps = windows_per_call if on_tokens is not None else max_new_tokens
+        steps = max_new_tokens if writer is None else windows_per_call
         state = decode(pair.target, draft, selector, state, jnp.int32(steps), settings=settings)
-        if on_tokens is not None:
-            on_tokens(_new_tokens(state))
+        if writer is not None:
+            writer.show(_new_tokens(state))
     clock.lap("decode", state)
+    if writer is not None:
+        writer.finish(_new_tokens(state))
     return Generations(_results(pair, encoded, state, mode), Timing(**clock.seconds))
 
 
@@ -203,6 +208,31 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[f"{kind}_s"] += now - self._last
         self._last = now
+
+
+class _Writer:
+    """Tells the text of each prompt's new tokens as they arrive."""
+
+    def __init__(self, tokenizer: Tokenizer, count: int, on_text: Callable[[int, str], None]) -> None:
+        self._streams = [TextStream(tokenizer) for _ in range(count)]
+        self._shown = [0] * count
+        self._on_text = on_text
+
+    def show(self, tokens: list[list[int]]) -> None:
+        """Tells what is new in `tokens`, which are all new tokens so far."""
+        for index, (stream, ids) in enumerate(zip(self._streams, tokens, strict=True)):
+            self._tell(index, stream.push(ids[self._shown[index] :]))
+            self._shown[index] = len(ids)
+
+    def finish(self, tokens: list[list[int]]) -> None:
+        """Tells what is left, unfinished characters included."""
+        self.show(tokens)
+        for index, stream in enumerate(self._streams):
+            self._tell(index, stream.flush())
+
+    def _tell(self, index: int, text: str) -> None:
+        if text:
+            self._on_text(index, text)
 
 
 def _encode(pair: ModelPair, prompt: str | Sequence[int], index: int) -> list[int]:

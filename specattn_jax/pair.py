@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from specattn_jax.alignment import Alignment, load_alignment
+from specattn_jax.calibration import CalibrationSettings, calibrate, save_calibration
 from specattn_jax.errors import UserError
 from specattn_jax.loading.draft import share_embedding
 from specattn_jax.loading.memory import check_memory
@@ -18,6 +20,8 @@ from specattn_jax.loading.resolve import draft_reference, load_model, resolve
 from specattn_jax.loading.tensors import Progress
 from specattn_jax.loading.tokenizer import Tokenizer, check_compatible
 from specattn_jax.model import LanguageModel
+from specattn_jax.selection import load_policy
+from specattn_jax.texts import read_text
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -27,18 +31,68 @@ class ModelPair:
     """Two models that speak one vocabulary.
 
     Attributes:
-        name: how the pair was asked for.
+        target_name: how the target was asked for.
+        draft_name: how the draft was asked for.
         target: the model whose output is wanted.
         draft: the model that proposes tokens; the target itself in a diagnosis.
         tokenizer: shared by both.
         alignment: how the draft's attention predicts the target's; None where none was made yet.
     """
 
-    name: str
+    target_name: str
+    draft_name: str
     target: LanguageModel
     draft: LanguageModel
     tokenizer: Tokenizer
     alignment: Alignment | None
+
+    @property
+    def name(self) -> str:
+        """Both names, to say which pair is meant."""
+        return f"{self.target_name} + {self.draft_name}"
+
+    def calibrate(
+        self,
+        documents: Sequence[str | Path | Sequence[int]],
+        *,
+        out: Path | None = None,
+        policy: str = "default",
+        settings: CalibrationSettings | None = None,
+        provenance: Mapping[str, object] | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> ModelPair:
+        """The same pair with an alignment fitted on text; see `calibration.calibrate`.
+
+        Args:
+            documents: texts, files with texts, or token ids; at least one as long as the settings' context.
+            out: folder to write the alignment and its heat-map to; `load_pair` takes it as `alignment`.
+            policy: the policy preset for which budgets are fitted.
+            settings: what to read of the documents.
+            provenance: noted in the artifact besides, or instead of, the names of the models and files.
+            progress: told the stage, steps done and steps in all.
+
+        Raises:
+            UserError: the documents are too short, a file cannot be read, or `out` is taken or cannot be written.
+        """
+        names = [document.name for document in documents if isinstance(document, Path)]
+        notes = {"target": self.target_name, "draft": self.draft_name, "texts": names, **(provenance or {})}
+        alignment, similarity = calibrate(
+            self.target,
+            self.draft,
+            [self._encode(document) for document in documents],
+            load_policy(policy),
+            settings=settings,
+            provenance=notes,
+            progress=progress,
+        )
+        if out is not None:
+            save_calibration(Path(out), alignment, similarity)
+        return dataclasses.replace(self, alignment=alignment)
+
+    def _encode(self, document: str | Path | Sequence[int]) -> Sequence[int]:
+        """Token ids of one document."""
+        text = read_text(document) if isinstance(document, Path) else document
+        return self.tokenizer.encode(text, add_special=False) if isinstance(text, str) else text
 
 
 def choose_dtype(name: str) -> jnp.dtype:
@@ -92,7 +146,7 @@ def load_pair(
     loaded = None if folder is None else load_alignment(Path(folder))
     if loaded is not None:
         check_alignment(loaded, target_model, draft_model)
-    return ModelPair(f"{target} + {draft}", target_model, draft_model, tokenizer, loaded)
+    return ModelPair(target, draft, target_model, draft_model, tokenizer, loaded)
 
 
 def shipped_alignment(target: str, shared: bool) -> Path | None:

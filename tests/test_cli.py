@@ -5,7 +5,6 @@ from __future__ import annotations
 import bz2
 import dataclasses
 import gzip
-import io
 import json
 import lzma
 import os
@@ -18,7 +17,6 @@ import pytest
 from command import mistake, run
 
 from specattn_jax import plots
-from specattn_jax.cli import terminal
 from specattn_jax.loading import get_preset, is_cached
 from specattn_jax.texts import shipped_books
 
@@ -123,23 +121,6 @@ class TestGenerate:
         arguments = generate("--prompt", "a", "--mode", "autoregressive", "--json", "--max-new-tokens", 1)
         report = json.loads(run(*arguments).stdout)
         assert (report["new_tokens"], report["windows"], report["tokens_per_s"]) == (1, 0, 0)
-
-
-class TestStreaming:
-    def test_characters_are_whole(self, tiny_pair):
-        text = "naïve 日本語 🙂 end"
-        tokens = tiny_pair.tokenizer.encode(text)
-        assert len(tokens) == len(text.encode())
-        pieces = []
-        file = io.StringIO()
-        file.write = pieces.append
-        printer = terminal.TextPrinter(tiny_pair.tokenizer, file)
-        for count in range(1, len(tokens) + 1):
-            printer.show(tokens[:count])
-        printer.finish(tokens)
-        assert "".join(pieces) == text + "\n"
-        assert not any("\ufffd" in piece for piece in pieces)
-        assert sum(map(bool, pieces)) > len(text) / 2
 
 
 class TestMistakes:
@@ -298,7 +279,7 @@ class TestInterrupt:
         if where != "calibration.target_rows":
             fitted = dataclasses.replace(tiny_pair.alignment, provenance='{"mixture_kl": 0, "layer_map_kl": 0}')
             found = fitted, np.zeros((2, 3))
-            monkeypatch.setattr("specattn_jax.calibration.calibrate", lambda *_, **__: found)
+            monkeypatch.setattr("specattn_jax.pair.calibrate", lambda *_, **__: found)
         monkeypatch.setattr(f"specattn_jax.{where}", interrupt)
         arguments = ["--target", tiny_folders.target, "--draft", tiny_folders.draft, "--text", "milton"]
         result = run("calibrate", *arguments, "--context", 64, "--passages", 2, "--out", tmp_path / "out")

@@ -41,9 +41,8 @@ def calibrate_command(
         raise UserError(f"--window is {window}; expected at least 1 drafted token per window.")
 
     with importing():
-        from specattn_jax.calibration import CalibrationSettings, calibrate, save_calibration
+        from specattn_jax.calibration import CalibrationSettings
         from specattn_jax.pair import load_pair
-        from specattn_jax.selection import load_policy
 
     settings = CalibrationSettings(
         context=context,
@@ -57,20 +56,16 @@ def calibrate_command(
         bar.wait("starting")
         pair = load_pair(target, draft, alignment=None, dtype=dtype, progress=bar.bytes)
         documents = bar.read_documents(paths, pair.tokenizer)
-        names = {"target": target, "draft": draft, "texts": [path.name for path in paths]}
-        alignment, similarity = calibrate(
-            pair.target,
-            pair.draft,
-            documents,
-            load_policy("default"),
-            settings=settings,
-            provenance=dict(names),
-            progress=bar.steps,
-        )
-    save_calibration(out, alignment, similarity)
+        texts = [path.name for path in paths]
+        alignment = pair.calibrate(
+            documents, out=out, settings=settings, provenance={"texts": texts}, progress=bar.steps
+        ).alignment
+    assert alignment is not None
     report = {
         "out": str(out),
-        **names,
+        "target": target,
+        "draft": draft,
+        "texts": texts,
         **_fit(json.loads(alignment.provenance)),
         "layer_map": list(alignment.layer_map),
         "granularity": alignment.granularity,

@@ -10,7 +10,7 @@ import typer
 
 from specattn_jax.cli import options
 from specattn_jax.cli.process import importing
-from specattn_jax.cli.terminal import TextPrinter, print_json, print_table, read_stdin, stage_bar
+from specattn_jax.cli.terminal import print_json, print_table, read_stdin, stage_bar
 from specattn_jax.errors import UserError
 from specattn_jax.texts import read_text
 
@@ -91,14 +91,14 @@ def generate_command(
             dtype=dtype,
             progress=bar.bytes,
         )
-        printer = TextPrinter(pair.tokenizer, sys.stderr if as_json else sys.stdout)
+        shown = sys.stderr if as_json else sys.stdout
 
         def on_prefill(done: int, total: int) -> None:
             bar.steps("reading the prompt", done, total) if done < total else bar.wait("compiling")
 
-        def on_tokens(tokens: list[list[int]]) -> None:
+        def on_text(_: int, text: str) -> None:
             bar.hide()
-            printer.show(tokens[0])
+            print(text, end="", file=shown, flush=True)
 
         bar.wait("compiling")
         run = generate(
@@ -114,10 +114,10 @@ def generate_command(
             top_k=top_k,
             top_p=top_p,
             seed=seed,
-            on_tokens=on_tokens,
+            on_text=on_text,
             on_prefill=on_prefill,
         )
-    printer.finish(run.results[0].tokens)
+    print(file=shown, flush=True)
     names = {"target": target, "draft": None if alone else draft, "policy": policy if uses_alignment else None}
     report = {**_report(run), **names, "seed": seed}
     if as_json:

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -160,29 +160,6 @@ def stage_bar(*, keep: bool = False) -> Iterator[StageBar]:
         yield bar
     finally:
         bar.hide()
-
-
-class TextPrinter:
-    """Writes the text of tokens as they arrive, whole characters only."""
-
-    def __init__(self, tokenizer: Tokenizer, file: IO[str]) -> None:
-        from specattn_jax.loading.tokenizer import TextStream
-
-        self._stream, self._file, self._printed = TextStream(tokenizer), file, 0
-
-    def show(self, tokens: list[int]) -> None:
-        """Prints what is new in `tokens`, which are all tokens so far."""
-        self._write(self._stream.push(tokens[self._printed :]))
-        self._printed = len(tokens)
-
-    def finish(self, tokens: list[int]) -> None:
-        """Prints what is left, and ends the line."""
-        self.show(tokens)
-        self._write(self._stream.flush() + "\n")
-
-    def _write(self, text: str) -> None:
-        self._file.write(text)
-        self._file.flush()
 
 
 def read_stdin() -> str:

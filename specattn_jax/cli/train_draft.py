@@ -81,10 +81,9 @@ def train_draft_command(
         seed=seed,
     )
     with importing():
-        from specattn_jax.calibration import CalibrationSettings, calibrate, save_calibration
-        from specattn_jax.loading import load_model
+        from specattn_jax.calibration import CalibrationSettings
+        from specattn_jax.loading import load_model, resolve
         from specattn_jax.pair import choose_dtype, load_pair
-        from specattn_jax.selection import load_policy
         from specattn_jax.training.distil import ALIGNMENT, DRAFT, check_room, distil
         from specattn_jax.training.trainer import METRICS, read_metrics
 
@@ -94,9 +93,10 @@ def train_draft_command(
     began = time.perf_counter()
     with stage_bar() as bar:
         bar.wait("starting")
-        model, tokenizer = load_model(target, dtype=choose_dtype(dtype), progress=bar.bytes)
-        documents = bar.read_documents(paths, tokenizer)
+        files = resolve(target, bar.bytes)
+        documents = bar.read_documents(paths, files.tokenizer())
         if not trained:
+            model, _ = load_model(files, dtype=choose_dtype(dtype), progress=bar.bytes)
             distil(
                 model,
                 documents,
@@ -110,19 +110,16 @@ def train_draft_command(
                 progress=bar.steps,
                 on_report=lambda report: _show(bar, report, steps),
             )
-        del model
+            del model
         draft = out / DRAFT
         pair = load_pair(target, str(draft), alignment=None, dtype=dtype, progress=bar.bytes)
-        alignment, similarity = calibrate(
-            pair.target,
-            pair.draft,
+        pair.calibrate(
             documents,
-            load_policy("default"),
+            out=out / ALIGNMENT,
             settings=CalibrationSettings(context=min(2048, length), seed=seed),
-            provenance={"target": target, "draft": str(draft), "texts": [path.name for path in paths]},
+            provenance={"texts": [path.name for path in paths]},
             progress=bar.steps,
         )
-    save_calibration(out / ALIGNMENT, alignment, similarity)
     report = _summary(out, read_metrics(out / METRICS)[-1], time.perf_counter() - began)
     if as_json:
         print_json(report)

@@ -22,8 +22,8 @@ from specattn_jax.training.settings import TrainSettings
 
 # The last part of every text is kept from training, to watch acceptance on.
 HELD_OUT = 0.02
-# The target writes at these temperatures in turn: half of it greedily, as drafts are mostly asked to decode, the rest with
-# enough chance to leave loops.
+# The target writes at these temperatures in turn: half of it greedily, as drafts are mostly asked to decode, the rest
+# with enough chance to leave loops.
 TEMPERATURES = (0.0, 0.6, 0.0, 1.0)
 
 

@@ -10,7 +10,7 @@ from specattn_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    """Settings of a distillation run.
+    """Settings of a distillation run. The defaults trained the embedded draft.
 
     Attributes:
         num_layers: M, layers of the draft, initialised from target layers spread evenly from first to last.
@@ -31,8 +31,8 @@ class TrainSettings:
         seed: of everything random.
     """
 
-    num_layers: int = 6
-    steps: int = 2000
+    num_layers: int = 7
+    steps: int = 4800
     rows: int = 8
     length: int = 4096
     accumulate: int = 1
@@ -42,10 +42,10 @@ class TrainSettings:
     clip: float = 1.0
     attention_weight: float = 0.1
     attention_rows: int = 32
-    own_share: float = 0.6
-    continuations: int = 4096
-    prompt: int = 384
-    written: int = 640
+    own_share: float = 0.75
+    continuations: int = 20480
+    prompt: int = 256
+    written: int = 256
     seed: int = 0
 
     def __post_init__(self) -> None:
