@@ -25,15 +25,16 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from specattn_jax.alignment import Alignment, load_alignment
-from specattn_jax.calibration import CalibrationSettings, calibrate, save_calibration
+from specattn_jax.calibration import CalibrationSettings
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.ablations import Ablation, Ingredients, head_weights, map_weights
 from specattn_jax.evaluation.baselines import Quest, Streaming
+from specattn_jax.evaluation.documents import cut_documents
 from specattn_jax.evaluation.forced import Reading, read_documents, read_together
+from specattn_jax.evaluation.provenance import commit, hardware, versions
 from specattn_jax.files import atomic_file, exists, read_json, write_json
 from specattn_jax.pair import ModelPair, load_pair
 from specattn_jax.selection import Selection, Selector, load_policy
@@ -191,20 +192,14 @@ def find_alignments(folder: Path, names: Sequence[str], pair: ModelPair, jobs: i
     books = shipped_books("train")
     places = {name: folder / name.replace(",", "").replace(" ", "_") for name in names if ALIGNMENTS[name] is not None}
     missing = [name for name, place in places.items() if not exists(place)]
-    documents = [pair.tokenizer.encode(read_text(book)) for book in books] if missing else []
-    notes: dict[str, object] = {"target": "smollm2", "draft": "distilled", "texts": [book.name for book in books]}
 
     def make(name: str) -> None:
-        alignment, similarity = calibrate(
-            pair.target,
-            pair.draft,
-            documents,
-            load_policy("default"),
+        pair.calibrate(
+            books,
+            out=places[name],
             settings=ALIGNMENTS[name],
-            provenance=notes,
             progress=lambda *step: print(name, *step, file=sys.stderr, flush=True),
         )
-        save_calibration(places[name], alignment, similarity)
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(make, missing))
@@ -248,6 +243,9 @@ def result(task: Task, reading: Reading, dense: Reading, seconds: float) -> dict
             "kv_reduction": (1 - reading.read.mean(axis=1)).tolist(),
         },
         "seconds": seconds,
+        "commit": commit(),
+        "hardware": hardware(),
+        "versions": versions(),
     }
 
 
@@ -297,13 +295,6 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def read_books(pair: ModelPair, count: int, context: int) -> list[list[int]]:
-    """Documents spread evenly over the held-out books."""
-    tokens = [token for book in shipped_books("valid") for token in pair.tokenizer.encode(read_text(book))]
-    starts = np.linspace(0, len(tokens) - context - 1, count).astype(int)
-    return [tokens[start : start + context] for start in starts]
-
-
 def main() -> None:
     """Reads what is missing, then writes the table."""
     options = parse()
@@ -323,7 +314,8 @@ def main() -> None:
     tasks = [Task(name, saving) for saving in options.savings for name in options.rows]
     rest = [task for task in tasks if not exists(options.out / "rows" / task.file)]
     how = {"prefill_share": options.prefill, "window": options.window}
-    documents = read_books(pair, options.documents, options.context)
+    texts = [pair.tokenizer.encode(read_text(book)) for book in shipped_books("valid")]
+    documents = cut_documents(texts, options.context, options.documents)
     dense = read_documents(pair.target, pair.draft, None, documents, **how)
     assert dense.hidden is not None
 
@@ -348,7 +340,10 @@ def main() -> None:
     results = [read_json(options.out / "rows" / task.file) for task in tasks]
     report = {
         "command": shlex.join(["python", "scripts/ablate_selection.py", *sys.argv[1:]]),
-        "seed": 0,
+        "seed": CalibrationSettings().seed,
+        "commit": commit(),
+        "hardware": hardware(),
+        "versions": versions(),
         **setting,
         "books": [book.name for book in shipped_books("valid")],
         "perplexity": dense.perplexity,
