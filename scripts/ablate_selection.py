@@ -317,12 +317,13 @@ def main() -> None:
     texts = [pair.tokenizer.encode(read_text(book)) for book in shipped_books("valid")]
     documents = cut_documents(texts, options.context, options.documents)
     dense = read_documents(pair.target, pair.draft, None, documents, **how)
-    assert dense.hidden is not None
+    reference = dense.hidden
+    assert reference is not None
 
     def read(batch: Sequence[Task]) -> None:
         began = time.perf_counter()
         chosen = [make_selection(ROWS[task.name], task.saving, pair, alignments) for task in batch]
-        models, reference = (pair.target, pair.draft), dense.hidden
+        models = pair.target, pair.draft
         if len(chosen) == 1:
             readings = [read_documents(*models, chosen[0], documents, reference=reference, **how)]
         else:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from specattn_jax.generation import generate
+from specattn_jax.evaluation.documents import cut_documents
+from specattn_jax.evaluation.forced import read_documents
+from specattn_jax.generation import generate, make_selector
 from specattn_jax.pair import ModelPair
 from specattn_jax.texts import find_text, read_text
 
@@ -62,3 +64,13 @@ def test_wanted_saving_is_met_on_a_long_prompt(smollm2, wanted):
     prompt = smollm2.tokenizer.encode(text[text.index("Chapter 20") :][:12_000])[:2100]
     run = generate(smollm2, [prompt], kv_reduction=wanted, max_new_tokens=NEW_TOKENS)
     assert run.results[0].kv_reduction == pytest.approx(wanted, abs=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wanted", [0.75, 0.9])
+def test_wanted_saving_is_met_while_reading_held_out_text(smollm2, wanted):
+    text = smollm2.tokenizer.encode(read_text(find_text("pride_and_prejudice")))
+    reading = read_documents(
+        smollm2.target, smollm2.draft, make_selector(smollm2, kv_reduction=wanted), cut_documents([text], 2048, 1)
+    )
+    assert reading.kv_reduction == pytest.approx(wanted, abs=0.02)
