@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from specattn_jax.evaluation.tables import Row
 
 _SAVINGS = "0.75,0.9"
+_TABLE_WIDTH = 100
 
 
 def perplexity_command(
@@ -172,15 +173,16 @@ def _numbers(given: str, option: str) -> list[float]:
 
 def _print(rows: Sequence[Row]) -> None:
     """The table, for people."""
-    from specattn_jax.evaluation.tables import table_cells
+    from specattn_jax.evaluation.tables import short_cells
 
-    header, cells = table_cells(rows)
+    header, cells = short_cells(rows)
     table = Table(box=box.SIMPLE)
     for name in header:
-        table.add_column(name, justify="left" if name in ("method", "policy") else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for row in cells:
         table.add_row(*row)
-    console.print(table)
+    # Rather wrapped by a narrow terminal than cut.
+    console.print(table, width=max(console.width, _TABLE_WIDTH), crop=False)
 
 
 def _summary(report: dict[str, Any]) -> list[tuple[str, str]]:

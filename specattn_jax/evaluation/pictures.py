@@ -59,6 +59,15 @@ def _png(figure: Any) -> bytes:
     return data.getvalue()
 
 
+def _plain_numbers(axes: Any) -> None:
+    """Labels a logarithmic axis with numbers, between the powers of ten too where it spans few of them."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def pareto(rows: Sequence[tuple[Case, Row]], title: str) -> bytes:
     """Draws KL and perplexity increase against reads saved, one line per method, with the paper's own points.
 
@@ -70,7 +79,7 @@ def pareto(rows: Sequence[tuple[Case, Row]], title: str) -> bytes:
         A PNG.
     """
     figure = _figure(11, 4.6)
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(1, 2, sharex=True)
     figure.suptitle(title, fontsize="medium")
     lines: dict[str, list[Row]] = {}
     for case, row in rows:
@@ -92,6 +101,7 @@ def pareto(rows: Sequence[tuple[Case, Row]], title: str) -> bytes:
     right.set_yscale("symlog", linthresh=1.0, linscale=0.6)
     right.axhline(0.0, color="0.7", linewidth=0.8)
     right.set_yticks([-1, 0, 1, 10, 100, 1000], ["-1", "0", "1", "10", "100", "1000"])
+    _plain_numbers(left)
     for axes in (left, right):
         axes.set_xlabel("cache reads saved, %")
         axes.grid(alpha=0.3)
@@ -198,7 +208,7 @@ def drift_curves(rows: Sequence[dict[str, Any]], smooth: int = 32) -> bytes:
         kernel = np.ones(width) / width
         mean = np.convolve(kl, kernel, mode="valid")
         place = row["prompt_tokens"] + 1 + width / 2 + np.arange(len(mean))
-        (line,) = axes.plot(place, mean, linewidth=1.2, label=f"{row['label']} ({row['kv_reduction']:.1%})")
+        (line,) = axes.plot(place, mean, linewidth=1.2, label=f"{row['label']} ({row['kv_reduction']:.1%} here)")
         axes.axhline(kl.mean(), color=line.get_color(), linewidth=0.6, linestyle=":")
     axes.set(
         xlabel=f"position (prompt of {rows[0]['prompt_tokens']} tokens, read densely)",
@@ -207,6 +217,7 @@ def drift_curves(rows: Sequence[dict[str, Any]], smooth: int = 32) -> bytes:
         title=f"Free-running generation, {rows[0]['documents']} texts, running mean over {smooth} positions",
     )
     axes.title.set_fontsize("medium")
+    _plain_numbers(axes)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     return _png(figure)
