@@ -14,7 +14,7 @@ from rich.table import Table
 
 from specattn_jax.cli import options
 from specattn_jax.cli.process import importing
-from specattn_jax.cli.terminal import console, print_json, print_table, say, stage_bar
+from specattn_jax.cli.terminal import StageBar, console, print_json, print_table, say, stage_bar
 from specattn_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def perplexity_command(
             command={name: str(value) if isinstance(value, Path) else value for name, value in ctx.params.items()},
             drift_tokens=drift_tokens,
             seed=seed,
-            progress=functools.partial(bar.steps, "reading documents"),
+            progress=functools.partial(_show, bar),
         )
     report = {"out": str(out), **results, "seconds": time.perf_counter() - began}
     if as_json:
@@ -169,6 +169,14 @@ def _numbers(given: str, option: str) -> list[float]:
         except ValueError as error:
             raise UserError(f"{option} names {part!r}; expected numbers, such as 0.75,0.9.") from error
     return sorted(numbers)
+
+
+def _show(bar: StageBar, done: int, total: int, case: str, result: str) -> None:
+    """Moves the bar; where there is none, such as in a log file, writes a line for everything that was measured."""
+    note = f"{case}: {result}" if result else case
+    bar.steps("reading documents", done, total, note)
+    if result and not console.is_terminal:
+        say(note)
 
 
 def _print(rows: Sequence[Row]) -> None:
