@@ -14,13 +14,14 @@ from rich.table import Table
 
 from specattn_jax.cli import options
 from specattn_jax.cli.process import importing
-from specattn_jax.cli.terminal import console, print_json, print_table, say, stage_bar
+from specattn_jax.cli.terminal import StageBar, console, print_json, print_table, say, stage_bar
 from specattn_jax.errors import UserError
 
 if TYPE_CHECKING:
     from specattn_jax.evaluation.tables import Row
 
 _SAVINGS = "0.75,0.9"
+_TABLE_WIDTH = 100
 
 
 def perplexity_command(
@@ -133,7 +134,7 @@ def perplexity_command(
             command={name: str(value) if isinstance(value, Path) else value for name, value in ctx.params.items()},
             drift_tokens=drift_tokens,
             seed=seed,
-            progress=functools.partial(bar.steps, "reading documents"),
+            progress=functools.partial(_show, bar),
         )
     report = {"out": str(out), **results, "seconds": time.perf_counter() - began}
     if as_json:
@@ -170,17 +171,26 @@ def _numbers(given: str, option: str) -> list[float]:
     return sorted(numbers)
 
 
+def _show(bar: StageBar, done: int, total: int, case: str, result: str) -> None:
+    """Moves the bar; where there is none, such as in a log file, writes a line for everything that was measured."""
+    note = f"{case}: {result}" if result else case
+    bar.steps("reading documents", done, total, note)
+    if result and not console.is_terminal:
+        say(note)
+
+
 def _print(rows: Sequence[Row]) -> None:
     """The table, for people."""
-    from specattn_jax.evaluation.tables import table_cells
+    from specattn_jax.evaluation.tables import short_cells
 
-    header, cells = table_cells(rows)
+    header, cells = short_cells(rows)
     table = Table(box=box.SIMPLE)
     for name in header:
-        table.add_column(name, justify="left" if name in ("method", "policy") else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for row in cells:
         table.add_row(*row)
-    console.print(table)
+    # Rather wrapped by a narrow terminal than cut.
+    console.print(table, width=max(console.width, _TABLE_WIDTH), crop=False)
 
 
 def _summary(report: dict[str, Any]) -> list[tuple[str, str]]:

@@ -26,8 +26,8 @@ from specattn_jax.pair import ModelPair
 from specattn_jax.selection import Selection
 
 TABLE, MARKDOWN = "table.json", "table.md"
-# Told the readings done, all that are expected, and a note about the one at hand.
-Progress = Callable[[int, int, str], None]
+# Told the readings done, all that are expected, the case at hand, and what was just measured (or nothing).
+Progress = Callable[[int, int, str, str], None]
 # Readings of the first batch that a search usually takes.
 _SEARCH_READINGS = 4
 
@@ -215,7 +215,7 @@ class _Estimate:
         """Another case is at hand."""
         self._finished += self._weight
         self._current, self._weight = 0, self._weights[case]
-        self._tell(case.label)
+        self._tell(case, "")
 
     def tick(self, case: Case, values: dict[str, Any], measured: bool) -> None:
         """A batch of documents was read, or found read."""
@@ -225,16 +225,21 @@ class _Estimate:
         self._last = now
         self._current = min(self._current + 1, max(self._weight - 1, 0))
         kl = f", KL {np.mean(values['kl']):.4f}" if case.method != FULL else ""
-        self._tell(f"{case.label}: perplexity {np.exp(np.mean(values['nll'])):.2f}{kl}")
+        saved = 1.0 - np.mean(values["head_read"])
+        result = f"perplexity {np.exp(np.mean(values['nll'])):.2f}{kl}, {saved:.1%} saved{self._left()}"
+        self._tell(case, result if measured else "")
 
-    def _tell(self, note: str) -> None:
-        if self._progress is None:
-            return
-        done, total = self._finished + self._current, sum(self._weights.values())
-        if self._seconds:
-            minutes = (total - done) * sum(self._seconds) / len(self._seconds) / 60
-            note += f"; about {minutes:.0f} min left" if minutes >= 1 else "; less than a minute left"
-        self._progress(done, total, note)
+    def _left(self) -> str:
+        """How long the rest will take, judging by what was measured so far."""
+        if not self._seconds:
+            return ""
+        rest = sum(self._weights.values()) - self._finished - self._current
+        minutes = rest * sum(self._seconds) / len(self._seconds) / 60
+        return f"; about {minutes:.0f} min left" if minutes >= 1 else "; less than a minute left"
+
+    def _tell(self, case: Case, result: str) -> None:
+        if self._progress is not None:
+            self._progress(self._finished + self._current, sum(self._weights.values()), case.label, result)
 
 
 def write_tables(out: Path, rows: Sequence[Row], about: str) -> None:

@@ -59,6 +59,15 @@ def _png(figure: Any) -> bytes:
     return data.getvalue()
 
 
+def _plain_numbers(axes: Any) -> None:
+    """Labels a logarithmic axis with numbers, between the powers of ten too where it spans few of them."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def pareto(rows: Sequence[tuple[Case, Row]], title: str) -> bytes:
     """Draws KL and perplexity increase against reads saved, one line per method, with the paper's own points.
 
@@ -69,8 +78,8 @@ def pareto(rows: Sequence[tuple[Case, Row]], title: str) -> bytes:
     Returns:
         A PNG.
     """
-    figure = _figure(11, 4.6)
-    left, right = figure.subplots(1, 2)
+    figure = _figure(11, 5.0)
+    left, right = figure.subplots(1, 2, sharex=True)
     figure.suptitle(title, fontsize="medium")
     lines: dict[str, list[Row]] = {}
     for case, row in rows:
@@ -91,11 +100,14 @@ def pareto(rows: Sequence[tuple[Case, Row]], title: str) -> bytes:
     right.set(ylabel="increase of perplexity, %", title="Perplexity (below 0: better by luck)")
     right.set_yscale("symlog", linthresh=1.0, linscale=0.6)
     right.axhline(0.0, color="0.7", linewidth=0.8)
-    right.set_yticks([-1, 0, 1, 10, 100, 1000], ["-1", "0", "1", "10", "100", "1000"])
+    shown = [-10, -1, 0, 1, 10, 100, 1000]
+    right.set_yticks(shown, [str(value) for value in shown])
+    right.set_ylim(1.5 * min(-1.0, *(100 * row["relative_increase"] for _, row in rows)), 5000)
+    _plain_numbers(left)
     for axes in (left, right):
         axes.set_xlabel("cache reads saved, %")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="x-small")
     return _png(figure)
 
 
@@ -198,8 +210,7 @@ def drift_curves(rows: Sequence[dict[str, Any]], smooth: int = 32) -> bytes:
         kernel = np.ones(width) / width
         mean = np.convolve(kl, kernel, mode="valid")
         place = row["prompt_tokens"] + 1 + width / 2 + np.arange(len(mean))
-        (line,) = axes.plot(place, mean, linewidth=1.2, label=f"{row['label']} ({row['kv_reduction']:.1%})")
-        axes.axhline(kl.mean(), color=line.get_color(), linewidth=0.6, linestyle=":")
+        axes.plot(place, mean, linewidth=1.2, label=f"{row['label']} ({row['kv_reduction']:.1%} here)")
     axes.set(
         xlabel=f"position (prompt of {rows[0]['prompt_tokens']} tokens, read densely)",
         ylabel="KL(clean dense pass || sparse), nats",
@@ -207,6 +218,7 @@ def drift_curves(rows: Sequence[dict[str, Any]], smooth: int = 32) -> bytes:
         title=f"Free-running generation, {rows[0]['documents']} texts, running mean over {smooth} positions",
     )
     axes.title.set_fontsize("medium")
+    _plain_numbers(axes)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     return _png(figure)

@@ -148,7 +148,7 @@ def _measure_drift(
         for index, batch in enumerate(run.batches):
             if progress is not None:
                 done, total = number * len(run.batches) + index, len(results) * len(run.batches)
-                progress(done, total, f"drift of {case.label}")
+                progress(done, total, f"drift of {case.label}", "")
             name = f"drift-{case.key}-{tokens}-{seed}-{index:03d}"
             found = run.store.load(name, case.describe())
             if found is None:

@@ -126,6 +126,15 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
+def short_cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The same for a terminal: what matters most, without standard errors."""
+    header, cells = table_cells(rows)
+    header = ("method", *header[2:-1])
+    return header, [
+        (f"{method} {policy}".strip(), *(cell.split(" ±")[0] for cell in rest[:-1])) for method, policy, *rest in cells
+    ]
+
+
 def markdown(rows: Sequence[Row], about: str) -> str:
     """The table in Markdown, under a sentence about it."""
     header, cells = table_cells(rows)
