@@ -298,8 +298,9 @@ class TestInterrupt:
     @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
     def test_a_real_signal_ends_the_program(self, tiny_folders, tmp_path):
         code = (
-            "import os, signal, sys, specattn_jax.cli as cli, specattn_jax.calibration as calibration\n"
-            "calibration.target_rows = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+            "import os, signal, time, specattn_jax.cli as cli, specattn_jax.calibration as calibration\n"
+            # The signal may reach Python a little later than the call returns.
+            "calibration.target_rows = lambda *_: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))\n"
             "cli.main()"
         )
         pair = ["--target", tiny_folders.target, "--draft", tiny_folders.draft, "--text", "milton"]
