@@ -206,15 +206,20 @@ def find_alignments(folder: Path, names: Sequence[str], pair: ModelPair, jobs: i
     return {"shipped": pair.alignment, **{name: load_alignment(place) for name, place in places.items()}}
 
 
-def batches(tasks: Sequence[Task], together: int) -> Iterator[list[Task]]:
+class Chosen(NamedTuple):
+    """A task and its selection."""
+
+    task: Task
+    selection: Selection
+
+
+def batches(tasks: Sequence[Chosen], together: int) -> Iterator[list[Chosen]]:
     """Tasks in groups that one compiled function serves, at most `together` each."""
-    groups: dict[tuple[object, ...], list[Task]] = {}
+    groups: dict[jax.tree_util.PyTreeDef, list[Chosen]] = {}
     for task in tasks:
-        row = ROWS[task.name]
-        # An Ablation's dense layers are numbers; a baseline's are part of its structure.
-        key = (row.kind, row.dense_layers if row.kind != "ablation" else 0)
-        groups.setdefault(key, []).append(task)
+        groups.setdefault(jax.tree.structure(task.selection), []).append(task)
     for group in groups.values():
+        # Of equal sizes as far as possible, because each size is compiled.
         size = math.ceil(len(group) / math.ceil(len(group) / together))
         for begin in range(0, len(group), size):
             yield group[begin : begin + size]
@@ -320,16 +325,16 @@ def main() -> None:
     reference = dense.hidden
     assert reference is not None
 
-    def read(batch: Sequence[Task]) -> None:
+    def read(batch: Sequence[Chosen]) -> None:
         began = time.perf_counter()
-        chosen = [make_selection(ROWS[task.name], task.saving, pair, alignments) for task in batch]
+        chosen = [one.selection for one in batch]
         models = pair.target, pair.draft
         if len(chosen) == 1:
             readings = [read_documents(*models, chosen[0], documents, reference=reference, **how)]
         else:
             readings = read_together(*models, chosen, documents, reference=reference, **how)
         seconds = (time.perf_counter() - began) / len(batch)
-        for task, reading in zip(batch, readings, strict=True):
+        for (task, _), reading in zip(batch, readings, strict=True):
             one = result(task, reading, dense, seconds)
             with atomic_file(options.out / "rows" / task.file) as work:
                 write_json(work, one)
@@ -337,7 +342,8 @@ def main() -> None:
             print(json.dumps(line), f"{seconds:.0f} s", file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(read, batches(rest, options.together)))
+        chosen = [Chosen(task, make_selection(ROWS[task.name], task.saving, pair, alignments)) for task in rest]
+        list(pool.map(read, batches(chosen, options.together)))
     results = [read_json(options.out / "rows" / task.file) for task in tasks]
     report = {
         "command": shlex.join(["python", "scripts/ablate_selection.py", *sys.argv[1:]]),

@@ -100,8 +100,7 @@ def test_masks(name):
         windows=jnp.int32(windows),
     )
     past = jnp.asarray(PAST, jnp.int32)
-    q, keys = jnp.zeros((2, 1, 2, 1)), jnp.zeros((2, 2, SLOTS, 1))
-    plans = [choice(q, keys, past) for choice in ablation.plan(steps(new, united[0]), past)]
+    plans = ablation.plan(steps(new, united[0]), past)
     got = np.concatenate(masks(plans, PAST, SLOTS), axis=1)
 
     stale = windows % ingredients.reuse != 0

@@ -1,8 +1,8 @@
 """One selection with every ingredient as a number, to measure what each of them is worth.
 
-`Ablation` reads as `selection.Selector` does, but whatever distinguishes the rows of the ablation table is an array:
-one compiled reading serves all of them, and many can be read at once (`forced.read_together`). It costs more per window
-than the policies that are shipped, and steers harder, so that all rows save the same.
+`Ablation` reads as `selection.Selector` does, but nearly all that distinguishes the rows of the ablation table is an
+array: one compiled reading serves most of them, and many can be read at once (`forced.read_together`). It costs more
+per window than the policies that are shipped, and steers harder, so that all rows save the same.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from specattn_jax.speculative import WindowRead
 # What is selected: slots, blocks by the sum or maximum of their scores, or slots for which whole blocks are fetched.
 Grain = Literal["slot", "sum 4", "sum 8", "sum 16", "max 16", "inside 16"]
 GRAINS: tuple[str, ...] = get_args(Grain)
+Extra = Literal["oracle", "blend", "tail", "inside"]
 # Keys per centroid.
 TAIL = 256
 # A proportional and integral controller in the logarithm of the mass left out; the prior counts windows.
@@ -113,6 +114,7 @@ class Ablation:
         left_out: attention mass that each target kv head leaves out, before steering; 0 reads everything.
         wanted: share of reads to steer to, everything counted; 0 keeps `left_out` as it is.
         numbers: the ingredients as arrays.
+        extras: the ingredients among them that need work of their own in every layer.
         target: shape of the target.
         draft: shape of the draft.
         memory: None before `prepare`.
@@ -122,6 +124,7 @@ class Ablation:
     left_out: Float[Array, " rows"]
     wanted: Float[Array, ""]
     numbers: dict[str, Array]
+    extras: frozenset[Extra] = dataclasses.field(metadata={"static": True})
     target: ModelConfig = dataclasses.field(metadata={"static": True})
     draft: ModelConfig = dataclasses.field(metadata={"static": True})
     memory: Memory | None = None
@@ -140,7 +143,14 @@ class Ablation:
         plain = {**ingredients._asdict(), "grain": GRAINS.index(ingredients.grain)}
         kinds = {bool: jnp.bool_, int: jnp.int32, float: jnp.float32}
         numbers = {name: jnp.asarray(value, kinds[type(value)]) for name, value in plain.items()}
-        return cls(weights, left_out, jnp.asarray(wanted, jnp.float32), numbers, target, draft)
+        has: dict[Extra, bool] = {
+            "oracle": ingredients.oracle,
+            "blend": ingredients.blend > 0,
+            "tail": ingredients.tail,
+            "inside": ingredients.grain == "inside 16",
+        }
+        extras = frozenset(name for name, used in has.items() if used)
+        return cls(weights, left_out, jnp.asarray(wanted, jnp.float32), numbers, extras, target, draft)
 
     @property
     def observed_layers(self) -> tuple[int, ...]:
@@ -225,7 +235,7 @@ class Ablation:
         read: Float[Array, "B L"] | None = None,
         windows: Int32[Array, " B"] | None = None,
     ) -> tuple[LayerChoice, ...]:
-        """One choice per target layer, made when its queries are there (the oracle needs them)."""
+        """One choice per target layer; that of the oracle is made when the layer's queries are there."""
         assert isinstance(scores, StepScores)
         current, made = self._current(scores, past)
         blend, p = self.numbers["blend"], self._p()
@@ -248,14 +258,13 @@ class Ablation:
             def choose(
                 q: Float[Array, "B T N H"], keys: Float[Array, "B K S H"], past: Int32[Array, " B"]
             ) -> SelectionPlan:
-                def own() -> Bool[Array, "B K S"]:
-                    attention = attention_read(q, keys, None, past + q.shape[1])
-                    return _slots(jnp.where(inside, attention, 0.0), p[:, rows])
+                attention = attention_read(q, keys, None, past + q.shape[1])
+                own = _slots(jnp.where(inside, attention, 0.0), p[:, rows])
+                return compact_blocks((own | forced[:, rows]) & inside, block_size=1)
 
-                picked = jax.lax.cond(self.numbers["oracle"], own, lambda: chosen[:, rows])
-                return compact_blocks((picked | forced[:, rows]) & inside, block_size=1)
-
-            return choose
+            if "oracle" in self.extras:
+                return choose
+            return compact_blocks((chosen | forced)[:, rows] & inside, block_size=1)
 
         return tuple(for_layer(layer) for layer in range(self.target.num_layers))
 
@@ -266,39 +275,33 @@ class Ablation:
         values: Float[Array, "B K S H"],
         plan: SelectionPlan | None,
         lengths: Int32[Array, " B"],
-    ) -> tuple[Float[Array, "B T N H"], tuple[Float[Array, "B K S"], Float[Array, " B"]]]:
-        """Sparse attention, with centroids if wanted; keeps the attention over what was read, and what was fetched."""
+    ) -> tuple[Float[Array, "B T N H"], tuple[Float[Array, "B K S"] | None, Float[Array, " B"] | None]]:
+        """Sparse attention, with centroids if wanted; keeps the attention over what was read, and what was fetched.
+
+        Each of them only where it is an ingredient.
+        """
         assert plan is not None
-        out = jax.lax.cond(
-            self.numbers["tail"],
-            lambda: attend_with_centroids(q, keys, values, plan, lengths),
-            lambda: attend_plan(q, keys, values, plan, lengths),
-        )
-        seen = jax.lax.cond(
-            self.numbers["blend"] > 0,
-            lambda: attention_read(q, keys, plan, lengths),
-            lambda: jnp.zeros(keys.shape[:3], jnp.float32),
-        )
-        past = lengths - q.shape[1]
-        whole = jax.lax.cond(
-            self.numbers["grain"] == GRAINS.index("inside 16"),
-            lambda: _fetched(plan_mask(plan, past, keys.shape[2]), past, 16),
-            lambda: jnp.zeros(past.shape, jnp.float32),
-        )
-        return out, (seen, whole)
+        past, slots = lengths - q.shape[1], keys.shape[2]
+        read = attend_with_centroids if "tail" in self.extras else attend_plan
+        seen = attention_read(q, keys, plan, lengths) if "blend" in self.extras else None
+        whole = _fetched(plan_mask(plan, past, slots), past, 16) if "inside" in self.extras else None
+        return read(q, keys, values, plan, lengths), (seen, whole)
 
     def learn(self, window: WindowRead, past: Int32[Array, " B"]) -> tuple[Self, Float[Array, "B L"]]:
         """Remembers the attention of this window, and steers by what it read."""
         memory = self._remembered
         assert isinstance(window.drafted.scores, StepScores)
         seen, whole = zip(*window.kept, strict=True)
-        read = jnp.maximum(window.read, jnp.stack(whole, axis=1))
-        centroids = -(-past // TAIL) / jnp.maximum(past, 1)
-        read += jnp.where(self.numbers["tail"], centroids, 0.0)[:, None]
+        read = jnp.stack(whole, axis=1) if "inside" in self.extras else window.read
+        if "tail" in self.extras:
+            read += (-(-past // TAIL) / jnp.maximum(past, 1))[:, None]
+        attention = memory.attention
+        if "blend" in self.extras:
+            attention = remember(attention, jnp.concatenate(seen, axis=1), self.numbers["decay"])
         scores, made = self._current(window.drafted.scores, past)
         grown = dataclasses.replace(
             memory,
-            attention=remember(memory.attention, jnp.concatenate(seen, axis=1), self.numbers["decay"]),
+            attention=attention,
             scores=scores,
             past=made,
             read=memory.read + jnp.mean(read, axis=1),
