@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from specattn_jax.alignment import NucleusMass
 from specattn_jax.cache import init_cache
@@ -20,7 +21,8 @@ from specattn_jax.model import LanguageModel, prefill
 from specattn_jax.pair import ModelPair
 from specattn_jax.sampling import Sampling
 from specattn_jax.selection import Selector, load_policy
-from specattn_jax.speculative import DecodeSettings, DecodeState, Mode, decode, start_decoding
+from specattn_jax.shading import Picture, SelectionRecord, shade_window
+from specattn_jax.speculative import DecodeSettings, DecodeState, Mode, decode, start_decoding, watched_step
 
 DEFAULT_KV_REDUCTION = 0.75
 DEFAULT_P = 0.95
@@ -39,6 +41,7 @@ class Generation:
         accepted_per_window: mean number of drafted tokens accepted (0 to W), the target's own token not counted.
         kv_reduction: share of the target's cache reads saved, averaged over layers, heads and windows.
         layer_reads: share of the cache that each target layer read, averaged over windows.
+        selection: which tokens each window read; None unless `generate` was asked to keep it.
     """
 
     text: str
@@ -49,6 +52,38 @@ class Generation:
     accepted_per_window: float
     kv_reduction: float
     layer_reads: list[float]
+    selection: SelectionRecord | None = None
+
+    @property
+    def stats(self) -> dict[str, float | int | str]:
+        """The numbers, by name."""
+        return {
+            "mode": self.mode,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": len(self.tokens),
+            "windows": self.windows,
+            "accepted_per_window": self.accepted_per_window,
+            "kv_reduction": self.kv_reduction,
+        }
+
+    def plot_selection(self, window: int = -1, *, most_tokens: int = 400) -> Picture:
+        """The text before a window, each word shaded by how many layers and kv heads read it.
+
+        Args:
+            window: which window; negative numbers count from the last.
+            most_tokens: how much of the text before the window is shown.
+
+        Returns:
+            What a notebook shows as it is; its `html` can be written to a file.
+
+        Raises:
+            UserError: there is no such window, or the selection was not kept.
+        """
+        if self.selection is None:
+            raise UserError("plot_selection: nothing was kept; call generate with keep_selection=True.")
+        if not -self.windows <= window < self.windows:
+            raise UserError(f"window is {window}; expected a number below {self.windows}, the windows of this text.")
+        return shade_window(self.selection, window, most_tokens=most_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +168,7 @@ def generate(
     stop_at_eos: bool = True,
     prefill_chunk: int = 512,
     windows_per_call: int = 4,
+    keep_selection: bool = False,
     on_text: Callable[[int, str], None] | None = None,
     on_prefill: Callable[[int, int], None] | None = None,
 ) -> Generations:
@@ -154,6 +190,8 @@ def generate(
         stop_at_eos: whether the tokenizer's end tokens end a sequence.
         prefill_chunk: prompt tokens read at a time.
         windows_per_call: windows per jitted call when streaming.
+        keep_selection: whether to keep which tokens each window read, for `Generation.plot_selection`; the host then
+            sees every window, which costs time.
         on_text: receives the index of a prompt and what was added to its text, whole characters only, after each call;
             without it one call does everything.
         on_prefill: receives positions read and positions to read.
@@ -176,24 +214,74 @@ def generate(
         stop_tokens=pair.tokenizer.eos_ids if stop_at_eos else (),
     )
     selector = make_selector(pair, policy=policy, p=p, kv_reduction=kv_reduction) if mode == "specattn" else None
+    if keep_selection and selector is None:
+        raise UserError(f"keep_selection is set, but mode {mode} selects nothing; use mode='specattn'.")
     draft = None if mode == "autoregressive" else pair.draft
     encoded = [_encode(pair, prompt, index) for index, prompt in enumerate(prompts)]
     _check_lengths(pair, encoded, max_new_tokens)
 
     clock = _Clock()
     state = _prefill_both(pair.target, draft, encoded, max_new_tokens, settings, seed, prefill_chunk, clock, on_prefill)
-    state = decode(pair.target, draft, selector, state, jnp.int32(0), settings=settings)
-    clock.lap("compile", state)
-    writer = None if on_text is None else _Writer(pair.tokenizer, len(encoded), on_text)
-    while not bool(jnp.all(state.done)):
-        steps = max_new_tokens if writer is None else windows_per_call
-        state = decode(pair.target, draft, selector, state, jnp.int32(steps), settings=settings)
-        if writer is not None:
+    writer = _Writer(pair.tokenizer, len(encoded), on_text or (lambda index, text: None))
+    if keep_selection and draft is not None and selector is not None:
+        state, watched = _decode_watched(pair.target, draft, selector, state, settings, writer)
+    else:
+        state = decode(pair.target, draft, selector, state, jnp.int32(0), settings=settings)
+        clock.lap("compile", state)
+        steps, watched = max_new_tokens if on_text is None else windows_per_call, None
+        while not bool(jnp.all(state.done)):
+            state = decode(pair.target, draft, selector, state, jnp.int32(steps), settings=settings)
             writer.show(_new_tokens(state))
     clock.lap("decode", state)
-    if writer is not None:
-        writer.finish(_new_tokens(state))
-    return Generations(_results(pair, encoded, state, mode), Timing(**clock.seconds))
+    writer.finish(_new_tokens(state))
+    results = _results(pair, encoded, state, mode)
+    if watched is not None:
+        results = [
+            dataclasses.replace(result, selection=_record(pair, prompt, result.tokens, watched, index))
+            for index, (prompt, result) in enumerate(zip(encoded, results, strict=True))
+        ]
+    return Generations(results, Timing(**clock.seconds))
+
+
+class _Window(NamedTuple):
+    """What the host saw of one window: the cache before it, whether a sequence still decoded, and who read what."""
+
+    past: Int[np.ndarray, " B"]
+    active: Bool[np.ndarray, " B"]
+    readers: Int[np.ndarray, "B S"]
+
+
+def _decode_watched(
+    target: LanguageModel,
+    draft: LanguageModel,
+    selector: Selector,
+    state: DecodeState,
+    settings: DecodeSettings,
+    writer: _Writer,
+) -> tuple[DecodeState, list[_Window]]:
+    """Decodes window by window, keeping what each of them read."""
+    windows = []
+    while not bool(jnp.all(state.done)):
+        past, active = jax.device_get((state.target_cache.lengths, ~state.done))
+        state, readers = watched_step(target, draft, selector, state, settings=settings)
+        windows.append(_Window(past, active, np.asarray(readers)))
+        writer.show(_new_tokens(state))
+    return state, windows
+
+
+def _record(
+    pair: ModelPair, prompt: Sequence[int], new: Sequence[int], windows: Sequence[_Window], index: int
+) -> SelectionRecord:
+    """What the windows read of one sequence."""
+    mine = [window for window in windows if window.active[index]]
+    slots = len(prompt) + len(new)
+    config = pair.target.config
+    return SelectionRecord(
+        pieces=pair.tokenizer.pieces([*prompt, *new]),
+        past=np.array([window.past[index] for window in mine], np.int64),
+        readers=np.array([window.readers[index, :slots] for window in mine], np.int64).reshape(len(mine), slots),
+        num_readers=config.num_layers * config.num_kv_heads,
+    )
 
 
 class _Clock:

@@ -264,19 +264,40 @@ class Selector:
         return SelectionPlan(ids, counts, groups.block_size)
 
 
+def head_fraction(
+    plans: Sequence[SelectionPlan | None], past: Int32[Array, " B"], num_kv_heads: int
+) -> Float[Array, "B L K"]:
+    """Share of the past that each kv head of each layer reads; where there is no plan, all of it."""
+    whole = jnp.ones((past.shape[0], num_kv_heads), jnp.float32)
+    return jnp.stack([whole if plan is None else _plan_fraction(plan, past) for plan in plans], axis=1)
+
+
 def read_fraction(plans: Sequence[SelectionPlan | None], past: Int32[Array, " B"]) -> Float[Array, "B L"]:
     """Share of the past that each layer reads, averaged over kv heads; dense layers read all of it.
 
     `1 - mean` of this over layers and windows is the number called `kv_reduction`.
     """
     whole = jnp.ones(past.shape, jnp.float32)
-    return jnp.stack([whole if plan is None else _plan_fraction(plan, past) for plan in plans], axis=1)
+    return jnp.stack(
+        [whole if plan is None else jnp.mean(_plan_fraction(plan, past), axis=-1) for plan in plans], axis=1
+    )
 
 
-def _plan_fraction(plan: SelectionPlan, past: Int32[Array, " B"]) -> Float[Array, " B"]:
-    """Entries of the plan's blocks that lie in the past, over the past, averaged over kv heads."""
+def _plan_fraction(plan: SelectionPlan, past: Int32[Array, " B"]) -> Float[Array, "B K"]:
+    """Entries of the plan's blocks that lie in the past, over the past."""
     size = plan.block_size
     listed = jnp.arange(plan.block_ids.shape[-1]) < plan.counts[..., None]
     inside = jnp.clip(past[:, None, None] - plan.block_ids * size, 0, size)
-    entries = jnp.sum(jnp.where(listed, inside, 0), axis=-1)
-    return jnp.mean(entries / jnp.maximum(past[:, None], 1), axis=-1)
+    return jnp.sum(jnp.where(listed, inside, 0), axis=-1) / jnp.maximum(past[:, None], 1)
+
+
+def plan_mask(plan: SelectionPlan, past: Int32[Array, " B"], num_slots: int) -> Bool[Array, "B K S"]:
+    """The slots of the past that a plan reads."""
+    size = plan.block_size
+    blocks = -(-num_slots // size)
+    listed = jnp.arange(plan.block_ids.shape[-1]) < plan.counts[..., None]
+    ids = jnp.where(listed, plan.block_ids, blocks)
+    put = jax.vmap(jax.vmap(lambda row, where: row.at[where].set(True, mode="drop")))
+    marked = put(jnp.zeros((*plan.counts.shape, blocks), jnp.bool_), ids)
+    slots = jnp.repeat(marked, size, axis=-1)[..., :num_slots]
+    return slots & (jnp.arange(num_slots) < past[:, None, None])

@@ -20,7 +20,7 @@ from specattn_jax.cache import KVCache
 from specattn_jax.errors import UserError
 from specattn_jax.model import LanguageModel, LayerReader, forward
 from specattn_jax.sampling import Sampling, Verdict, choose, match_vocabulary, verify
-from specattn_jax.selection import DraftScores, Selection, read_fraction
+from specattn_jax.selection import DraftScores, Selection, plan_mask, read_fraction
 
 Mode = Literal["autoregressive", "speculative", "specattn"]
 # Far beyond what pays: the chance that a token is accepted falls with every one before it.
@@ -349,14 +349,37 @@ def speculative_step(
     selector: Selection | None,
     state: DecodeState,
     settings: DecodeSettings,
-) -> DecodeState:
-    """One window: draft, select, read, accept or reject, roll back."""
+) -> tuple[DecodeState, WindowRead]:
+    """One window: draft, select, read, accept or reject, roll back; besides, what was read."""
     split = jax.vmap(lambda key: jax.random.split(key, 3))(state.keys)
     window = read_window(target, draft, selector, state, split[:, 0], settings)
     drafted = window.drafted
     verdict = verify(split[:, 1], drafted.tokens, drafted.probs, target.logits(window.hidden), settings.sampling)
     state = dataclasses.replace(state, target_cache=window.cache, draft_cache=drafted.cache, keys=split[:, 2])
-    return _commit(state, verdict, window.read, settings)
+    return _commit(state, verdict, window.read, settings), window
+
+
+@functools.partial(jax.jit, static_argnames=("settings",), donate_argnames=("state",))
+def watched_step(
+    target: LanguageModel,
+    draft: LanguageModel,
+    selector: Selection,
+    state: DecodeState,
+    *,
+    settings: DecodeSettings,
+) -> tuple[DecodeState, Int32[Array, "B S"]]:
+    """One window of `decode`, and how many pairs of a layer and a kv head read each slot of the past.
+
+    For pictures: the host sees every window, which costs time.
+    """
+    past, slots = state.target_cache.lengths, state.target_cache.num_slots
+    state, window = speculative_step(target, draft, selector, state, settings)
+    everything = target.config.num_kv_heads * (jnp.arange(slots) < past[:, None])
+    readers = [
+        everything if plan is None else jnp.sum(plan_mask(plan, past, slots), axis=1, dtype=jnp.int32)
+        for plan in window.plans
+    ]
+    return state, functools.reduce(jnp.add, readers)
 
 
 @functools.partial(jax.jit, static_argnames=("settings",), donate_argnames=("state",))
@@ -393,6 +416,6 @@ def decode(
         index, state = carry
         if draft is None:
             return index + 1, autoregressive_step(target, state, settings)
-        return index + 1, speculative_step(target, draft, selector, state, settings)
+        return index + 1, speculative_step(target, draft, selector, state, settings)[0]
 
     return jax.lax.while_loop(unfinished, advance, (jnp.int32(0), state))[1]

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import html
+import re
+
+import numpy as np
 import pytest
 
+from specattn_jax.errors import UserError
 from specattn_jax.generation import generate
+from specattn_jax.shading import SelectionRecord, shade_window
 
 
 @pytest.mark.parametrize("mode", ["autoregressive", "specattn"])
@@ -22,3 +28,54 @@ def test_text_arrives_in_pieces_of_whole_characters(tiny_pair, mode):
     for index, result in enumerate(run.results):
         assert "".join(pieces[index]) == result.text
         assert len(pieces[index]) > 1
+
+
+PROMPTS = ("It is a truth universally acknowledged", "naïve 日本語 🙂")
+
+
+@pytest.fixture(scope="module")
+def run(tiny_pair):
+    return generate(tiny_pair, PROMPTS, max_new_tokens=20, keep_selection=True, p=0.6)
+
+
+class TestKeptSelection:
+    def test_text_and_numbers_are_those_of_a_run_without(self, tiny_pair, run):
+        plain = generate(tiny_pair, PROMPTS, max_new_tokens=20, p=0.6)
+        for kept, other in zip(run.results, plain.results, strict=True):
+            assert kept.tokens == other.tokens
+            assert kept.stats == pytest.approx(other.stats)
+
+    def test_readers_are_the_reads_that_were_counted(self, tiny_pair, run):
+        for prompt, result in zip(PROMPTS, run.results, strict=True):
+            record = result.selection
+            assert len(record.past) == result.windows
+            assert record.past[0] == result.prompt_tokens
+            windows = list(zip(record.readers, record.past, strict=True))
+            shares = [readers[:past].mean() / record.num_readers for readers, past in windows]
+            assert 1 - np.mean(shares) == pytest.approx(result.kv_reduction, abs=1e-5)
+            assert all((readers[past:] == 0).all() for readers, past in windows)
+            assert "".join(record.pieces).startswith(prompt)
+
+    def test_the_picture_holds_the_text(self, run):
+        picture = run.results[0].plot_selection(0)
+        body = re.search(r"line-height[^>]*>(.*)</p>", picture._repr_html_()).group(1)
+        assert html.unescape(re.sub(r"<[^>]*>", "", body)) == PROMPTS[0]
+        assert f"Window 1 of {run.results[0].windows}" in picture.html
+
+    def test_what_cannot_be_shown(self, tiny_pair, run):
+        with pytest.raises(UserError, match="window is 99; expected a number below"):
+            run.results[0].plot_selection(99)
+        plain = generate(tiny_pair, ["a"], max_new_tokens=2, mode="speculative")
+        with pytest.raises(UserError, match="keep_selection=True"):
+            plain.results[0].plot_selection()
+        with pytest.raises(UserError, match="mode speculative selects nothing"):
+            generate(tiny_pair, ["a"], max_new_tokens=2, mode="speculative", keep_selection=True)
+
+
+def test_shades_escape_text_and_grow_with_readers():
+    record = SelectionRecord(["a <b>", " & c", " d"], np.array([3]), np.array([[0, 5, 10]]), 10)
+    page = shade_window(record, 0, most_tokens=2).html
+    assert "a &lt;b&gt;" not in page
+    assert '0.30)"> &amp; c</span>' in page
+    assert '0.60)"> d</span>' in page
+    assert "a &lt;b&gt;" in shade_window(record).html

@@ -18,9 +18,9 @@ from specattn_kernels import SelectionPlan, compact_blocks, merge_states, sparse
 
 from specattn_jax.alignment import Alignment
 from specattn_jax.config import ModelConfig
-from specattn_jax.evaluation.learning import attend_plan, attention_read, plan_mask, remember
+from specattn_jax.evaluation.learning import attend_plan, attention_read, remember
 from specattn_jax.model import LayerChoice
-from specattn_jax.selection import DraftScores
+from specattn_jax.selection import DraftScores, plan_mask
 from specattn_jax.speculative import WindowRead
 
 # What is selected: slots, blocks by the sum or maximum of their scores, or slots for which whole blocks are fetched.

@@ -17,9 +17,9 @@ from specattn_jax.errors import UserError
 from specattn_jax.evaluation.forced import start_reading
 from specattn_jax.model import LanguageModel, forward
 from specattn_jax.pair import ModelPair
-from specattn_jax.sampling import Sampling, verify
+from specattn_jax.sampling import Sampling
 from specattn_jax.selection import Selection
-from specattn_jax.speculative import DecodeSettings, DecodeState, _commit, read_window
+from specattn_jax.speculative import DecodeSettings, DecodeState, speculative_step
 
 _CHUNK = 128
 # Positions whose distributions are compared at a time.
@@ -111,14 +111,10 @@ def _generate(
 
     def advance(carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
         state, kept = carry
-        split = jax.vmap(lambda key: jax.random.split(key, 3))(state.keys)
-        seen = read_window(target, draft, selection, state, split[:, 0], settings)
+        emitted = state.emitted
+        state, seen = speculative_step(target, draft, selection, state, settings)
         # What is not committed is overwritten by the next window.
-        kept = write(kept, seen.hidden, state.emitted)
-        drafted = seen.drafted
-        verdict = verify(split[:, 1], drafted.tokens, drafted.probs, target.logits(seen.hidden), settings.sampling)
-        state = dataclasses.replace(state, target_cache=seen.cache, draft_cache=drafted.cache, keys=split[:, 2])
-        return _commit(state, verdict, seen.read, settings), kept
+        return state, write(kept, seen.hidden, emitted)
 
     kept = jnp.zeros((batch, room + settings.tokens_per_window, target.config.embed_dim), target.dtype)
     return jax.lax.while_loop(lambda carry: ~jnp.all(carry[0].done), advance, (state, kept))

@@ -16,9 +16,8 @@ from specattn_kernels import SelectionPlan
 from specattn_jax.cache import KVCache, init_cache
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.learning import Learner, attend_plan, mass_read
-from specattn_jax.evaluation.watch import head_fraction
 from specattn_jax.model import LanguageModel, LayerReader, forward, prefill
-from specattn_jax.selection import Selection
+from specattn_jax.selection import Selection, head_fraction
 from specattn_jax.speculative import DecodeSettings, DecodeState, read_window, start_decoding
 
 _CHUNK = 256

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import Any, Protocol, Self, runtime_checkable
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 from specattn_kernels import SelectionPlan, decode_attention, sparse_decode_attention
 
-from specattn_jax.selection import Selection
+from specattn_jax.selection import Selection, plan_mask
 from specattn_jax.speculative import WindowRead
 
 
@@ -44,18 +43,6 @@ class Learner(Selection, Protocol):
             past: entries in the cache before it.
         """
         ...
-
-
-def plan_mask(plan: SelectionPlan, past: Int32[Array, " B"], num_slots: int) -> Bool[Array, "B K S"]:
-    """The slots of the past that a plan reads."""
-    size = plan.block_size
-    blocks = -(-num_slots // size)
-    listed = jnp.arange(plan.block_ids.shape[-1]) < plan.counts[..., None]
-    ids = jnp.where(listed, plan.block_ids, blocks)
-    put = jax.vmap(jax.vmap(lambda row, where: row.at[where].set(True, mode="drop")))
-    marked = put(jnp.zeros((*plan.counts.shape, blocks), jnp.bool_), ids)
-    slots = jnp.repeat(marked, size, axis=-1)[..., :num_slots]
-    return slots & (jnp.arange(num_slots) < past[:, None, None])
 
 
 def attend_plan(

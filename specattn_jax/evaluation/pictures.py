@@ -12,15 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int32
-from specattn_kernels import SelectionPlan
 
 from specattn_jax.evaluation.forced import start_reading
 from specattn_jax.evaluation.methods import Case
 from specattn_jax.evaluation.tables import Row
-from specattn_jax.evaluation.watch import Watched
 from specattn_jax.model import LanguageModel
 from specattn_jax.pair import ModelPair
-from specattn_jax.selection import Selection
+from specattn_jax.selection import Selection, plan_mask
 from specattn_jax.speculative import DecodeSettings, DecodeState, read_window
 
 # Table 1 of arXiv 2510.27641: share of reads saved and relative increase of perplexity (Llama-2-7b, PG-19).
@@ -126,37 +124,25 @@ def slots_read(
     past = len(document) // 2
     tokens = jnp.asarray([document[: past + window + 1]], jnp.int32)
     state = start_reading(pair.target, pair.draft, tokens[:, :past], past + window + 1, settings)
-    plans = jax.device_get(_window_plans(pair.target, pair.draft, selection, state, tokens[:, past - 1 :], settings))
-    heads = pair.target.config.num_kv_heads
-    return np.stack([_mask(plan, heads, past) for plan in plans])
+    mask = _window_mask(pair.target, pair.draft, selection, state, tokens[:, past - 1 :], settings)
+    return np.asarray(mask)[..., :past]
 
 
 @functools.partial(jax.jit, static_argnames="settings")
-def _window_plans(
+def _window_mask(
     target: LanguageModel,
     draft: LanguageModel,
     selection: Selection,
     state: DecodeState,
     tokens: Int32[Array, "1 W+2"],
     settings: DecodeSettings,
-) -> list[SelectionPlan | None]:
-    """The plans of a window that reads known tokens."""
-    watched = Watched(selection)
+) -> Bool[Array, "L K S"]:
+    """The slots of the past that a window reads which takes known tokens."""
+    past, slots = state.target_cache.lengths, state.target_cache.num_slots
     state = dataclasses.replace(state, last=tokens[:, :2])
-    read_window(target, draft, watched.as_selection(), state, state.keys, settings, forced=tokens[:, 2:])
-    return watched.plans
-
-
-def _mask(plan: SelectionPlan | None, heads: int, past: int) -> Bool[np.ndarray, "K past"]:
-    """Slots of the past that a plan of one sequence reads."""
-    if plan is None:
-        return np.ones((heads, past), bool)
-    mask = np.zeros((heads, past), bool)
-    for head, count in enumerate(plan.counts[0]):
-        blocks = plan.block_ids[0, head, :count]
-        slots = (blocks[:, None] * plan.block_size + np.arange(plan.block_size)).ravel()
-        mask[head, slots[slots < past]] = True
-    return mask
+    plans = read_window(target, draft, selection, state, state.keys, settings, forced=tokens[:, 2:]).plans
+    whole = jnp.broadcast_to(jnp.arange(slots) < past[0], (target.config.num_kv_heads, slots))
+    return jnp.stack([whole if plan is None else plan_mask(plan, past, slots)[0] for plan in plans])
 
 
 def selection_picture(mask: Bool[np.ndarray, "L K past"], title: str) -> bytes:

@@ -78,6 +78,14 @@ class Tokenizer:
                 f"messages: the model's chat template refuses them ({error}); expected its roles."
             ) from error
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text that each id completes, special tokens included; joined, they are the decoding of all ids."""
+        stream = TextStream(self, skip_special=False)
+        pieces = [stream.push([index]) for index in ids]
+        if pieces:
+            pieces[-1] += stream.flush()
+        return pieces
+
     def save(self, folder: Path) -> None:
         """Writes the tokenizer as Hugging Face does; `generation_config.json` holds the ids that end a generation."""
         self._wrapped.save_pretrained(folder)
