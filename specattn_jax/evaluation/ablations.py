@@ -29,8 +29,9 @@ GRAINS: tuple[str, ...] = get_args(Grain)
 Extra = Literal["oracle", "blend", "tail", "inside"]
 # Keys per centroid.
 TAIL = 256
-# A proportional and integral controller in the logarithm of the mass left out; the prior counts windows.
-_PROPORTIONAL, _INTEGRAL, _PRIOR = 4.0, 0.2, 4.0
+# A proportional and integral controller in the logarithm of the mass left out. The prior, in windows, keeps one dense
+# window from being taken back by those right after it.
+_PROPORTIONAL, _INTEGRAL, _PRIOR = 6.0, 0.2, 16.0
 _MOST_LEFT_OUT = 0.9999
 
 

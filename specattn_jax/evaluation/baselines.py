@@ -273,8 +273,10 @@ class Vegas(_WithoutDraft):
         """One nucleus of what is remembered for every kv head of each layer; everything at first."""
         if self.attention is None or self.windows is None:
             raise ValueError("Vegas.plan: nothing is remembered; call `prepare` first.")
-        layers = self.mass.p(past, None if read is None else jnp.mean(read, axis=1), windows)
-        layers = jnp.where(self.windows > 0, layers, 1.0)
+        # The first window, read whole, is no reason to read less in the next ones.
+        steered = None if read is None else jnp.maximum(jnp.mean(read, axis=1) - 1.0, 0.0)
+        later = None if windows is None else jnp.maximum(windows - 1, 0)
+        layers = jnp.where(self.windows > 0, self.mass.p(past, steered, later), 1.0)
         return tuple(
             select_blocks(
                 attention,
