@@ -129,12 +129,16 @@ def test_a_killed_evaluation_goes_on_to_the_same_bits(evaluate, tmp_path, monkey
     assert once == {name: (out / name).read_bytes() for name in once}
 
 
-def test_an_interruption_in_the_first_reading_leaves_a_folder_to_go_on_with(evaluate, tmp_path, monkeypatch):
-    out = tmp_path / "out"
+def test_what_fails_before_the_first_part_leaves_nothing(evaluate, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("specattn_jax.evaluation.perplexity.read_documents", interrupt)
         assert run(*evaluate, "--methods", "full").exit_code == 130
-    assert [path.name for path in out.iterdir()] == ["settings.json"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_configuration_in_the_same_folder(evaluate, tmp_path):
+    out = tmp_path / "out"
+    assert run(*evaluate, "--methods", "full").exit_code == 0
     said = "holds an evaluation of another configuration (texts, context differ)"
     assert said in mistake(*evaluate, "--methods", "full", "--context", CONTEXT - 2)
     assert "(batch differ)" in mistake(*evaluate, "--methods", "full", "--batch", 1)
@@ -193,8 +197,9 @@ def test_given_masses_leave_out_what_reads_a_share(evaluate, tmp_path):
         (["--alignment", "nowhere"], "nowhere"),
     ],
 )
-def test_mistakes(evaluate, options, said):
+def test_mistakes(evaluate, tmp_path, options, said):
     assert said in mistake(*evaluate, *options)
+    assert not (tmp_path / "out").exists()
 
 
 class TestDatasets:

@@ -57,7 +57,7 @@ def open_store(out: Path, pair: ModelPair, documents: Sequence[Sequence[int]], s
     """The folder for all that depends on these models, documents and settings.
 
     Raises:
-        UserError: it belongs to something else, or cannot be written.
+        UserError: it belongs to something else.
     """
     configuration = {
         "target": model_digest(pair.target),

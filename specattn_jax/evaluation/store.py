@@ -21,20 +21,20 @@ class Store:
     """
 
     def __init__(self, out: Path, configuration: Mapping[str, Any]) -> None:
-        """Opens or creates the folder.
+        """Looks at the folder; it is made with the first part, so that what fails before leaves nothing behind.
 
         Args:
             out: the folder.
             configuration: plain JSON data; all that every part depends on.
 
         Raises:
-            UserError: it holds something else, or an evaluation of another configuration, or cannot be written.
+            UserError: it holds something else, or an evaluation of another configuration.
         """
-        self._parts = out / PARTS
-        wanted, note = json.loads(json.dumps(configuration)), out / SETTINGS
-        if exists(note):
-            with sensible(f"out: {note}", "choose another folder"):
-                found = dict(json.loads(note.read_text(encoding="utf-8")))
+        self._parts, self._note = out / PARTS, out / SETTINGS
+        self._configuration = wanted = json.loads(json.dumps(configuration))
+        if exists(self._note):
+            with sensible(f"out: {self._note}", "choose another folder"):
+                found = dict(json.loads(self._note.read_text(encoding="utf-8")))
             names = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
             if names:
                 raise UserError(
@@ -46,9 +46,6 @@ class Store:
                 f"out: {out} exists already and holds no evaluation; expected a new or empty folder, or one to go on "
                 "with; choose another one."
             )
-        else:
-            with atomic_file(note) as work:
-                work.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
 
     def load(self, name: str, header: Mapping[str, Any]) -> dict[str, Any] | None:
         """A part that was saved before; None where there is none.
@@ -76,6 +73,9 @@ class Store:
         Raises:
             UserError: it cannot be written.
         """
+        if not exists(self._note):
+            with atomic_file(self._note) as work:
+                work.write_text(json.dumps(self._configuration, indent=2) + "\n", encoding="utf-8")
         text = json.dumps({"of": header, "values": values}, allow_nan=False)
         with atomic_file(self._path(name)) as work:
             work.write_text(text + "\n", encoding="utf-8")
