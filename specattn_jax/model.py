@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32, PRNGKeyArray
-from specattn_kernels import SelectionPlan, decode_attention, sparse_decode_attention
+from specattn_kernels import Implementation, SelectionPlan, decode_attention, sparse_decode_attention
 
 from specattn_jax.cache import KVCache, append
 from specattn_jax.config import ModelConfig
@@ -144,6 +144,7 @@ def forward(
     observe_layers: tuple[int, ...] = (),
     observe: Callable[[Float[Array, "B T N S"]], Array] | None = None,
     measure_mass: bool = False,
+    implementation: Implementation | None = None,
 ) -> ForwardOutput:
     """Reads T more tokens: appends their keys and values, attends to the cache, returns hidden states.
 
@@ -156,6 +157,7 @@ def forward(
         observe: receives `[B, T, N, S]` float32 softmax weights and returns what to keep of them; reducing here keeps
             them from piling up over layers.
         measure_mass: whether to measure the attention mass that was read, by attending densely too (for evaluation).
+        implementation: backend of the attention ops; None lets the library choose.
 
     Returns:
         Hidden states, the longer cache, and what was observed.
@@ -163,6 +165,8 @@ def forward(
     config, module = model.config, model.module()
     starts, num_new = cache.lengths, tokens.shape[1]
     lengths = starts + num_new
+    attend_to_all = functools.partial(decode_attention, implementation=implementation)
+    attend_to_plan = functools.partial(sparse_decode_attention, implementation=implementation)
     keys, values = list(cache.k), list(cache.v)
     observed: list[Array] = []
     used: list[SelectionPlan | None] = []
@@ -178,15 +182,15 @@ def forward(
         if plans is not None:
             used.append(plan)
         if plan is not None:
-            sparse = sparse_decode_attention(q, keys[layer], values[layer], plan, lengths, return_lse=measure_mass)
-            whole = decode_attention(q, keys[layer], values[layer], lengths, return_lse=True) if measure_mass else None
+            sparse = attend_to_plan(q, keys[layer], values[layer], plan, lengths, return_lse=measure_mass)
+            whole = attend_to_all(q, keys[layer], values[layer], lengths, return_lse=True) if measure_mass else None
             if whole is not None and whole.lse is not None and sparse.lse is not None:
                 masses.append(jnp.mean(jnp.exp(sparse.lse - whole.lse), axis=(1, 2)))
             return sparse.out
         if measure_mass:
             masses.append(jnp.ones(starts.shape, jnp.float32))
         watched = observe is not None and layer in observe_layers
-        result = decode_attention(q, keys[layer], values[layer], lengths, return_scores=watched)
+        result = attend_to_all(q, keys[layer], values[layer], lengths, return_scores=watched)
         if observe is not None and result.scores is not None:
             observed.append(observe(result.scores))
         return result.out
