@@ -241,13 +241,14 @@ def _call(
     def per_head(width: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, rows, width), lambda head, *_: (head, 0, 0))
 
-    everywhere = pl.BlockSpec(memory_space=pl.ANY)
+    # Not left open: XLA would copy a small cache into vector memory as a whole.
+    where_it_lies = pl.BlockSpec(memory_space=pltpu.HBM)
     results: list[jax.Array] = pl.pallas_call(
         functools.partial(_attend, tile=tile, first=first),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(heads,),
-            in_specs=[per_head(head_dim), everywhere, everywhere],
+            in_specs=[per_head(head_dim), where_it_lies, where_it_lies],
             out_specs=[per_head(width) for width, _ in widths],
             scratch_shapes=[
                 pltpu.VMEM((2, step, head_dim), k.dtype),

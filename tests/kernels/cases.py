@@ -41,7 +41,7 @@ SHAPES = [
 # What the TPU kernels take instead: blocks of at least 16 slots, few shapes because each takes seconds to interpret.
 _TPU_SHAPES = [
     Shape(1, 1, 2, 2, 144, 16, 4, head_dim=64),
-    Shape(2, 5, 2, 1, 208, 16, 13, head_dim=64),
+    Shape(2, 5, 2, 1, 208, 32, 7, head_dim=64),
     Shape(1, 3, 8, 1, 176, 64, 3, head_dim=128),
 ]
 _TPU_SHAPE = dict(zip(SHAPES, [_TPU_SHAPES[i] for i in (0, 0, 1, 1, 2, 2)], strict=True))

@@ -57,7 +57,7 @@ def test_as_many_calls_as_scalar_memory_wants(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "dtype", "said"),
     [
-        ({"block_size": 8, "capacity": 4}, jnp.float32, r"block size 8; expected one of \(16, 32, 64, 128\)"),
+        ({"block_size": 8}, jnp.float32, r"block size 8; expected one of \(16, 32, 64, 128\)"),
         ({"head_dim": 96}, jnp.float32, "head dim 96"),
         ({"slots": 200}, jnp.bfloat16, "200 cache slots; expected a multiple of 16"),
         ({"tokens": 129}, jnp.float32, "258 query rows per kv head"),
