@@ -6,6 +6,9 @@ there is no plan). They are copied in steps into one of two buffers while the ot
 program already copies for the next one, which knows its block ids because they are prefetched as scalars.
 On a CPU they run under `pltpu.force_tpu_interpret_mode` alone, for tests: a program for a TPU may be compiled on a CPU
 machine, so the machine says nothing about where it will run.
+
+A tile is 128 lanes wide. With a head dim of 64 half of each row is padding, in the buffers and in the cache: XLA, which
+would rather lay such a cache out with the slots along the lanes, converts it once per call of the compiled loop.
 """
 
 from __future__ import annotations
@@ -20,12 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, DTypeLike, Float, Int32
 
-from specattn_kernels.pallas_tpu_selection import (
-    compact_blocks,
-    select_blocks,
-    sublanes,
-    top_p_threshold,
-)
+from specattn_kernels.pallas_tpu_selection import compact_blocks, select_blocks, sublanes, top_p_threshold
 from specattn_kernels.types import AttentionOutput, SelectionPlan
 
 __all__ = ["compact_blocks", "decode_attention", "select_blocks", "sparse_decode_attention", "top_p_threshold"]
@@ -35,14 +33,15 @@ LANES = 128
 SUBLANES = 8
 BLOCK_SIZES = (16, 32, 64, 128)
 HEAD_DIMS = (64, 128, 256)
-# K and V of one step: with two steps in flight about what a TPU's memory delivers in one latency.
+# K and V of one step. Reckoned, not measured: bandwidth times latency of a TPU's memory, which is 0.5 to 1.5 MB.
 STEP_BYTES = 1 << 19
 MAX_ROWS = 256
 # Block ids that one call holds in scalar memory, of which a core has 1 MiB.
 SCALAR_BYTES = 1 << 19
 # Scores of one kv head, which lie in vector memory as a whole.
 SCORES_BYTES = 1 << 24
-VECTOR_BYTES = 48 << 20
+# Vector memory beyond the scores: what compilers grant unasked on the smallest TPUs.
+VECTOR_BYTES = 16 << 20
 # A slot that no query sees.
 _NOWHERE = jnp.iinfo(jnp.int32).max
 
@@ -146,7 +145,7 @@ def _choose_tile(q: jax.Array, k: jax.Array, plan: SelectionPlan | None, return_
     step = max(LANES, STEP_BYTES // (2 * lanes * k.dtype.itemsize) // LANES * LANES)
     if plan is not None:
         own = 1 + -(-(tokens - 1) // plan.block_size)
-        capacity = plan.block_ids.shape[2]
+        capacity = max(1, plan.block_ids.shape[2])
         # No longer steps than there can be entries.
         entries = -(-(own + capacity) * plan.block_size // LANES) * LANES
         copies = min(step, entries) // plan.block_size
@@ -209,11 +208,16 @@ def _attend_to_heads(
     """Output, lse [heads, rows, 1] and perhaps scores of all B * K heads, in as many calls as scalar memory wants."""
     heads = queries.shape[0]
     none = jnp.zeros((1,), jnp.int32)
+    listed = none
+    if plan is not None:
+        # A plan without room for any block becomes one with room for one, because no array may be empty.
+        more = tile.capacity - plan.block_ids.shape[2]
+        listed = jnp.pad(plan.block_ids, ((0, 0), (0, 0), (0, more))).reshape(heads, tile.capacity)
     at_once = max(1, min(heads, SCALAR_BYTES // (4 * max(tile.capacity, 1))))
     parts = []
     for first in range(0, heads, at_once):
         part = slice(first, min(first + at_once, heads))
-        ids = none if plan is None else plan.block_ids.reshape(heads, -1)[part].reshape(-1)
+        ids = none if plan is None else listed[part].reshape(-1)
         counts = none if plan is None else plan.counts.reshape(-1)[part]
         parts.append(_call(lengths, counts, ids, scale[None], queries[part], k, v, tile=tile, first=first))
     return [jnp.concatenate(arrays) if len(parts) > 1 else arrays[0] for arrays in zip(*parts, strict=True)]
@@ -235,13 +239,16 @@ def _call(
     heads, rows, head_dim = queries.shape
     slots, step = k.shape[2], tile.block * tile.copies
     widths = [(head_dim, queries.dtype), (1, jnp.float32)]
+    vector_bytes = VECTOR_BYTES
     if tile.scores:
-        widths.append((-(-slots // step) * step, jnp.float32))
+        width = -(-slots // step) * step
+        widths.append((width, jnp.float32))
+        vector_bytes += 2 * rows * width * 4
 
     def per_head(width: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, rows, width), lambda head, *_: (head, 0, 0))
 
-    # Not left open: XLA would copy a small cache into vector memory as a whole.
+    # Not left open: XLA might copy a small cache into vector memory as a whole.
     where_it_lies = pl.BlockSpec(memory_space=pltpu.HBM)
     results: list[jax.Array] = pl.pallas_call(
         functools.partial(_attend, tile=tile, first=first),
@@ -259,7 +266,7 @@ def _call(
         ),
         out_shape=[jax.ShapeDtypeStruct((heads, rows, width), dtype) for width, dtype in widths],
         # One program copies for the next, so that their order matters.
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VECTOR_BYTES),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=vector_bytes),
         name="sparse_decode" if tile.own else "dense_decode",
     )(lengths, counts, ids, scale, queries, k, v)
     return results

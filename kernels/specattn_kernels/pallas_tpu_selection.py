@@ -21,7 +21,8 @@ ROWS = 8
 # Slots of one step. Its sum is a tree; those of a row are added up, 32 for 131,072 slots.
 CHUNK = 4096
 MAX_SLOTS = 1 << 19
-VECTOR_BYTES = 56 << 20
+# Vector memory beyond the rows, which are there three times: as two buffers and cleaned.
+VECTOR_BYTES = 8 << 20
 
 
 def sublanes(dtype: DTypeLike) -> int:
@@ -74,6 +75,7 @@ def _call(
 ) -> Float[Array, "rows 1"]:
     """The kernel on whole tiles."""
     rows, slots = scores.shape
+    vector_bytes = VECTOR_BYTES + 3 * ROWS * slots * 4
     per_row = pl.BlockSpec((ROWS, 1), lambda index: (index, 0))
     result: jax.Array = pl.pallas_call(
         functools.partial(_bisect, most=most, method=method, steps=steps),
@@ -82,7 +84,7 @@ def _call(
         out_specs=per_row,
         out_shape=jax.ShapeDtypeStruct((rows, 1), jnp.float32),
         scratch_shapes=[pltpu.VMEM((ROWS, slots), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VECTOR_BYTES),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=vector_bytes),
         name="top_p_threshold",
     )(scores, p, lengths)
     return result

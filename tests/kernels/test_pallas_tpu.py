@@ -7,7 +7,7 @@ import pytest
 import specattn_kernels as kernels
 from cases import SHAPES, draw_attention, draw_plan, draw_row, jitted, shape_for
 from jax.experimental.pallas import tpu as pltpu
-from specattn_kernels import pallas_tpu, reference
+from specattn_kernels import SelectionPlan, pallas_tpu, reference
 from test_ops import assert_close, selected
 
 pytestmark = pytest.mark.usefixtures("tpu_interpreter")
@@ -42,6 +42,14 @@ def test_selection_without_races():
     options = {"block_size": 16, "num_sink": 1, "num_recent": 1}
     plan = jax.jit(lambda x: kernels.select_blocks(x, 0.9, lengths, implementation="pallas_tpu", **options))(scores)
     assert selected(plan) == selected(reference.select_blocks(scores, 0.9, lengths, **options))
+
+
+def test_a_plan_without_room():
+    q, k, v, lengths = draw_attention(44, SHAPE)
+    ids = jnp.zeros((SHAPE.batch, SHAPE.kv_heads, 0), jnp.int32)
+    plan = SelectionPlan(ids, jnp.zeros(ids.shape[:2], jnp.int32), SHAPE.block_size)
+    want = reference.sparse_decode_attention(q, k, v, plan, lengths)
+    assert_close(jax.jit(attend)(q, k, v, plan, lengths).out, want.out)
 
 
 def test_as_many_calls_as_scalar_memory_wants(monkeypatch):
