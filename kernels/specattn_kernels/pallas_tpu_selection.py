@@ -48,6 +48,9 @@ def top_p_threshold(
         raise NotImplementedError(
             f"pallas_tpu: rows of {slots} scores; expected at most {MAX_SLOTS}; use implementation='xla'."
         )
+    if scores.dtype != jnp.bfloat16:
+        # TPUs have no float16.
+        scores = scores.astype(jnp.float32)
     count = p.size
     more_rows = -count % ROWS
     width = -(-slots // LANES) * LANES
