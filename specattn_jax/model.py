@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32, PRNGKeyArray
-from specattn_kernels import SelectionPlan, decode_attention, sparse_decode_attention
+from specattn_kernels import Implementation, SelectionPlan, decode_attention, sparse_decode_attention
 
 from specattn_jax.cache import KVCache, append
 from specattn_jax.config import ModelConfig
@@ -156,6 +156,7 @@ def forward(
     observe_layers: tuple[int, ...] = (),
     observe: Callable[[Float[Array, "B T N S"]], Array] | None = None,
     reader: LayerReader | None = None,
+    implementation: Implementation | None = None,
 ) -> ForwardOutput:
     """Reads T more tokens: appends their keys and values, attends to the cache, returns hidden states.
 
@@ -168,6 +169,7 @@ def forward(
         observe: receives `[B, T, N, S]` float32 softmax weights and returns what to keep of them; reducing here keeps
             them from piling up over layers.
         reader: attends in the place of the model's own attention, for evaluation; nothing is observed then.
+        implementation: backend of the attention ops; None lets the library choose.
 
     Returns:
         Hidden states, the longer cache, and what was observed or kept.
@@ -175,6 +177,8 @@ def forward(
     config, module = model.config, model.module()
     starts, num_new = cache.lengths, tokens.shape[1]
     lengths = starts + num_new
+    attend_to_all = functools.partial(decode_attention, implementation=implementation)
+    attend_to_plan = functools.partial(sparse_decode_attention, implementation=implementation)
     keys, values = list(cache.k), list(cache.v)
     observed: list[Array] = []
     used: list[SelectionPlan | None] = []
@@ -194,9 +198,9 @@ def forward(
             kept.append(rest)
             return out
         if plan is not None:
-            return sparse_decode_attention(q, keys[layer], values[layer], plan, lengths).out
+            return attend_to_plan(q, keys[layer], values[layer], plan, lengths).out
         watched = observe is not None and layer in observe_layers
-        result = decode_attention(q, keys[layer], values[layer], lengths, return_scores=watched)
+        result = attend_to_all(q, keys[layer], values[layer], lengths, return_scores=watched)
         if observe is not None and result.scores is not None:
             observed.append(observe(result.scores))
         return result.out

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
-from specattn_kernels import SelectionPlan, compact_blocks, select_blocks, top_p_threshold
+from specattn_kernels import Implementation, SelectionPlan, compact_blocks, select_blocks, top_p_threshold
 
 from specattn_jax.alignment import Alignment, NucleusMass, reduce_heads
 from specattn_jax.config import ModelConfig
@@ -122,6 +122,7 @@ class Selector:
         policy: the ingredients.
         target: shape of the target.
         draft: shape of the draft.
+        implementation: backend of the selection ops; None lets the library choose.
     """
 
     alignment: Alignment
@@ -129,6 +130,7 @@ class Selector:
     policy: SelectionPolicy = dataclasses.field(metadata={"static": True})
     target: ModelConfig = dataclasses.field(metadata={"static": True})
     draft: ModelConfig = dataclasses.field(metadata={"static": True})
+    implementation: Implementation | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def observed_layers(self) -> tuple[int, ...]:
@@ -172,6 +174,7 @@ class Selector:
             lengths=lengths[:, None],
             method=self.policy.threshold,
             steps=self.policy.steps,
+            implementation=self.implementation,
         )
         return DraftScores(None, scores.union | (rows >= threshold[..., None]))
 
@@ -208,7 +211,11 @@ class Selector:
         if scores.maximum is not None:
             groups = self._select(scores.maximum, self._row_p(past, read, windows), past)
         elif scores.union is not None:
-            rows = compact_blocks(self._forced(scores.union, past), block_size=self.policy.block_size)
+            rows = compact_blocks(
+                self._forced(scores.union, past),
+                block_size=self.policy.block_size,
+                implementation=self.implementation,
+            )
             groups = jax.tree.map(lambda x: x[None], rows)
         else:
             raise ValueError(_NO_SCORES)
@@ -239,6 +246,7 @@ class Selector:
                 num_recent=self.policy.num_recent,
                 method=self.policy.threshold,
                 steps=self.policy.steps,
+                implementation=self.implementation,
             )
 
         return jax.lax.map(select, jnp.arange(0, self._rows, size))

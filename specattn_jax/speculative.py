@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
-from specattn_kernels import SelectionPlan
+from specattn_kernels import Implementation, SelectionPlan
 
 from specattn_jax.cache import KVCache
 from specattn_jax.errors import UserError
@@ -37,12 +37,15 @@ class DecodeSettings:
         window: W, tokens drafted per window.
         sampling: how tokens are drawn.
         stop_tokens: ids that end a sequence; the id itself is kept in the output.
+        implementation: backend of the attention ops of both models; None lets the library choose. That of the
+            selection is `Selector.implementation`.
     """
 
     mode: Mode = "specattn"
     window: int = 5
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     stop_tokens: tuple[int, ...] = ()
+    implementation: Implementation | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -173,6 +176,7 @@ def draft_window(
     sampling: Sampling,
     vocab_size: int,
     forced: Int32[Array, "B W"] | None = None,
+    implementation: Implementation | None = None,
 ) -> Drafted:
     """Drafts W tokens, one after the other, collecting scores on the way.
 
@@ -186,6 +190,7 @@ def draft_window(
         sampling: how tokens are drawn.
         vocab_size: the target's V.
         forced: tokens to take instead of the draft's own, for teacher-forced evaluation.
+        implementation: backend of the attention ops; None lets the library choose.
     """
     batch = last.shape[0]
     step_keys = jnp.swapaxes(jax.vmap(lambda key: jax.random.split(key, window))(keys), 0, 1)
@@ -206,6 +211,7 @@ def draft_window(
             cache,
             observe_layers=selector.observed_layers if selector is not None else (),
             observe=selector.observe if selector is not None else None,
+            implementation=implementation,
         )
         logits = match_vocabulary(draft.logits(out.hidden[:, -1]), vocab_size)
         own, probs = choose(keys, logits, sampling)
@@ -279,7 +285,7 @@ def autoregressive_step(target: LanguageModel, state: DecodeState, settings: Dec
     """One token from the target alone."""
     split = jax.vmap(jax.random.split)(state.keys)
     past = state.target_cache.lengths
-    out = forward(target, state.last[:, 1:], state.target_cache)
+    out = forward(target, state.last[:, 1:], state.target_cache, implementation=settings.implementation)
     token, _ = choose(split[:, 0], target.logits(out.hidden[:, -1]), settings.sampling)
     state = dataclasses.replace(state, target_cache=out.cache.at_lengths(past), keys=split[:, 1])
     everything = jnp.ones_like(state.statistics.read)
@@ -333,12 +339,20 @@ def read_window(
         sampling=settings.sampling,
         vocab_size=target.config.vocab_size,
         forced=forced,
+        implementation=settings.implementation,
     )
     plans = None
     if selector is not None and drafted.scores is not None:
         plans = selector.plan(drafted.scores, past, state.statistics.read, state.statistics.windows)
     tokens = jnp.concatenate([state.last[:, 1:], drafted.tokens], axis=1)
-    out = forward(target, tokens, state.target_cache, plans=plans, reader=reader)
+    out = forward(
+        target,
+        tokens,
+        state.target_cache,
+        plans=plans,
+        reader=reader,
+        implementation=settings.implementation,
+    )
     read = jnp.ones_like(state.statistics.read) if plans is None else read_fraction(out.plans, past)
     return WindowRead(drafted, out.hidden, out.cache.at_lengths(past), read, out.plans, out.kept)
 

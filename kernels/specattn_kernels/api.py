@@ -39,6 +39,10 @@ def _backend(op: str, implementation: str | None) -> ModuleType:
         from specattn_kernels import pallas_triton
 
         return pallas_triton
+    if implementation == "pallas_tpu":
+        from specattn_kernels import pallas_tpu
+
+        return pallas_tpu
     raise NotImplementedError(
         f"{op}: the backend {implementation!r} does not exist in this version for this op; "
         "use implementation='xla', or None to let the library choose."

@@ -366,18 +366,34 @@ def select_blocks(
     """The blocks of the nucleus, the sinks and the recent window; see `api.select_blocks`."""
     batch, kv_heads, slots = scores.shape
     blocks = -(-slots // block_size)
-    length = lengths[:, None, None]
     clean = _clean_scores(scores, jnp.broadcast_to(lengths[:, None], (batch, kv_heads)))
     padded = jnp.pad(clean, ((0, 0), (0, 0), (0, blocks * block_size - slots)))
     block_scores = padded.reshape(batch, kv_heads, blocks, block_size).sum(axis=-1)
     threshold = top_p_threshold(block_scores, p, method=method, steps=steps)
 
-    start = jnp.arange(blocks) * block_size
+    mask = mask_blocks(
+        block_scores, threshold, lengths, block_size=block_size, num_sink=num_sink, num_recent=num_recent
+    )
+    return compact_blocks(mask, block_size=block_size)
+
+
+def mask_blocks(
+    block_scores: Float[Array, "B K P"],
+    threshold: Float[Array, "B K"],
+    lengths: Int32[Array, " B"],
+    *,
+    block_size: int,
+    num_sink: int,
+    num_recent: int,
+) -> Bool[Array, "B K P"]:
+    """Blocks that reach the threshold, hold a sink or touch the recent window, of those that hold anything valid."""
+    length = lengths[:, None, None]
+    start = jnp.arange(block_scores.shape[-1]) * block_size
     chosen = block_scores >= threshold[..., None]
     chosen |= start < num_sink
     if num_recent:
         chosen |= start + block_size > length - num_recent
-    return compact_blocks(chosen & (start < length), block_size=block_size)
+    return chosen & (start < length)
 
 
 def compact_blocks(mask: Bool[Array, "B K P"], *, block_size: int) -> SelectionPlan:

@@ -38,6 +38,19 @@ SHAPES = [
     Shape(1, 3, 2, 2, 130, 16, 3, head_dim=96),
 ]
 
+# What the TPU kernels take instead: blocks of at least 16 slots, few shapes because each takes seconds to interpret.
+_TPU_SHAPES = [
+    Shape(1, 1, 2, 2, 144, 16, 4, head_dim=64),
+    Shape(2, 5, 2, 1, 208, 32, 7, head_dim=64),
+    Shape(1, 3, 8, 1, 176, 64, 3, head_dim=128),
+]
+_TPU_SHAPE = dict(zip(SHAPES, [_TPU_SHAPES[i] for i in (0, 0, 1, 1, 2, 2)], strict=True))
+
+
+def shape_for(implementation, shape):
+    """One of SHAPES, or what a backend takes in place of it."""
+    return _TPU_SHAPE[shape] if implementation == "pallas_tpu" else shape
+
 
 def draw_lengths(rng, shape, least):
     lengths = rng.integers(least, shape.slots + 1, shape.batch)
@@ -92,6 +105,12 @@ def draw_row(rng, kind, size, padded):
         values = np.full(size, rng.random() + 1e-3)
     row[:size] = values / values.sum() * rng.choice([1e-12, 1.0, 1e9])
     return row
+
+
+def rounded(row):
+    """The row with 18 significant bits below its largest score: sums of a few dozen are exact in any order."""
+    unit = np.exp2(np.floor(np.log2(np.nanmax(row))) - 17)
+    return (np.round(row / unit) * unit).astype(np.float32)
 
 
 ROW_KINDS = ["peaked", "sink", "flat", "tied", "one-hot", "equal"]

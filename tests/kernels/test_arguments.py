@@ -101,9 +101,9 @@ def test_backends(op):
     with pytest.raises(ValueError, match=f"{op}: `implementation` is 'cuda', but must be None or one of 'xla', "):
         OPS[op](implementation="cuda")
     with pytest.raises(
-        NotImplementedError, match=f"{op}: the backend 'pallas_tpu' does not exist .*use implementation="
+        NotImplementedError, match=f"{op}: the backend 'pallas_mosaic_gpu' does not exist .*use implementation="
     ):
-        OPS[op](implementation="pallas_tpu")
+        OPS[op](implementation="pallas_mosaic_gpu")
     for chosen, named in zip(
         jax.tree.leaves(jax.jit(OPS[op])()),
         jax.tree.leaves(jax.jit(lambda: OPS[op](implementation="xla"))()),

@@ -1,0 +1,198 @@
+"""Top-p selection on a TPU: the bisection as a kernel that holds whole rows in vector memory, the rest in plain JAX."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, DTypeLike, Float, Int32
+
+from specattn_kernels import xla
+from specattn_kernels.types import SelectionPlan
+
+LANES = 128
+# Rows of one program: the sublanes of a float32 tile.
+ROWS = 8
+# Slots of one step. Its sum is a tree; those of a row are added up, 32 for 131,072 slots.
+CHUNK = 4096
+MAX_SLOTS = 1 << 19
+# Vector memory beyond the rows, which are there three times: as two buffers and cleaned.
+VECTOR_BYTES = 8 << 20
+
+
+def sublanes(dtype: DTypeLike) -> int:
+    """Rows of one tile of vector memory: 8 of 32 bits, more of narrower numbers."""
+    return 32 // jnp.dtype(dtype).itemsize
+
+
+def top_p_threshold(
+    scores: Float[Array, "*rows S"],
+    p: Float[Array, "*rows"],
+    *,
+    lengths: Int32[Array, "*rows"] | None = None,
+    method: str = "exact",
+    steps: int = 10,
+) -> Float[Array, "*rows"]:
+    """The nucleus threshold of every row; see `api.top_p_threshold`.
+
+    Raises:
+        NotImplementedError: rows do not fit the vector memory.
+    """
+    *rows, slots = scores.shape
+    if slots > MAX_SLOTS:
+        raise NotImplementedError(
+            f"pallas_tpu: rows of {slots} scores; expected at most {MAX_SLOTS}; use implementation='xla'."
+        )
+    if scores.dtype != jnp.bfloat16:
+        # TPUs have no float16.
+        scores = scores.astype(jnp.float32)
+    count = p.size
+    more_rows = -count % ROWS
+    width = -(-slots // LANES) * LANES
+    more_slots = (width if width <= CHUNK else -(-slots // CHUNK) * CHUNK) - slots
+    valid = jnp.full(rows, slots, jnp.int32) if lengths is None else jnp.minimum(lengths, slots).astype(jnp.int32)
+    thresholds = _call(
+        jnp.pad(scores.reshape(count, slots), ((0, more_rows), (0, more_slots))),
+        jnp.pad(p.reshape(count, 1), ((0, more_rows), (0, 0))),
+        jnp.pad(valid.reshape(count, 1), ((0, more_rows), (0, 0))),
+        most=xla.FLOAT32_MAX / 2 / slots,
+        method=method,
+        steps=steps,
+    )
+    return jnp.where(p >= 1.0, 0.0, thresholds[:count, 0].reshape(rows))
+
+
+def _call(
+    scores: Float[Array, "rows S"],
+    p: Float[Array, "rows 1"],
+    lengths: Int32[Array, "rows 1"],
+    *,
+    most: float,
+    method: str,
+    steps: int,
+) -> Float[Array, "rows 1"]:
+    """The kernel on whole tiles."""
+    rows, slots = scores.shape
+    vector_bytes = VECTOR_BYTES + 3 * ROWS * slots * 4
+    per_row = pl.BlockSpec((ROWS, 1), lambda index: (index, 0))
+    result: jax.Array = pl.pallas_call(
+        functools.partial(_bisect, most=most, method=method, steps=steps),
+        grid=(rows // ROWS,),
+        in_specs=[pl.BlockSpec((ROWS, slots), lambda index: (index, 0)), per_row, per_row],
+        out_specs=per_row,
+        out_shape=jax.ShapeDtypeStruct((rows, 1), jnp.float32),
+        scratch_shapes=[pltpu.VMEM((ROWS, slots), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=vector_bytes),
+        name="top_p_threshold",
+    )(scores, p, lengths)
+    return result
+
+
+def _bisect(
+    scores_ref: Any,
+    p_ref: Any,
+    lengths_ref: Any,
+    threshold_ref: Any,
+    clean_ref: Any,
+    *,
+    most: float,
+    method: str,
+    steps: int,
+) -> None:
+    """Thresholds of 8 rows: 31 halvings of the bit pattern, or the published ones of [0, max]; see `xla`."""
+    size = min(CHUNK, scores_ref.shape[1])
+    chunks = scores_ref.shape[1] // size
+
+    def here(chunk: Any) -> Any:
+        return pl.ds(pl.multiple_of(chunk * size, LANES), size)
+
+    def clean(chunk: Any, highest: jax.Array) -> jax.Array:
+        slot = chunk * size + lax.broadcasted_iota(jnp.int32, (ROWS, size), 1)
+        x = _clean_scores(scores_ref[:, here(chunk)], slot < lengths_ref[...], most)
+        clean_ref[:, here(chunk)] = x
+        return jnp.maximum(highest, jnp.max(x, axis=1, keepdims=True))
+
+    def mass(threshold: jax.Array) -> jax.Array:
+        def add(chunk: Any, total: jax.Array) -> jax.Array:
+            x = clean_ref[:, here(chunk)]
+            return total + _fold(jnp.where(x >= threshold, x, 0.0))
+
+        lanes = lax.fori_loop(0, chunks, add, jnp.zeros((ROWS, LANES), jnp.float32))
+        return jnp.sum(lanes, axis=1, keepdims=True)
+
+    highest = lax.fori_loop(0, chunks, clean, jnp.zeros((ROWS, 1), jnp.float32))
+    wanted = p_ref[...] * mass(jnp.zeros_like(highest))
+
+    def halve_bits(_: Any, bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        enough_at, too_high = bracket
+        middle = enough_at + ((too_high - enough_at) >> 1)
+        enough = mass(lax.bitcast_convert_type(middle, jnp.float32)) >= wanted
+        return jnp.where(enough, middle, enough_at), jnp.where(enough, too_high, middle)
+
+    def halve(_: Any, bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bracket
+        middle = 0.5 * (low + high)
+        enough = mass(middle) >= wanted
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    if method == "exact":
+        bits = lax.bitcast_convert_type(highest, jnp.int32)
+        enough_at, _ = lax.fori_loop(0, 31, halve_bits, (jnp.zeros_like(bits), bits + 1))
+        threshold_ref[...] = lax.bitcast_convert_type(enough_at, jnp.float32)
+    else:
+        threshold_ref[...] = lax.fori_loop(0, steps, halve, (jnp.zeros_like(highest), highest))[0]
+
+
+def _clean_scores(scores: jax.Array, valid: jax.Array, most: float) -> jax.Array:
+    """Float32 scores in [0, most]: NaN, negative, subnormal and invalid ones become 0."""
+    x = scores.astype(jnp.float32)
+    return jnp.where(valid & (x >= xla.FLOAT32_TINY), jnp.minimum(x, most), 0.0)
+
+
+def _fold(x: jax.Array) -> jax.Array:
+    """Adds up the lane tiles of a row as a tree, down to one."""
+    while x.shape[1] > LANES:
+        half = -(-x.shape[1] // (2 * LANES)) * LANES
+        rest = x.shape[1] - half
+        paired = x[:, :rest] + x[:, half:]
+        x = paired if rest == half else jnp.concatenate([paired, x[:, rest:half]], axis=1)
+    return x
+
+
+def select_blocks(
+    scores: Float[Array, "B K S"],
+    p: Float[Array, "B K"],
+    lengths: Int32[Array, " B"],
+    *,
+    block_size: int = 1,
+    num_sink: int = 0,
+    num_recent: int = 0,
+    method: str = "exact",
+    steps: int = 10,
+) -> SelectionPlan:
+    """The blocks of the nucleus, the sinks and the recent window; see `api.select_blocks`."""
+    slots = scores.shape[2]
+    valid = jnp.arange(slots) < lengths[:, None, None]
+    clean = _clean_scores(scores, valid, xla.FLOAT32_MAX / 2 / slots)
+    # A block's slots as an axis of their own would be padded to 128 lanes.
+    window = (1, 1, block_size)
+    block_scores = lax.reduce_window(clean, 0.0, lax.add, window, window, ((0, 0), (0, 0), (0, -slots % block_size)))
+    threshold = top_p_threshold(block_scores, p, method=method, steps=steps)
+    mask = xla.mask_blocks(
+        block_scores, threshold, lengths, block_size=block_size, num_sink=num_sink, num_recent=num_recent
+    )
+    return compact_blocks(mask, block_size=block_size)
+
+
+def compact_blocks(mask: Bool[Array, "B K P"], *, block_size: int) -> SelectionPlan:
+    """The plan of a mask; see `api.compact_blocks`. By a sort, because a TPU scatters one number after the other."""
+    blocks = mask.shape[-1]
+    block = jnp.arange(blocks, dtype=jnp.int32)
+    selected_first = jnp.sort(jnp.where(mask, block, block + blocks), axis=-1)
+    ids = jnp.where(selected_first < blocks, selected_first, selected_first - blocks)
+    return SelectionPlan(ids, jnp.sum(mask, axis=-1, dtype=jnp.int32), block_size)

@@ -1,0 +1,91 @@
+"""A whole window (draft, select, verify) with the Pallas TPU kernels, for TPUs that are not there."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tpu_window
+from jax.experimental.pallas import tpu as pltpu
+from tiny import outputs, random_alignment, run, tiny_model
+
+from specattn_jax.alignment import NucleusMass
+from specattn_jax.sampling import Sampling
+from specattn_jax.selection import Selector, load_policy
+from specattn_jax.speculative import DecodeSettings
+
+TOPOLOGIES = ["v5e:2x2", "v6e:2x2"]
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """What tpu_window.py prints, by topology."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu, which compiles for TPUs, is not installed; it comes with the extra `test` on x86-64 Linux")
+    command = [sys.executable, tpu_window.__file__, *TOPOLOGIES]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_every_op_is_a_kernel(programs, topology):
+    layers = tpu_window.TARGET.num_layers, tpu_window.DRAFT.num_layers
+    assert programs[topology]["kernels"] == {
+        "sparse_decode": layers[0],
+        "dense_decode": layers[1],
+        "top_p_threshold": 1,
+    }
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_the_window_never_touches_the_host(programs, topology):
+    program = programs[topology]
+    assert program["callbacks"] == program["host_arrays"] == 0
+    assert "while" in program["opcodes"]
+    for opcode in program["opcodes"]:
+        assert not opcode.startswith(("infeed", "outfeed", "send", "recv"))
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_caches_are_updated_where_they_lie(programs, topology):
+    program = programs[topology]
+    assert program["aliased_bytes"] >= program["cache_bytes"]
+    assert program["cache_copies"] == 0
+
+
+def decode_with(implementation):
+    """A few windows of a ragged batch, everything by one backend."""
+    target, draft = (tiny_model(seed, scale=2.0, num_layers=1, num_kv_heads=1, head_dim=64) for seed in (0, 1))
+    selector = Selector(
+        alignment=random_alignment(target.config, draft.config),
+        mass=NucleusMass.uniform(0.6, 1),
+        policy=dataclasses.replace(load_policy("default"), block_size=16, num_recent=1),
+        target=target.config,
+        draft=draft.config,
+        implementation=implementation,
+    )
+    settings = DecodeSettings("specattn", 2, Sampling(temperature=1.0), implementation=implementation)
+    # With room for the new tokens, the longer one fills 128 slots.
+    prompts = [np.random.default_rng(0).integers(0, 8, size).tolist() for size in (120, 40)]
+    keys = jax.random.split(jax.random.key(0), len(prompts))
+    interpreted = pltpu.force_tpu_interpret_mode() if implementation == "pallas_tpu" else contextlib.nullcontext()
+    with interpreted:
+        state = run(target, draft, selector, prompts, settings, 5, keys)
+        return outputs(state), np.asarray(state.statistics.read), np.asarray(state.statistics.windows)
+
+
+def test_interpreted_window_equals_xla():
+    (tokens, read, windows), (want_tokens, want_read, want_windows) = map(decode_with, ("pallas_tpu", "xla"))
+    assert len({token for row in tokens for token in row}) > 2
+    assert tokens == want_tokens
+    np.testing.assert_array_equal(windows, want_windows)
+    np.testing.assert_allclose(read, want_read, rtol=1e-6)
+    assert (read[:, 0] < windows).any()
