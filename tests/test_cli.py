@@ -376,7 +376,10 @@ class TestModels:
         assert report["cache_bytes"] == 2 * 3 * 2 * 100 * 8 * 2
         assert report["tokenizer"]["tokens"] == 257
         assert report["devices"]
+        assert report["kernels"]["select_blocks"]["name"] == "xla"
+        assert "on a CPU" in report["kernels"]["decode_attention"]["reason"]
         shown = run("info", tiny_folders.target).stderr
+        assert "xla for decode_attention, sparse_decode_attention, top_p_threshold" in shown
         assert "3 layers" in shown
         assert "256 tokens" in shown
 
