@@ -45,7 +45,7 @@ class TestHelp:
     def test_lists_every_command(self):
         result = run("--help")
         assert result.exit_code == 0
-        for command in ("generate", "calibrate", "train-draft", "fetch", "convert", "info"):
+        for command in ("generate", "calibrate", "train-draft", "fetch", "convert", "info", "bench"):
             assert command in result.stdout
 
     def test_imports_nothing_heavy(self):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 _COLUMNS = ("op", "shape", "point", "contender", "us", "GB/s", "of copy", "speed-up", "error")
 
@@ -53,74 +53,97 @@ def _speedup(point: dict[str, Any]) -> float | None:
     return min(point.get("speedup_over", {}).values(), default=None)
 
 
+class _Picture(NamedTuple):
+    """One plot file: panels of lines, both named by functions of a point."""
+
+    ops: tuple[str, ...]
+    x: str
+    y: Callable[[dict[str, Any]], float | None]
+    panel: Callable[[dict[str, Any]], str]
+    line: Callable[[dict[str, Any]], str]
+    labels: tuple[str, str]
+    y_scale: str
+
+
+def _microseconds(point: dict[str, Any]) -> float:
+    return float(point["seconds"]) * 1e6
+
+
+def _attention_panel(point: dict[str, Any]) -> str:
+    return "B{batch} K{kv_heads} G{group} T{tokens} H{head_dim} {dtype}".format(**point["case"])
+
+
+def _attention_line(point: dict[str, Any]) -> str:
+    case = point["case"]
+    dense = case["op"] == "decode_attention"
+    return f"{point['contender']}, " + ("dense" if dense else f"{case['density']:.0%}, block {case['block_size']}")
+
+
+_PICTURES = {
+    "latency.png": _Picture(
+        ("decode_attention", "sparse_decode_attention"),
+        "slots",
+        _microseconds,
+        _attention_panel,
+        _attention_line,
+        ("cache slots", "microseconds"),
+        "log",
+    ),
+    "speedup.png": _Picture(
+        ("sparse_decode_attention",),
+        "density",
+        _speedup,
+        lambda point: f"{_attention_panel(point)} S{point['case']['slots']}",
+        lambda point: f"{point['contender']}, block {point['case']['block_size']}",
+        ("share of the cache read", "speed-up over the best dense attention"),
+        "linear",
+    ),
+    "selection.png": _Picture(
+        ("top_p_threshold", "select_blocks", "compact_blocks"),
+        "slots",
+        _microseconds,
+        lambda point: "{op}, p {p}, block {block_size}".format(**point["case"]),
+        lambda point: f"{point['contender']}, {point['case']['batch'] * point['case']['kv_heads']} rows",
+        ("row length", "microseconds"),
+        "log",
+    ),
+}
+
+
 def draw(points: list[dict[str, Any]]) -> dict[str, bytes]:
-    """The three plots, as PNG by file name."""
+    """The plots, as PNG by file name: latency over context, speed-up over density, selection over row length."""
     good = [point for point in points if point["failure"] is None]
-
-    def of(*ops: str) -> list[dict[str, Any]]:
-        return [point for point in good if point["case"]["op"] in ops]
-
-    attention = of("decode_attention", "sparse_decode_attention")
     return {
-        "latency.png": _curves(
-            attention,
-            x=lambda point: point["case"]["slots"],
-            y=lambda point: point["seconds"] * 1e6,
-            labels=("cache slots", "microseconds", "Attention: latency over context"),
-            axes={"xscale": "log", "yscale": "log"},
-            varies=("slots",),
-        ),
-        "speedup.png": _curves(
-            of("sparse_decode_attention"),
-            x=lambda point: point["case"]["density"],
-            y=_speedup,
-            labels=("share of the cache read", "speed-up over dense", "Sparse attention: speed-up over density"),
-            axes={"xscale": "log"},
-            varies=("density",),
-        ),
-        "selection.png": _curves(
-            of("select_blocks", "top_p_threshold"),
-            x=lambda point: point["case"]["slots"],
-            y=lambda point: point["seconds"] * 1e6,
-            labels=("row length", "microseconds", "Selection: time over row length"),
-            axes={"xscale": "log", "yscale": "log"},
-            varies=("slots",),
-        ),
+        name: _panels([point for point in good if point["case"]["op"] in picture.ops], picture)
+        for name, picture in _PICTURES.items()
     }
 
 
-def _curves(
-    points: list[dict[str, Any]],
-    *,
-    x: Callable[[dict[str, Any]], float],
-    y: Callable[[dict[str, Any]], float | None],
-    labels: tuple[str, str, str],
-    axes: dict[str, str],
-    varies: tuple[str, ...],
-) -> bytes:
-    """One curve for all points that differ in nothing but `varies`."""
+def _panels(points: list[dict[str, Any]], picture: _Picture) -> bytes:
+    """Draws the points; panels of a single place on the horizontal axis are left out if others have more."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    curves: dict[tuple[Any, ...], list[tuple[float, float]]] = defaultdict(list)
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for point in points:
-        value = y(point)
+        value = picture.y(point)
         if value is not None:
-            rest = tuple((name, field) for name, field in point["case"].items() if name not in varies)
-            curves[(point["contender"], *rest)].append((x(point), value))
-    figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
+            panels[picture.panel(point)][picture.line(point)].append((point["case"][picture.x], value))
+    telling = {
+        name: lines for name, lines in panels.items() if len({x for line in lines.values() for x, _ in line}) > 1
+    }
+    shown = telling or panels
+    columns = min(3, max(1, len(shown)))
+    rows = max(1, -(-len(shown) // columns))
+    figure = Figure(figsize=(5.5 * columns, 4.2 * rows), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    plot = figure.subplots()
-    fields = [dict(key[1:]) for key in curves]
-    for key, curve in curves.items():
-        mine = dict(key[1:])
-        telling = [f"{name} {mine[name]}" for name in mine if len({str(other[name]) for other in fields}) > 1]
-        label = ", ".join([key[0], *telling])
-        plot.plot(*zip(*sorted(curve), strict=True), "o-", markersize=3, linewidth=1, label=label)
-    plot.set(xlabel=labels[0], ylabel=labels[1], title=labels[2], **axes)
-    plot.grid(alpha=0.3)
-    if curves:
-        figure.legend(loc="outside right upper", fontsize="xx-small")
+    for axes, (name, lines) in zip(figure.subplots(rows, columns, squeeze=False).flat, shown.items(), strict=False):
+        for label, line in lines.items():
+            axes.plot(*zip(*sorted(line), strict=True), "o-", markersize=3, linewidth=1, label=label)
+        axes.set(xlabel=picture.labels[0], ylabel=picture.labels[1], xscale="log", yscale=picture.y_scale)
+        axes.set_title(name, fontsize="small")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="xx-small")
     data = io.BytesIO()
     figure.savefig(data, format="png")
     return data.getvalue()
