@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
 from specattn_kernels import checks
@@ -21,8 +22,13 @@ BACKEND_OPS: dict[str, tuple[str, ...]] = {
     "xla": ATTENTION_OPS + SELECTION_OPS,
     "pallas_triton": ATTENTION_OPS + SELECTION_OPS,
 }
+# Where the kernels of each run compiled; XLA runs everywhere, and on a CPU kernels are interpreted.
+BACKEND_PLATFORMS = {"pallas_triton": "gpu", "pallas_mosaic_gpu": "gpu", "pallas_tpu": "tpu"}
 # Pallas lowers through Triton up to here; it is deprecated upstream.
 _LAST_TRITON_JAX = (0, 12)
+# For which the compiled Triton attention kernels have been compared with float64 on a GPU: head dims from here to 256.
+_CHECKED_DTYPES = ("float32", "bfloat16")
+_CHECKED_HEAD_DIM = 64
 
 
 class Device(NamedTuple):
@@ -88,20 +94,33 @@ def choose_implementation(op: str, device: Device, call: Call | None = None) -> 
     """
     if device.platform != "gpu":
         return Choice("xla", f"no kernel of ours is measured to be faster on a {device.platform.upper()}")
-    if device.compute_capability is None or device.compute_capability < (8, 0):
-        has = "no" if device.compute_capability is None else "{}.{}".format(*device.compute_capability)
-        return Choice("xla", f"the Triton kernels need compute capability 8.0 or more, the device has {has}")
-    if device.jax_version > _LAST_TRITON_JAX:
-        return Choice("xla", "this JAX is newer than the Triton kernels were written for")
+    obstacle = _triton_obstacle(device, call)
+    if obstacle is not None:
+        return Choice("xla", f"the Triton kernels cannot serve: {obstacle}")
     if op in SELECTION_OPS:
-        return Choice("xla", "the Triton kernels for selection have not yet been checked on a GPU")
-    if call is not None:
-        from specattn_kernels.pallas_triton_attention import refusal
+        return Choice("xla", "the Triton kernels for selection have not been checked on a GPU yet")
+    if call is not None and (jnp.dtype(call.dtype).name not in _CHECKED_DTYPES or call.cache[3] < _CHECKED_HEAD_DIM):
+        what = f"{jnp.dtype(call.dtype).name} and head dim {call.cache[3]}"
+        return Choice("xla", f"the Triton kernels have not been checked on a GPU for {what} yet")
+    granularity = "token" if call is None or call.block_size == 1 else f"{call.block_size}-slot block"
+    return Choice("pallas_triton", f"reads each cache entry once, {granularity} granular")
 
-        refused = refusal(call.cache, call.query_rows)
-        if refused is not None:
-            return Choice("xla", f"the Triton kernels cannot take {refused}")
-    return Choice("pallas_triton", "token and block granular kernels, each cache entry read once")
+
+def _triton_obstacle(device: Device, call: Call | None) -> str | None:
+    """What keeps the Triton kernels from running on a device that is no CPU; None if nothing does."""
+    if device.platform != "gpu":
+        return f"they need an NVIDIA GPU, this is a {device.platform.upper()}"
+    if device.compute_capability is None:
+        return "they need an NVIDIA GPU, this is another"
+    if device.compute_capability < (8, 0):
+        return "they need compute capability 8.0 or more, this GPU has {}.{}".format(*device.compute_capability)
+    if device.jax_version > _LAST_TRITON_JAX:
+        return "this JAX is newer than they were written for"
+    if call is None:
+        return None
+    from specattn_kernels.pallas_triton_attention import refusal
+
+    return refusal(call.cache, call.query_rows)
 
 
 def load_backend(op: str, implementation: str | None, call: Call | None = None) -> ModuleType:
@@ -114,10 +133,14 @@ def load_backend(op: str, implementation: str | None, call: Call | None = None) 
 
     Raises:
         ValueError: for an unknown name.
-        NotImplementedError: for a known backend that lacks this op.
+        NotImplementedError: for a known backend that lacks this op, or cannot serve on this device.
     """
     if implementation is None:
         implementation = choose_implementation(op, current_device(), call).name
+    elif implementation == "pallas_triton" and (device := current_device()).platform != "cpu":
+        obstacle = _triton_obstacle(device, call)
+        if obstacle is not None:
+            raise NotImplementedError(f"{op}: pallas_triton: {obstacle}; use implementation='xla', or None.")
     known = ", ".join(map(repr, IMPLEMENTATIONS))
     checks.require(
         implementation in IMPLEMENTATIONS, op, "implementation", repr(implementation), f"None or one of {known}"

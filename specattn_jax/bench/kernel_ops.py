@@ -19,12 +19,9 @@ from specattn_kernels import (
     sparse_decode_attention,
     top_p_threshold,
 )
-from specattn_kernels.dispatch import BACKEND_OPS
+from specattn_kernels.dispatch import BACKEND_OPS, BACKEND_PLATFORMS
 
 from specattn_jax.bench.kernel_cases import Case
-
-# Where a backend's kernels run; XLA runs everywhere.
-_PLATFORMS = {"pallas_triton": "gpu", "pallas_mosaic_gpu": "gpu", "pallas_tpu": "tpu"}
 
 # Shares and lengths.
 _SELECTION = (0, 2)
@@ -78,7 +75,7 @@ def _backends(op: str) -> list[Implementation]:
     return [
         cast(Implementation, name)
         for name, ops in BACKEND_OPS.items()
-        if op in ops and _PLATFORMS.get(name, here) == here
+        if op in ops and BACKEND_PLATFORMS.get(name, here) == here
     ]
 
 

@@ -54,15 +54,24 @@ def _speedup(point: dict[str, Any]) -> float | None:
 
 
 class _Picture(NamedTuple):
-    """One plot file: panels of lines, both named by functions of a point."""
+    """One plot file: panels of lines, both named by functions of a point, for the points that are wanted."""
 
-    ops: tuple[str, ...]
+    wanted: Callable[[dict[str, Any]], bool]
     x: str
     y: Callable[[dict[str, Any]], float | None]
     panel: Callable[[dict[str, Any]], str]
     line: Callable[[dict[str, Any]], str]
     labels: tuple[str, str]
     y_scale: str
+
+
+def _is_sparse(case: dict[str, Any]) -> bool:
+    return bool(case["op"] == "sparse_decode_attention")
+
+
+def _is_telling(case: dict[str, Any]) -> bool:
+    """Whether a sparse case is one of the few that a crowded plot has room for."""
+    return case["density"] in (0.25, 0.1) and case["block_size"] in (1, 16)
 
 
 def _microseconds(point: dict[str, Any]) -> float:
@@ -81,7 +90,7 @@ def _attention_line(point: dict[str, Any]) -> str:
 
 _PICTURES = {
     "latency.png": _Picture(
-        ("decode_attention", "sparse_decode_attention"),
+        lambda case: case["op"] == "decode_attention" or (_is_sparse(case) and _is_telling(case)),
         "slots",
         _microseconds,
         _attention_panel,
@@ -90,7 +99,7 @@ _PICTURES = {
         "log",
     ),
     "speedup.png": _Picture(
-        ("sparse_decode_attention",),
+        _is_sparse,
         "density",
         _speedup,
         lambda point: f"{_attention_panel(point)} S{point['case']['slots']}",
@@ -99,7 +108,7 @@ _PICTURES = {
         "linear",
     ),
     "selection.png": _Picture(
-        ("top_p_threshold", "select_blocks", "compact_blocks"),
+        lambda case: "attention" not in case["op"],
         "slots",
         _microseconds,
         lambda point: "{op}, p {p}, block {block_size}".format(**point["case"]),
@@ -114,7 +123,7 @@ def draw(points: list[dict[str, Any]]) -> dict[str, bytes]:
     """The plots, as PNG by file name: latency over context, speed-up over density, selection over row length."""
     good = [point for point in points if point["failure"] is None]
     return {
-        name: _panels([point for point in good if point["case"]["op"] in picture.ops], picture)
+        name: _panels([point for point in good if picture.wanted(point["case"])], picture)
         for name, picture in _PICTURES.items()
     }
 
@@ -137,7 +146,10 @@ def _panels(points: list[dict[str, Any]], picture: _Picture) -> bytes:
     rows = max(1, -(-len(shown) // columns))
     figure = Figure(figsize=(5.5 * columns, 4.2 * rows), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (name, lines) in zip(figure.subplots(rows, columns, squeeze=False).flat, shown.items(), strict=False):
+    places = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for empty in places[len(shown) :]:
+        empty.remove()
+    for axes, (name, lines) in zip(places, shown.items(), strict=False):
         for label, line in lines.items():
             axes.plot(*zip(*sorted(line), strict=True), "o-", markersize=3, linewidth=1, label=label)
         axes.set(xlabel=picture.labels[0], ylabel=picture.labels[1], xscale="log", yscale=picture.y_scale)
