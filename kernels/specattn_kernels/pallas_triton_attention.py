@@ -19,14 +19,16 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
 from specattn_kernels.common import group_queries, interpreted, ungroup
+from specattn_kernels.dispatch import current_device
 from specattn_kernels.types import AttentionOutput, SelectionPlan
 
 LOG2_E = math.log2(math.e)
 # Programs that keep the largest GPUs busy: a few for each of about 132 multiprocessors. More make merging dearer.
 WANTED_PROGRAMS = 512
 MAX_SPLITS = 128
-# K and V of one step.
+# K and V of one step, on GPUs with 227 KiB of shared memory per program; the others get half.
 STEP_BYTES = 1 << 16
+LARGE_MEMORY_CAPABILITIES = (9, 10)
 # Query rows of one program: T * G.
 MAX_QUERY_ROWS = 128
 
@@ -127,6 +129,13 @@ def refusal(cache: tuple[int, ...], query_rows: int) -> str | None:
     return None
 
 
+def _step_bytes() -> int:
+    """Bytes of K and V of one step on the GPU at hand."""
+    capability = current_device().compute_capability
+    small = capability is not None and capability[0] not in LARGE_MEMORY_CAPABILITIES
+    return STEP_BYTES // 2 if small else STEP_BYTES
+
+
 def _choose_tile(k: jax.Array, rows: int, plan: SelectionPlan | None) -> _Tile:
     """A tile for these shapes.
 
@@ -145,7 +154,7 @@ def _choose_tile(k: jax.Array, rows: int, plan: SelectionPlan | None) -> _Tile:
             parts.append((begin, power))
             begin += power
     # As many entries as fit the shared memory twice, K and V, while one step is loaded and another is computed.
-    fitting = STEP_BYTES // (2 * head_dim * k.dtype.itemsize)
+    fitting = _step_bytes() // (2 * head_dim * k.dtype.itemsize)
     block = max(16, min(128, 1 << (max(fitting, 1).bit_length() - 1)))
     capacity = slots if plan is None else min(slots, plan.block_ids.shape[2] * plan.block_size)
     splits = max(1, min(MAX_SPLITS, WANTED_PROGRAMS // (batch * kv_heads), -(-capacity // (2 * block))))

@@ -61,13 +61,13 @@ def threshold_of_long_rows(
     return jnp.where(shares >= 1.0, 0.0, threshold)
 
 
-def _chunk_call(kernel: Any, lanes: jax.Array, slots: int, name: str) -> tuple[Any, dict[str, Any], int]:
+def _chunk_call(kernel: Any, lanes: jax.Array, slots: int, name: str, warps: int) -> tuple[Any, dict[str, Any], int]:
     """What the passes over long rows have in common: their kernel, options of the call, and the number of chunks."""
     lines = min(CHUNK_SLOTS // LANES, padded(slots) // LANES)
     chunks = -(-lanes.shape[1] // lines)
     options = {
         "grid": (lanes.shape[0], chunks),
-        "compiler_params": plgpu.CompilerParams(num_warps=4),
+        "compiler_params": plgpu.CompilerParams(num_warps=warps),
         "interpret": interpreted(),
         "name": name,
     }
@@ -93,7 +93,7 @@ def _narrow(
     wanted: Float[Array, " rows"],
 ) -> tuple[Int32[Array, " rows"], Int32[Array, " rows"], Float[Array, " rows"]]:
     """The part of each bracket, one of WAYS, where the mass falls below what is wanted, and the mass above that."""
-    kernel, options, chunks = _chunk_call(_mass_of_chunk, lanes, slots, "mass_above")
+    kernel, options, chunks = _chunk_call(_mass_of_chunk, lanes, slots, "mass_above", warps=4)
     step = (high - low + WAYS - 1) // WAYS
     bounds = jnp.minimum(low[:, None] + step[:, None] * jnp.arange(1, WAYS), high[:, None])
     partial = pl.pallas_call(
@@ -133,7 +133,7 @@ def _keep(
     high: Int32[Array, " rows"],
 ) -> tuple[Float[Array, "rows chunks chunk"], Int32[Array, "rows chunks"]]:
     """Scores within the bracket, at the beginning of each chunk, and how many there are."""
-    kernel, options, chunks = _chunk_call(_keep_of_chunk, lanes, slots, "keep_bracket")
+    kernel, options, chunks = _chunk_call(_keep_of_chunk, lanes, slots, "keep_bracket", warps=8)
     rows, lines = lanes.shape[0], kernel.keywords["lines"]
     # As many chunks as a tile of the next launch has; those that do not exist keep nothing.
     room = 1 << (chunks - 1).bit_length()

@@ -175,7 +175,7 @@ def _select_in_rows(
         in_specs=[pl.BlockSpec((None, lines, LANES), lambda r: (r, 0, 0)), one, one],
         out_specs=out_specs,
         out_shape=out_shape,
-        compiler_params=plgpu.CompilerParams(num_warps=max(4, min(16, width // 2048))),
+        compiler_params=plgpu.CompilerParams(num_warps=max(4, min(16, width // 1024))),
         interpret=interpreted(),
         name="select_in_rows",
     )(in_lanes(scores), shares[:, None], lengths[:, None])

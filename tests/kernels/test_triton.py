@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy_oracles import nucleus_size
 from specattn_kernels import (
+    Device,
     pallas_triton,
     pallas_triton_attention,
     pallas_triton_long_rows,
@@ -62,6 +63,15 @@ class TestAttention:
         assert tile.block & (tile.block - 1) == 0
         assert 2 * tile.block * head_dim * jnp.dtype(dtype).itemsize <= pallas_triton_attention.STEP_BYTES
         assert sum(width for _, width in tile.parts) == head_dim
+
+    def test_steps_are_smaller_where_shared_memory_is(self, monkeypatch):
+        cache = jax.ShapeDtypeStruct((2, 4, 4096, 128), jnp.bfloat16)
+        blocks = []
+        for capability in ((9, 0), (8, 9)):
+            device = Device("gpu", capability, (0, 11))
+            monkeypatch.setattr(pallas_triton_attention, "current_device", lambda device=device: device)
+            blocks.append(pallas_triton_attention._choose_tile(cache, 20, None).block)
+        assert blocks[0] == 2 * blocks[1]
 
     def test_a_cache_beyond_32_bit_addresses(self):
         cache = jax.ShapeDtypeStruct((16, 8, 1 << 17, 128), jnp.bfloat16)
