@@ -138,7 +138,7 @@ class TestLongRows:
         for row, size, threshold in zip(scores, sizes, thresholds, strict=True):
             assert threshold == 0 if p == 1 else is_the_nucleus(row[:size], threshold, p)
 
-    @examples(max_examples=15)
+    @examples(max_examples=10)
     @given(kinds=st.lists(st.sampled_from(ROW_KINDS), min_size=4, max_size=4), p=PS, seed=SEEDS)
     def test_selects_as_xla_does(self, small_tiles, kinds, p, seed):
         rng = np.random.default_rng(seed)
@@ -171,13 +171,15 @@ class TestLongRows:
         rows[5] = np.arange(5000) % 7
         p = jnp.asarray([0.6, 0.6, 0.6, 0.6, 0.6, -1.0])
         lengths = jnp.asarray([5000, 0, 5000, 5000, 5000, 5000])
-        thresholds = np.asarray(small_tiles[0](rows, p, lengths))
+        halves = (slice(0, 3), slice(3, 6))
+        thresholds = np.concatenate([small_tiles[0](rows[half], p[half], lengths[half]) for half in halves])
         assert thresholds[[0, 1, 2, 4, 5]].tolist() == [0.0, 0.0, 2.0, 1.0, 6.0]
         assert (rows[3] >= thresholds[3]).sum() == 2
 
     def test_same_bits_twice(self, small_tiles):
-        scores = draw_row(np.random.default_rng(5), "peaked", 5000, 5000)[None, None]
-        first, second = (small_tiles[1](scores, 0.95, np.array([4567])) for _ in range(2))
+        rows = [draw_row(np.random.default_rng(seed), "peaked", 5000, 5000) for seed in range(4)]
+        scores = np.stack(rows).reshape(2, 2, 5000)
+        first, second = (small_tiles[1](scores, 0.95, np.array([4567, 5000], np.int32)) for _ in range(2))
         assert (first.block_ids == second.block_ids).all()
         assert (first.counts == second.counts).all()
 
@@ -227,8 +229,9 @@ def lower_for_a_gpu(monkeypatch):
 class TestLowering:
     """Every kernel gets through Pallas's lowering; what the GPU makes of it is not known here."""
 
-    @pytest.mark.parametrize("dtype", TOLERANCE)
-    @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+    @pytest.mark.parametrize(
+        ("dtype", "head_dim"), [(jnp.float32, 64), (jnp.float16, 96), (jnp.bfloat16, 128), (jnp.float32, 256)]
+    )
     def test_attention(self, lower_for_a_gpu, dtype, head_dim):
         q = jax.ShapeDtypeStruct((2, 6, 8, head_dim), dtype)
         cache = jax.ShapeDtypeStruct((2, 2, 1000, head_dim), dtype)
@@ -238,7 +241,7 @@ class TestLowering:
             lambda *args: kernels.decode_attention(*args, return_scores=True, **options), q, cache, cache, lengths
         )
         assert "dense_decode" in text
-        for block_size in (1, 16, 32, 64):
+        for block_size in (1, 64):
             plan = jax.eval_shape(
                 lambda mask, size=block_size: kernels.compact_blocks(mask, block_size=size),
                 jax.ShapeDtypeStruct((2, 2, -(-1000 // block_size)), jnp.bool_),
@@ -249,10 +252,17 @@ class TestLowering:
             )
             assert "sparse_decode" in text
 
-    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-    @pytest.mark.parametrize("slots", [37, 8192, 32768, 100_000, 131_072])
-    @pytest.mark.parametrize("block_size", [1, 16])
-    def test_selection(self, lower_for_a_gpu, dtype, slots, block_size):
+    @pytest.mark.parametrize(
+        ("slots", "block_size", "dtype"),
+        [
+            (37, 1, jnp.float32),
+            (8192, 16, jnp.bfloat16),
+            (32768, 1, jnp.float32),
+            (100_001, 1, jnp.bfloat16),
+            (131_072, 1, jnp.float32),
+        ],
+    )
+    def test_selection(self, lower_for_a_gpu, slots, block_size, dtype):
         text = lower_for_a_gpu(
             lambda scores, lengths: kernels.select_blocks(
                 *(scores, 0.95, lengths),
