@@ -64,7 +64,7 @@ def block_sums(scores: Float[Array, "B K S"], lengths: Int32[Array, " B"], block
     return padded.reshape(batch, kv_heads, -1, block_size).sum(axis=-1)
 
 
-def chosen_blocks(
+def mask_blocks(
     block_scores: Float[Array, "B K P"],
     threshold: Float[Array, "B K"],
     lengths: Int32[Array, " B"],

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from specattn_kernels.common import block_sums, chosen_blocks, clean_scores, interpreted
+from specattn_kernels.common import block_sums, clean_scores, interpreted, mask_blocks
 from specattn_kernels.pallas_triton_long_rows import threshold_of_long_rows
 from specattn_kernels.pallas_triton_tiles import (
     LANES,
@@ -93,7 +93,7 @@ def select_blocks(
         valid = -(-per_row // block_size)
         threshold = threshold_of_long_rows(flat, shares, valid).reshape(batch, kv_heads)
         clean = clean_scores(block_scores, valid.reshape(batch, kv_heads))
-        return compact_blocks(chosen_blocks(clean, threshold, lengths, **forced), block_size=block_size)
+        return compact_blocks(mask_blocks(clean, threshold, lengths, **forced), block_size=block_size)
     _, ids, counts = _select_in_rows(flat, shares, per_row, forced)
     return SelectionPlan(ids[:, :blocks].reshape(batch, kv_heads, blocks), counts.reshape(batch, kv_heads), block_size)
 

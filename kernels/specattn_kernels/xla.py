@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, Int32
 
-from specattn_kernels.common import block_sums, chosen_blocks, clean_scores, group_queries, row_sum, ungroup
+from specattn_kernels.common import block_sums, clean_scores, group_queries, mask_blocks, row_sum, ungroup
 from specattn_kernels.types import AttentionOutput, SelectionPlan
 
 # Float32 logits up to this many bytes are held at once; above it (and above half of the layer's keys) the cache is
@@ -324,7 +324,7 @@ def select_blocks(
     block_scores = block_sums(scores, lengths, block_size)
     threshold = top_p_threshold(block_scores, p, method=method, steps=steps)
     forced = {"block_size": block_size, "num_sink": num_sink, "num_recent": num_recent}
-    return compact_blocks(chosen_blocks(block_scores, threshold, lengths, **forced), block_size=block_size)
+    return compact_blocks(mask_blocks(block_scores, threshold, lengths, **forced), block_size=block_size)
 
 
 def compact_blocks(mask: Bool[Array, "B K P"], *, block_size: int) -> SelectionPlan:

@@ -201,6 +201,19 @@ def test_selection_of_low_precision_scores(block_size, slots):
     assert (got.block_ids == want.block_ids).all()
 
 
+def test_selection_under_vmap():
+    scores = np.random.default_rng(7).random((3, 2, 2, 1100), np.float32) ** 8
+    lengths = np.array([[1100, 100], [5, 7], [0, 1099]], np.int32)
+    got, want = (
+        jax.jit(jax.vmap(lambda *row, name=name: kernels.select_blocks(row[0], 0.9, row[1], implementation=name)))(
+            scores, lengths
+        )
+        for name in ("pallas_triton", "xla")
+    )
+    assert (got.counts == want.counts).all()
+    assert (got.block_ids == want.block_ids).all()
+
+
 def test_what_selection_cannot_do():
     with pytest.raises(NotImplementedError, match="method 'linear'; expected 'exact'; use implementation='xla'"):
         kernels.top_p_threshold(jnp.ones(4), 0.5, method="linear", implementation="pallas_triton")
