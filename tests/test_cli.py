@@ -43,7 +43,7 @@ class TestHelp:
     def test_lists_every_command(self):
         result = run("--help")
         assert result.exit_code == 0
-        for command in ("generate", "calibrate", "train-draft", "fetch", "convert", "info"):
+        for command in ("generate", "calibrate", "train-draft", "fetch", "convert", "info", "bench"):
             assert command in result.stdout
 
     def test_imports_nothing_heavy(self):
@@ -358,7 +358,10 @@ class TestModels:
         assert report["cache_bytes"] == 2 * 3 * 2 * 100 * 8 * 2
         assert report["tokenizer"]["tokens"] == 257
         assert report["devices"]
+        assert report["kernels"]["select_blocks"]["name"] == "xla"
+        assert "on a CPU" in report["kernels"]["decode_attention"]["reason"]
         shown = run("info", tiny_folders.target).stderr
+        assert "xla for decode_attention, sparse_decode_attention, top_p_threshold" in shown
         assert "3 layers" in shown
         assert "256 tokens" in shown
 

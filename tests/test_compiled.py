@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
+import warnings
 
 import jax
 import jax.numpy as jnp
 import pytest
+from specattn_kernels import dispatch, pallas_triton_attention, pallas_triton_long_rows, pallas_triton_selection
 from tiny import random_alignment
 
 from specattn_jax.alignment import NucleusMass
@@ -37,27 +40,33 @@ SMOLLM2 = ModelConfig(
 DRAFT = dataclasses.replace(SMOLLM2, num_layers=6)
 
 
-def lower_decode(slots: int, policy: str):
-    """The decode step of mode specattn, lowered from shapes alone, and the bytes of the target's and draft's cache."""
-    target, draft = (abstract_model(config, jnp.float32) for config in (SMOLLM2, DRAFT))
+def trace_decode(slots: int, policy: str, target_config: ModelConfig, draft_config: ModelConfig):
+    """The decode step of mode specattn, traced from shapes alone."""
+    target, draft = (abstract_model(config, jnp.float32) for config in (target_config, draft_config))
     settings = DecodeSettings("specattn", 5)
     selector = Selector(
-        alignment=random_alignment(SMOLLM2, DRAFT),
-        mass=NucleusMass.uniform(0.9, SMOLLM2.num_layers),
+        alignment=random_alignment(target_config, draft_config),
+        mass=NucleusMass.uniform(0.9, target_config.num_layers),
         policy=load_policy(policy),
-        target=SMOLLM2,
-        draft=DRAFT,
+        target=target_config,
+        draft=draft_config,
     )
     caches = [
-        jax.eval_shape(functools.partial(init_cache, config, 1, slots, jnp.float32)) for config in (SMOLLM2, DRAFT)
+        jax.eval_shape(functools.partial(init_cache, config, 1, slots, jnp.float32))
+        for config in (target_config, draft_config)
     ]
     one = jax.ShapeDtypeStruct((1,), jnp.int32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
-    hidden = jax.ShapeDtypeStruct((1, SMOLLM2.embed_dim), jnp.float32)
+    hidden = jax.ShapeDtypeStruct((1, target_config.embed_dim), jnp.float32)
     state = jax.eval_shape(
         functools.partial(start_decoding, settings=settings, room=128), target, hidden, *caches, one, one, keys
     )
-    lowered = decode.lower(target, draft, selector, state, jax.ShapeDtypeStruct((), jnp.int32), settings=settings)
+    return decode.trace(target, draft, selector, state, jax.ShapeDtypeStruct((), jnp.int32), settings=settings)
+
+
+def lower_decode(slots: int, policy: str):
+    """The embedded pair's step, lowered, and the bytes of the target's and draft's cache."""
+    lowered = trace_decode(slots, policy, SMOLLM2, DRAFT).lower()
     return lowered, SMOLLM2.cache_bytes(1, slots, 4), DRAFT.cache_bytes(1, slots, 4)
 
 
@@ -75,8 +84,29 @@ def test_temporaries_stay_under_five_percent_of_the_cache(policy):
     assert temporaries[8192] < 0.05
 
 
+HOST_WORDS = ("callback", "infeed", "outfeed", "send", "recv")
+
+
 def test_a_step_never_touches_the_host():
     lowered, *_ = lower_decode(1024, "default")
     text = lowered.as_text()
-    for word in ("callback", "infeed", "outfeed", "send", "recv"):
+    for word in HOST_WORDS:
         assert word not in text
+
+
+def test_no_kernel_touches_the_host(monkeypatch):
+    """The same for a GPU with the Triton kernels of every op, as far as it can be lowered without one."""
+    for module in (pallas_triton_attention, pallas_triton_selection, pallas_triton_long_rows):
+        monkeypatch.setattr(module, "interpreted", lambda: False)
+    monkeypatch.setattr(dispatch, "choose_implementation", lambda *_: dispatch.Choice("pallas_triton", "for the test"))
+    # Shapes of their own, as what was traced for them is kept.
+    target, draft = (dataclasses.replace(SMOLLM2, num_layers=layers, vocab_size=499) for layers in (2, 1))
+    for slots, kernels in ((640, {"select_in_rows"}), (65536, {"keep_bracket", "compact_blocks"})):
+        traced = trace_decode(slots, "default", target, draft)
+        for word in HOST_WORDS[:3]:
+            assert word not in str(traced.jaxpr)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*Triton.*", category=DeprecationWarning)
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert all(name in text for name in kernels | {"sparse_decode", "dense_decode"})
+        assert not re.findall(r"stablehlo\.(?:infeed|outfeed|send|recv)\b|custom_call @\w*callback", text)

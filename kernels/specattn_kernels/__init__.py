@@ -5,8 +5,6 @@ the same over selected blocks of it, and the selection of those blocks from some
 """
 
 from specattn_kernels.api import (
-    IMPLEMENTATIONS,
-    Implementation,
     compact_blocks,
     decode_attention,
     merge_states,
@@ -14,14 +12,28 @@ from specattn_kernels.api import (
     sparse_decode_attention,
     top_p_threshold,
 )
+from specattn_kernels.dispatch import (
+    IMPLEMENTATIONS,
+    Call,
+    Choice,
+    Device,
+    Implementation,
+    choose_implementation,
+    current_device,
+)
 from specattn_kernels.types import AttentionOutput, SelectionPlan
 
 __all__ = [
     "IMPLEMENTATIONS",
     "AttentionOutput",
+    "Call",
+    "Choice",
+    "Device",
     "Implementation",
     "SelectionPlan",
+    "choose_implementation",
     "compact_blocks",
+    "current_device",
     "decode_attention",
     "merge_states",
     "select_blocks",

@@ -7,46 +7,18 @@ backend; None chooses one. A backend named explicitly never falls back to anothe
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from types import ModuleType
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from specattn_kernels import checks, xla
+from specattn_kernels.dispatch import Call, Implementation, load_backend
 from specattn_kernels.types import AttentionOutput, SelectionPlan
-
-Implementation: TypeAlias = Literal["xla", "pallas_triton", "pallas_mosaic_gpu", "pallas_tpu"]
-IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
-_TRITON_OPS = ("decode_attention", "sparse_decode_attention")
-
-
-def _backend(op: str, implementation: str | None) -> ModuleType:
-    """Finds the module that implements `op`.
-
-    Raises:
-        ValueError: for an unknown name.
-        NotImplementedError: for a known backend that lacks this op.
-    """
-    if implementation is None or implementation == "xla":
-        return xla
-    known = ", ".join(map(repr, IMPLEMENTATIONS))
-    checks.require(
-        implementation in IMPLEMENTATIONS, op, "implementation", repr(implementation), f"None or one of {known}"
-    )
-    if implementation == "pallas_triton" and op in _TRITON_OPS:
-        from specattn_kernels import pallas_triton
-
-        return pallas_triton
-    if implementation == "pallas_tpu":
-        from specattn_kernels import pallas_tpu
-
-        return pallas_tpu
-    raise NotImplementedError(
-        f"{op}: the backend {implementation!r} does not exist in this version for this op; "
-        "use implementation='xla', or None to let the library choose."
-    )
 
 
 def decode_attention(
@@ -78,7 +50,7 @@ def decode_attention(
         scale: factor on the logits; H ** -0.5 if None.
         return_scores: whether to return the softmax weights, [B, T, N, S] float32.
         return_lse: whether to return the log-sum-exp of the scaled logits, [B, T, N] float32.
-        implementation: backend, see the module.
+        implementation: backend, see the module. Derivatives are those of "xla" in any case.
 
     Returns:
         The output in the dtype of `q`, and what else was asked for.
@@ -88,19 +60,15 @@ def decode_attention(
         NotImplementedError: if this version lacks the named backend.
     """
     op = "decode_attention"
-    backend = _backend(op, implementation)
     q, k, v, lengths = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(lengths)
     checks.check_attention(op, q, k, v, lengths)
-    result: AttentionOutput = backend.decode_attention(
-        q,
-        k,
-        v,
-        lengths.astype(jnp.int32),
-        scale=_scale(op, scale, q.shape[-1]),
-        return_scores=return_scores,
-        return_lse=return_lse,
+    backend = load_backend(op, implementation, _call(q, k))
+    parts = {"return_scores": return_scores, "return_lse": return_lse}
+    return _differentiable(
+        lambda module, q, k, v, scale, lengths: module.decode_attention(q, k, v, lengths, scale=scale, **parts),
+        backend,
+        (q, k, v, _scale(op, scale, q.shape[-1]), lengths.astype(jnp.int32)),
     )
-    return result
 
 
 def sparse_decode_attention(
@@ -138,15 +106,18 @@ def sparse_decode_attention(
         NotImplementedError: if this version lacks the named backend.
     """
     op = "sparse_decode_attention"
-    backend = _backend(op, implementation)
     q, k, v, lengths = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(lengths)
     checks.check_attention(op, q, k, v, lengths)
     checks.check_plan(op, plan, k)
+    backend = load_backend(op, implementation, _call(q, k, plan.block_size))
     plan = SelectionPlan(plan.block_ids.astype(jnp.int32), plan.counts.astype(jnp.int32), plan.block_size)
-    result: AttentionOutput = backend.sparse_decode_attention(
-        q, k, v, plan, lengths.astype(jnp.int32), scale=_scale(op, scale, q.shape[-1]), return_lse=return_lse
+    return _differentiable(
+        lambda module, q, k, v, scale, plan, lengths: module.sparse_decode_attention(
+            q, k, v, plan, lengths, scale=scale, return_lse=return_lse
+        ),
+        backend,
+        (q, k, v, _scale(op, scale, q.shape[-1]), plan, lengths.astype(jnp.int32)),
     )
-    return result
 
 
 def top_p_threshold(
@@ -184,7 +155,7 @@ def top_p_threshold(
         NotImplementedError: if this version lacks the named backend.
     """
     op = "top_p_threshold"
-    backend = _backend(op, implementation)
+    backend = load_backend(op, implementation)
     scores = jnp.asarray(scores)
     checks.check_floating(op, "scores", scores)
     at_least_one = scores.ndim >= 1 and scores.shape[-1] >= 1
@@ -239,7 +210,7 @@ def select_blocks(
         NotImplementedError: if this version lacks the named backend.
     """
     op = "select_blocks"
-    backend = _backend(op, implementation)
+    backend = load_backend(op, implementation)
     scores, lengths = jnp.asarray(scores), jnp.asarray(lengths)
     checks.check_floating(op, "scores", scores)
     three_axes = scores.ndim == 3 and scores.shape[-1] >= 1
@@ -282,7 +253,7 @@ def compact_blocks(
         NotImplementedError: if this version lacks the named backend.
     """
     op = "compact_blocks"
-    backend = _backend(op, implementation)
+    backend = load_backend(op, implementation)
     mask = jnp.asarray(mask)
     checks.require(mask.dtype == jnp.bool_, op, "mask", f"of dtype {mask.dtype}", "boolean")
     three_axes = mask.ndim == 3 and mask.shape[-1] >= 1
@@ -321,6 +292,22 @@ def merge_states(
     for name, array in (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
         checks.check_floating(op, name, array)
     return xla.merge_states(out_a, lse_a.astype(jnp.float32), out_b, lse_b.astype(jnp.float32))
+
+
+def _call(q: jax.Array, k: jax.Array, block_size: int = 1) -> Call:
+    """The shapes of an attention call."""
+    return Call(k.shape, q.shape[1] * (q.shape[2] // k.shape[1]), k.dtype, block_size)
+
+
+def _differentiable(
+    attend: Callable[..., AttentionOutput], backend: ModuleType, arguments: tuple[Any, ...]
+) -> AttentionOutput:
+    """Attends with a backend; what is differentiated is computed by `xla`, as kernels have no derivative."""
+    if backend is xla:
+        return attend(xla, *arguments)
+    kernel = jax.custom_jvp(lambda *arguments: attend(backend, *arguments))
+    kernel.defjvp(lambda primals, tangents: jax.jvp(functools.partial(attend, xla), primals, tangents))
+    return kernel(*arguments)
 
 
 def _scale(op: str, scale: float | jax.Array | None, head_dim: int) -> float | jax.Array:

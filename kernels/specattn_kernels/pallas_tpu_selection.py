@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, DTypeLike, Float, Int32
 
-from specattn_kernels import xla
+from specattn_kernels.common import FLOAT32_MAX, FLOAT32_TINY, mask_blocks
 from specattn_kernels.types import SelectionPlan
 
 LANES = 128
@@ -60,7 +60,7 @@ def top_p_threshold(
         jnp.pad(scores.reshape(count, slots), ((0, more_rows), (0, more_slots))),
         jnp.pad(p.reshape(count, 1), ((0, more_rows), (0, 0))),
         jnp.pad(valid.reshape(count, 1), ((0, more_rows), (0, 0))),
-        most=xla.FLOAT32_MAX / 2 / slots,
+        most=FLOAT32_MAX / 2 / slots,
         method=method,
         steps=steps,
     )
@@ -151,7 +151,7 @@ def _bisect(
 def _clean_scores(scores: jax.Array, valid: jax.Array, most: float) -> jax.Array:
     """Float32 scores in [0, most]: NaN, negative, subnormal and invalid ones become 0."""
     x = scores.astype(jnp.float32)
-    return jnp.where(valid & (x >= xla.FLOAT32_TINY), jnp.minimum(x, most), 0.0)
+    return jnp.where(valid & (x >= FLOAT32_TINY), jnp.minimum(x, most), 0.0)
 
 
 def _fold(x: jax.Array) -> jax.Array:
@@ -178,12 +178,12 @@ def select_blocks(
     """The blocks of the nucleus, the sinks and the recent window; see `api.select_blocks`."""
     slots = scores.shape[2]
     valid = jnp.arange(slots) < lengths[:, None, None]
-    clean = _clean_scores(scores, valid, xla.FLOAT32_MAX / 2 / slots)
+    clean = _clean_scores(scores, valid, FLOAT32_MAX / 2 / slots)
     # A block's slots as an axis of their own would be padded to 128 lanes.
     window = (1, 1, block_size)
     block_scores = lax.reduce_window(clean, 0.0, lax.add, window, window, ((0, 0), (0, 0), (0, -slots % block_size)))
     threshold = top_p_threshold(block_scores, p, method=method, steps=steps)
-    mask = xla.mask_blocks(
+    mask = mask_blocks(
         block_scores, threshold, lengths, block_size=block_size, num_sink=num_sink, num_recent=num_recent
     )
     return compact_blocks(mask, block_size=block_size)

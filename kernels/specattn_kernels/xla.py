@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, Int32
 
+from specattn_kernels.common import block_sums, clean_scores, group_queries, mask_blocks, row_sum, ungroup
 from specattn_kernels.types import AttentionOutput, SelectionPlan
 
 # Float32 logits up to this many bytes are held at once; above it (and above half of the layer's keys) the cache is
@@ -22,12 +22,6 @@ from specattn_kernels.types import AttentionOutput, SelectionPlan
 SINGLE_PASS_LOGITS_BYTES = 64 * 2**20
 CHUNK_LOGITS_BYTES = 16 * 2**20
 MAX_CHUNK = 2048
-
-# Radix of the summation tree: 3 levels for 32k slots, so rounding errors add up over at most 3 * 32 additions.
-SUM_RADIX = 32
-
-FLOAT32_MAX = float(np.finfo(np.float32).max)
-FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 
 
 def decode_attention(
@@ -66,7 +60,7 @@ def sparse_decode_attention(
     row_is_read = visible.any(axis=2)
     # Rows that no query sees come from an arbitrary slot, which may hold NaN.
     values = jnp.where(row_is_read[..., None], _take_rows(v, rows), 0)
-    part = _attend(_grouped(q, k.shape[1]), _take_rows(k, rows), values, visible, scale)
+    part = _attend(group_queries(q, k.shape[1]), _take_rows(k, rows), values, visible, scale)
     return _output(part, q.dtype, False, return_lse)
 
 
@@ -92,7 +86,7 @@ def _attend_cache(
     return_lse: bool,
 ) -> AttentionOutput:
     """Attends to the whole cache, or to the slots of `past_mask` [B, K, S] and the new tokens."""
-    queries = _grouped(q, k.shape[1])
+    queries = group_queries(q, k.shape[1])
     slots = k.shape[2]
     logits_bytes = 4 * queries.size // queries.shape[-1] * slots
     if return_scores or logits_bytes <= max(SINGLE_PASS_LOGITS_BYTES, k.size * k.dtype.itemsize // 2):
@@ -168,24 +162,12 @@ def _attend_in_chunks(
     return _Attended(acc / jnp.where(total > 0, total, 1.0)[..., None], _log_sum(_finite_max(top), total))
 
 
-def _grouped(q: jax.Array, kv_heads: int) -> Float[Array, "B K T G H"]:
-    """Puts the query heads that share a kv head side by side."""
-    batch, tokens, heads, head_dim = q.shape
-    return q.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 1, 3, 4)
-
-
-def _ungrouped(x: jax.Array) -> jax.Array:
-    """Back from [B, K, T, G, ...] to [B, T, N, ...]."""
-    x = jnp.moveaxis(x, 2, 1)
-    return x.reshape(x.shape[0], x.shape[1], x.shape[2] * x.shape[3], *x.shape[4:])
-
-
 def _output(part: _Attended, dtype: DTypeLike, return_scores: bool, return_lse: bool) -> AttentionOutput:
     """Puts the parts that were asked for into the public layout."""
     return AttentionOutput(
-        out=_ungrouped(part.out).astype(dtype),
-        lse=_ungrouped(part.lse) if return_lse else None,
-        scores=_ungrouped(part.weights) if return_scores and part.weights is not None else None,
+        out=ungroup(part.out).astype(dtype),
+        lse=ungroup(part.lse) if return_lse else None,
+        scores=ungroup(part.weights) if return_scores and part.weights is not None else None,
     )
 
 
@@ -288,23 +270,10 @@ def top_p_threshold(
     steps: int = 10,
 ) -> Float[Array, "*rows"]:
     """The nucleus threshold of every row, by bisection on the mass above it; see `api.top_p_threshold`."""
-    clean = _clean_scores(scores, lengths)
-    wanted = p * _row_sum(clean)
+    clean = clean_scores(scores, lengths)
+    wanted = p * row_sum(clean)
     threshold = _exact_threshold(clean, wanted) if method == "exact" else _linear_threshold(clean, wanted, steps)
     return jnp.where(p >= 1.0, 0.0, threshold)
-
-
-def _clean_scores(scores: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    """Float32 scores in [0, max / 2 / S]: NaN, negative, subnormal and invalid ones become 0, and no sum overflows.
-
-    Subnormals go because hardware that flushes them would compare them differently as numbers and as bits.
-    """
-    x = scores.astype(jnp.float32)
-    slots = scores.shape[-1]
-    keep = x >= FLOAT32_TINY
-    if lengths is not None:
-        keep &= jnp.arange(slots) < lengths[..., None]
-    return jnp.where(keep, jnp.minimum(x, FLOAT32_MAX / 2 / slots), 0.0)
 
 
 def _exact_threshold(scores: jax.Array, wanted: jax.Array) -> jax.Array:
@@ -317,7 +286,7 @@ def _exact_threshold(scores: jax.Array, wanted: jax.Array) -> jax.Array:
     def halve(_: jax.Array, bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         enough_at, too_high = bracket
         middle = enough_at + (too_high - enough_at) // 2
-        enough = _row_sum(jnp.where(bits >= middle[..., None], scores, 0.0)) >= wanted
+        enough = row_sum(jnp.where(bits >= middle[..., None], scores, 0.0)) >= wanted
         return jnp.where(enough, middle, enough_at), jnp.where(enough, too_high, middle)
 
     highest = bits.max(axis=-1)
@@ -332,24 +301,12 @@ def _linear_threshold(scores: jax.Array, wanted: jax.Array, steps: int) -> jax.A
     def halve(_: jax.Array, bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bracket
         middle = 0.5 * (low + high)
-        enough = _row_sum(jnp.where(scores >= middle[..., None], scores, 0.0)) >= wanted
+        enough = row_sum(jnp.where(scores >= middle[..., None], scores, 0.0)) >= wanted
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
     highest = scores.max(axis=-1)
     bracket: tuple[jax.Array, jax.Array] = lax.fori_loop(0, steps, halve, (jnp.zeros_like(highest), highest))
     return bracket[0]
-
-
-def _row_sum(x: jax.Array) -> jax.Array:
-    """Sums the last axis as a tree: right to about 1e-6 for 128k addends, where a running sum would drift."""
-    while x.shape[-1] > SUM_RADIX:
-        padding = -x.shape[-1] % SUM_RADIX
-        if padding:
-            x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)])
-        # Adding up columns, not rows, keeps the innermost axis long for vector units.
-        x = x.reshape(*x.shape[:-1], SUM_RADIX, x.shape[-1] // SUM_RADIX).sum(axis=-2)
-    total: jax.Array = x.sum(axis=-1)
-    return total
 
 
 def select_blocks(
@@ -364,36 +321,10 @@ def select_blocks(
     steps: int = 10,
 ) -> SelectionPlan:
     """The blocks of the nucleus, the sinks and the recent window; see `api.select_blocks`."""
-    batch, kv_heads, slots = scores.shape
-    blocks = -(-slots // block_size)
-    clean = _clean_scores(scores, jnp.broadcast_to(lengths[:, None], (batch, kv_heads)))
-    padded = jnp.pad(clean, ((0, 0), (0, 0), (0, blocks * block_size - slots)))
-    block_scores = padded.reshape(batch, kv_heads, blocks, block_size).sum(axis=-1)
+    block_scores = block_sums(scores, lengths, block_size)
     threshold = top_p_threshold(block_scores, p, method=method, steps=steps)
-
-    mask = mask_blocks(
-        block_scores, threshold, lengths, block_size=block_size, num_sink=num_sink, num_recent=num_recent
-    )
-    return compact_blocks(mask, block_size=block_size)
-
-
-def mask_blocks(
-    block_scores: Float[Array, "B K P"],
-    threshold: Float[Array, "B K"],
-    lengths: Int32[Array, " B"],
-    *,
-    block_size: int,
-    num_sink: int,
-    num_recent: int,
-) -> Bool[Array, "B K P"]:
-    """Blocks that reach the threshold, hold a sink or touch the recent window, of those that hold anything valid."""
-    length = lengths[:, None, None]
-    start = jnp.arange(block_scores.shape[-1]) * block_size
-    chosen = block_scores >= threshold[..., None]
-    chosen |= start < num_sink
-    if num_recent:
-        chosen |= start + block_size > length - num_recent
-    return chosen & (start < length)
+    forced = {"block_size": block_size, "num_sink": num_sink, "num_recent": num_recent}
+    return compact_blocks(mask_blocks(block_scores, threshold, lengths, **forced), block_size=block_size)
 
 
 def compact_blocks(mask: Bool[Array, "B K P"], *, block_size: int) -> SelectionPlan:

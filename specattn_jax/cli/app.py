@@ -7,6 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from specattn_jax.cli.bench import bench
 from specattn_jax.cli.calibrate import calibrate_command
 from specattn_jax.cli.generate import generate_command
 from specattn_jax.cli.models import convert_command, fetch_command, info_command
@@ -39,3 +40,4 @@ app.command("train-draft")(train_draft_command)
 app.command("fetch")(fetch_command)
 app.command("convert")(convert_command)
 app.command("info")(info_command)
+app.add_typer(bench, name="bench")

@@ -25,13 +25,15 @@ from cases import (
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy_oracles import linear_threshold, nucleus_size
-from specattn_kernels import SelectionPlan, pallas_triton, reference, xla
+from specattn_kernels import SelectionPlan, reference, xla
 
 pytestmark = pytest.mark.optimised
 
 # Pallas kernels run in its interpreters here.
-IMPLEMENTATIONS = ["xla", "pallas_tpu"]
+IMPLEMENTATIONS = ["xla", "pallas_triton", "pallas_tpu"]
 ATTENTION_IMPLEMENTATIONS = ["xla", "pallas_triton", "pallas_tpu"]
+# Those with the published bisection.
+LINEAR_IMPLEMENTATIONS = ["xla", "pallas_tpu"]
 TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 3e-2, jnp.float16: 4e-3}
 PLAN_KINDS = st.sampled_from(["random", "empty", "single", "full"])
 
@@ -251,6 +253,14 @@ class TestTopPThreshold:
         assert got.tolist() == [8, 4, 1, 0]
         assert kernels.top_p_threshold(row, 0.5, implementation=implementation).shape == ()
 
+    def test_deterministic(self, implementation):
+        row = draw_row(np.random.default_rng(4), "peaked", 4096, 4096)
+        op = jitted(kernels.top_p_threshold, implementation=implementation)
+        assert op(row, 0.95) == op(row, 0.95)
+
+
+@pytest.mark.parametrize("implementation", LINEAR_IMPLEMENTATIONS)
+class TestLinearThreshold:
     @examples(max_examples=25)
     @given(kind=st.sampled_from(ROW_KINDS), p=st.sampled_from([1e-6, 0.5, 0.95]), seed=SEEDS)
     def test_linear_is_the_published_bisection(self, implementation, kind, p, seed):
@@ -268,11 +278,6 @@ class TestTopPThreshold:
         assert (row >= exact).sum() == nucleus_size(row, 0.95)
         assert (row >= linear).sum() > 4 * (row >= exact).sum()
 
-    def test_deterministic(self, implementation):
-        row = draw_row(np.random.default_rng(4), "peaked", 4096, 4096)
-        op = jitted(kernels.top_p_threshold, implementation=implementation)
-        assert op(row, 0.95) == op(row, 0.95)
-
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 class TestSelectBlocks:
@@ -287,6 +292,8 @@ class TestSelectBlocks:
     )
     def test_matches_reference(self, implementation, options, kinds, p, seed):
         block_size, num_sink, num_recent, method = options
+        if method == "linear" and implementation not in LINEAR_IMPLEMENTATIONS:
+            method = "exact"
         rng = np.random.default_rng(seed)
         lengths = np.array([rng.choice([0, 1, 50]), rng.integers(1, 51)], np.int32)
         # Exact sums: blocks that tie in one order of summation tie in any other.
@@ -418,54 +425,6 @@ class TestXlaPaths:
         for got, want in zip(gradient(kernels.decode_attention), gradient(reference.decode_attention), strict=True):
             assert np.isfinite(got).all()
             assert_close(got[full], want[full], 1e-4)
-
-
-class TestTritonPaths:
-    """What only the Triton kernels decide."""
-
-    def test_many_splits_agree_with_one(self, monkeypatch):
-        shape = Shape(2, 5, 4, 2, 700, 4, 175)
-        q, k, v, lengths = draw_attention(30, shape, least=400)
-        plan = draw_plan(30, shape, lengths, "full")
-        results = []
-        for step_bytes, programs in ((1, 1 << 10), (1 << 20, 1)):
-            monkeypatch.setattr(pallas_triton, "STEP_BYTES", step_bytes)
-            monkeypatch.setattr(pallas_triton, "WANTED_PROGRAMS", programs)
-            # Compiled anew: the settings are read while tracing.
-            op = jax.jit(lambda *args: kernels.sparse_decode_attention(*args, implementation="pallas_triton").out)
-            results.append(op(q, k, v, plan, lengths))
-        assert_close(*results, 1e-5)
-
-    @pytest.mark.parametrize(
-        ("shape", "said"),
-        [
-            (Shape(1, 1, 2, 2, 20, 1, 4, head_dim=24), "head dim 24; expected a multiple of 16"),
-            (Shape(1, 1, 2, 2, 20, 1, 4, head_dim=272), "head dim 272"),
-            (Shape(1, 16, 16, 1, 20, 1, 4), "256 query rows per kv head"),
-        ],
-    )
-    def test_what_it_cannot_do(self, shape, said):
-        q, k, v, lengths = draw_attention(31, shape)
-        with pytest.raises(NotImplementedError, match=said):
-            kernels.decode_attention(q, k, v, lengths, implementation="pallas_triton")
-
-    @pytest.mark.parametrize("head_dim", [16, 48, 80, 96, 128, 160, 256])
-    @pytest.mark.parametrize("dtype", TOLERANCE)
-    def test_steps_are_powers_of_two_and_fit(self, head_dim, dtype):
-        cache = jax.ShapeDtypeStruct((2, 4, 4096, head_dim), dtype)
-        tile = pallas_triton._choose_tile(cache, 20, None)
-        assert tile.block & (tile.block - 1) == 0
-        assert 2 * tile.block * head_dim * jnp.dtype(dtype).itemsize <= pallas_triton.STEP_BYTES
-        assert sum(width for _, width in tile.parts) == head_dim
-
-    def test_a_cache_beyond_32_bit_addresses(self):
-        cache = jax.ShapeDtypeStruct((16, 8, 1 << 17, 128), jnp.bfloat16)
-        with pytest.raises(NotImplementedError, match=r"fewer than 2 \*\* 31"):
-            pallas_triton._choose_tile(cache, 20, None)
-
-    def test_other_ops_are_not_there_yet(self):
-        with pytest.raises(NotImplementedError, match="'pallas_triton' does not exist in this version for this op"):
-            kernels.top_p_threshold(jnp.ones(4), 0.5, implementation="pallas_triton")
 
 
 def test_plan_is_a_pytree_with_static_block_size():

@@ -1,0 +1,83 @@
+"""What the backends have in common: the layout of grouped queries, and what surrounds the threshold of a selection."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Int32
+
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+FLOAT32_TINY = float(np.finfo(np.float32).tiny)
+
+# Radix of the summation tree: 3 levels for 32k slots, so rounding errors add up over at most 3 * 32 additions.
+SUM_RADIX = 32
+
+
+def interpreted() -> bool:
+    """Whether Pallas kernels run in Pallas's interpreter: on a CPU, where nothing else runs them."""
+    return jax.default_backend() == "cpu"
+
+
+def group_queries(q: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B K T G H"]:
+    """Puts the query heads that share a kv head side by side."""
+    batch, tokens, heads, head_dim = q.shape
+    return q.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 1, 3, 4)
+
+
+def ungroup(x: Float[Array, "B K T G *rest"]) -> Float[Array, "B T N *rest"]:
+    """Back from grouped queries to the public layout."""
+    x = jnp.moveaxis(x, 2, 1)
+    return x.reshape(x.shape[0], x.shape[1], x.shape[2] * x.shape[3], *x.shape[4:])
+
+
+def clean_scores(scores: Float[Array, "*rows S"], lengths: Int[Array, "*rows"] | None) -> Float[Array, "*rows S"]:
+    """Float32 scores in [0, max / 2 / S]: NaN, negative, subnormal and invalid ones become 0, and no sum overflows.
+
+    Subnormals go because hardware that flushes them would compare them differently as numbers and as bits.
+    """
+    x = scores.astype(jnp.float32)
+    slots = scores.shape[-1]
+    keep = x >= FLOAT32_TINY
+    if lengths is not None:
+        keep &= jnp.arange(slots) < lengths[..., None]
+    return jnp.where(keep, jnp.minimum(x, FLOAT32_MAX / 2 / slots), 0.0)
+
+
+def row_sum(x: Float[Array, "*rows S"]) -> Float[Array, "*rows"]:
+    """Sums the last axis as a tree: right to about 1e-6 for 128k addends, where a running sum would drift."""
+    while x.shape[-1] > SUM_RADIX:
+        padding = -x.shape[-1] % SUM_RADIX
+        if padding:
+            x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)])
+        # Adding up columns, not rows, keeps the innermost axis long for vector units.
+        x = x.reshape(*x.shape[:-1], SUM_RADIX, x.shape[-1] // SUM_RADIX).sum(axis=-2)
+    total: jax.Array = x.sum(axis=-1)
+    return total
+
+
+def block_sums(scores: Float[Array, "B K S"], lengths: Int32[Array, " B"], block_size: int) -> Float[Array, "B K P"]:
+    """Clean scores of the blocks: each the sum over its valid slots."""
+    batch, kv_heads, slots = scores.shape
+    clean = clean_scores(scores, jnp.broadcast_to(lengths[:, None], (batch, kv_heads)))
+    padded = jnp.pad(clean, ((0, 0), (0, 0), (0, -slots % block_size)))
+    return padded.reshape(batch, kv_heads, -1, block_size).sum(axis=-1)
+
+
+def mask_blocks(
+    block_scores: Float[Array, "B K P"],
+    threshold: Float[Array, "B K"],
+    lengths: Int32[Array, " B"],
+    *,
+    block_size: int,
+    num_sink: int,
+    num_recent: int,
+) -> Bool[Array, "B K P"]:
+    """The blocks at or above the threshold, the sinks and the recent window, as far as they are valid."""
+    length = lengths[:, None, None]
+    start = jnp.arange(block_scores.shape[-1]) * block_size
+    chosen = block_scores >= threshold[..., None]
+    chosen |= start < num_sink
+    if num_recent:
+        chosen |= start + block_size > length - num_recent
+    return chosen & (start < length)

@@ -1,0 +1,280 @@
+"""What can be called at one point of a kernel benchmark: each backend of the op, and what competes with it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from specattn_kernels import (
+    Implementation,
+    SelectionPlan,
+    compact_blocks,
+    decode_attention,
+    select_blocks,
+    sparse_decode_attention,
+    top_p_threshold,
+)
+from specattn_kernels.dispatch import BACKEND_OPS, BACKEND_PLATFORMS
+
+from specattn_jax.bench.kernel_cases import Case
+
+# Shares and lengths.
+_SELECTION = (0, 2)
+
+Inputs = tuple[jax.Array, ...]
+
+
+class Contender(NamedTuple):
+    """Something that can be timed.
+
+    Attributes:
+        call: takes the arrays of `make`.
+        make: inputs from a seed.
+        chained: inputs that are to depend on the call before, see `time_calls`.
+        error: relative error of the outputs for the inputs, against float64; None where it is another function.
+    """
+
+    call: Callable[..., Any]
+    make: Callable[[int], Inputs]
+    chained: tuple[int, ...] = (0,)
+    error: Callable[[Inputs, Any], float] | None = None
+
+
+class Work(NamedTuple):
+    """One case.
+
+    Attributes:
+        nbytes: what has to be moved: each input that is needed read once, each output written once.
+        contenders: by name; our backends under their own, baselines under theirs.
+    """
+
+    nbytes: int
+    contenders: dict[str, Contender]
+
+
+def make_work(case: Case) -> Work:
+    """The contenders of a case on this platform."""
+    makers: dict[str, Callable[[Case], Work]] = {
+        "decode_attention": _dense,
+        "decode_attention_scores": functools.partial(_dense, scores=True),
+        "sparse_decode_attention": _sparse,
+        "top_p_threshold": _threshold,
+        "select_blocks": _select,
+        "compact_blocks": _compact,
+    }
+    return makers[case.op](case)
+
+
+def _backends(op: str) -> list[Implementation]:
+    here = jax.default_backend()
+    return [
+        cast(Implementation, name)
+        for name, ops in BACKEND_OPS.items()
+        if op in ops and BACKEND_PLATFORMS.get(name, here) == here
+    ]
+
+
+def _attention_inputs(case: Case, seed: int) -> Inputs:
+    """Queries, keys, values, lengths; the lengths are full."""
+    dtype = jnp.dtype(case.dtype)
+    q_key, k_key, v_key = jax.random.split(jax.random.key(seed), 3)
+    q = jax.random.normal(q_key, (case.batch, case.tokens, case.kv_heads * case.group, case.head_dim), dtype)
+    shape = (case.batch, case.kv_heads, case.slots, case.head_dim)
+    cache = (jax.random.normal(key, shape, dtype) for key in (k_key, v_key))
+    return q, *cache, jnp.full((case.batch,), case.slots, jnp.int32)
+
+
+def _attention_bytes(case: Case, share: float) -> int:
+    item = jnp.dtype(case.dtype).itemsize
+    cache = 2 * case.batch * case.kv_heads * case.slots * case.head_dim * item
+    queries = 2 * case.batch * case.tokens * case.kv_heads * case.group * case.head_dim * item
+    return round(cache * share) + queries
+
+
+def _attention_error(inputs: Inputs, output: Any, block_size: int = 1) -> float:
+    """Of the first sequence and kv head: norm of the difference over the norm."""
+    q, k, v, _, *ids = inputs
+    tokens, heads = q.shape[1:3]
+    group, slots = heads // k.shape[1], k.shape[2]
+    queries = np.asarray(q[0, :, :group].astype(jnp.float32), np.float64)
+    keys, values = (np.asarray(x[0, 0].astype(jnp.float32), np.float64) for x in (k, v))
+    seen = np.arange(slots) <= (slots - tokens + np.arange(tokens))[:, None]
+    if ids:
+        chosen = np.isin(np.arange(slots) // block_size, np.asarray(ids[0][0, 0]))
+        seen &= chosen | (np.arange(slots) >= slots - tokens)
+    logits = np.einsum("tgh,sh->tgs", queries, keys) * queries.shape[-1] ** -0.5
+    logits = np.where(seen[:, None], logits, -np.inf)
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    want = np.einsum("tgs,sh->tgh", weights / weights.sum(axis=-1, keepdims=True), values)
+    got = np.asarray(jax.tree.leaves(output)[0][0, :, :group].astype(jnp.float32), np.float64)
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def _attention_contenders(
+    op: str, call: Callable[..., Any], make: Callable[[int], Inputs], block_size: int
+) -> dict[str, Contender]:
+    """Our backends of an attention op; XLA masks values by length, which it must do anew each time."""
+    error = functools.partial(_attention_error, block_size=block_size)
+    return {
+        str(name): Contender(
+            functools.partial(call, implementation=name), make, (0, 3) if name == "xla" else (0,), error
+        )
+        for name in _backends(op)
+    }
+
+
+def _dense(case: Case, scores: bool = False) -> Work:
+    make = functools.partial(_attention_inputs, case)
+    call = functools.partial(decode_attention, return_scores=scores)
+    contenders = _attention_contenders("decode_attention", call, make, 1)
+    if not scores:
+        contenders |= _library_attention(case)
+    nbytes = _attention_bytes(case, 1.0)
+    if scores:
+        nbytes += 4 * case.batch * case.tokens * case.kv_heads * case.group * case.slots
+    return Work(nbytes, contenders)
+
+
+def _library_attention(case: Case) -> dict[str, Contender]:
+    """JAX's own attention, on a cache laid out as it likes it: without the causal mask, which favours it a little."""
+
+    def make(seed: int) -> Inputs:
+        q, k, v, _ = _attention_inputs(case, seed)
+        return q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+
+    names = {"jax.nn (xla)": "xla"}
+    if jax.default_backend() == "gpu" and case.dtype != "float32":
+        names["jax.nn (cudnn)"] = "cudnn"
+    return {
+        name: Contender(functools.partial(jax.nn.dot_product_attention, implementation=implementation), make)
+        for name, implementation in names.items()
+    }
+
+
+def _sparse(case: Case) -> Work:
+    blocks = -(-case.slots // case.block_size)
+    capacity = max(1, round(case.density * blocks))
+
+    def make(seed: int) -> Inputs:
+        order = jax.random.uniform(jax.random.key(seed + 1000), (case.batch, case.kv_heads, blocks))
+        ids = jnp.sort(jnp.argsort(order, axis=-1)[..., :capacity], axis=-1).astype(jnp.int32)
+        return *_attention_inputs(case, seed), ids
+
+    def call(*inputs: jax.Array, implementation: Implementation) -> Any:
+        q, k, v, lengths, ids = inputs
+        plan = SelectionPlan(ids, jnp.full(ids.shape[:2], capacity, jnp.int32), case.block_size)
+        return sparse_decode_attention(q, k, v, plan, lengths, implementation=implementation)
+
+    contenders = _attention_contenders("sparse_decode_attention", call, make, case.block_size)
+    ids_bytes = 4 * case.batch * case.kv_heads * capacity
+    return Work(_attention_bytes(case, min(1.0, capacity * case.block_size / case.slots)) + ids_bytes, contenders)
+
+
+def _score_inputs(case: Case, seed: int) -> Inputs:
+    """A nucleus share per row and rows like attention weights: most of the mass in a few hundredths of the slots."""
+    shape = (case.batch, case.kv_heads, case.slots)
+    scores = jax.nn.softmax(2.5 * jax.random.normal(jax.random.key(seed), shape), axis=-1)
+    share = jnp.full(shape[:2], case.p, jnp.float32)
+    return share, scores.astype(case.dtype), jnp.full((case.batch,), case.slots, jnp.int32)
+
+
+def _nucleus_error(case: Case, inputs: Inputs, kept: int) -> float:
+    """How far the size of the first row's selection is from that of the minimal set, found by sorting in float64."""
+    row = np.asarray(inputs[1][0, 0], np.float64)
+    blocks = np.pad(row, (0, -row.size % case.block_size)).reshape(-1, case.block_size).sum(axis=-1)
+    mass = np.cumsum(np.sort(blocks)[::-1])
+    minimal = int(np.searchsorted(mass, case.p * mass[-1])) + 1
+    return abs(kept - minimal) / minimal
+
+
+def _sorted_threshold(share: Float[Array, "B K"], scores: Float[Array, "B K S"]) -> Float[Array, "B K"]:
+    """The nucleus threshold as it is usually found: sort, add up, look for the place."""
+    descending = jnp.sort(scores, axis=-1, descending=True)
+    mass = jnp.cumsum(descending, axis=-1)
+    last = jnp.argmax(mass >= (share * mass[..., -1])[..., None], axis=-1)
+    return jnp.take_along_axis(descending, last[..., None], axis=-1)[..., 0]
+
+
+def _threshold(case: Case) -> Work:
+    make = functools.partial(_score_inputs, case)
+
+    def error(inputs: Inputs, threshold: Any) -> float:
+        kept = int((np.asarray(inputs[1][0, 0]) >= np.asarray(threshold)[0, 0]).sum())
+        return _nucleus_error(case, inputs, kept)
+
+    def call(name: Implementation, share: jax.Array, scores: jax.Array, lengths: jax.Array) -> jax.Array:
+        return top_p_threshold(scores, share, lengths=lengths[:, None], implementation=name)
+
+    def by_sort(share: jax.Array, scores: jax.Array, _: jax.Array) -> jax.Array:
+        return _sorted_threshold(share, scores + 0 * share[..., None])
+
+    contenders = {
+        str(name): Contender(functools.partial(call, name), make, _SELECTION, error)
+        for name in _backends("top_p_threshold")
+    }
+    contenders["sort and cumsum"] = Contender(by_sort, make, _SELECTION, error)
+    rows = case.batch * case.kv_heads
+    return Work(rows * (case.slots * jnp.dtype(case.dtype).itemsize + 4), contenders)
+
+
+def _select(case: Case) -> Work:
+    make = functools.partial(_score_inputs, case)
+    blocks = -(-case.slots // case.block_size)
+
+    def error(inputs: Inputs, plan: Any) -> float:
+        return _nucleus_error(case, inputs, int(plan.counts[0, 0]))
+
+    def call(name: Implementation, share: jax.Array, scores: jax.Array, lengths: jax.Array) -> SelectionPlan:
+        return select_blocks(scores, share, lengths, block_size=case.block_size, implementation=name)
+
+    def block_scores(share: jax.Array, scores: jax.Array) -> jax.Array:
+        # The share is in, so that each call depends on the one before.
+        padded = jnp.pad(scores, ((0, 0), (0, 0), (0, blocks * case.block_size - case.slots)))
+        return padded.reshape(*scores.shape[:2], blocks, case.block_size).sum(axis=-1) + 0 * share[..., None]
+
+    def by_sort(share: jax.Array, scores: jax.Array, _: jax.Array) -> SelectionPlan:
+        sums = block_scores(share, scores)
+        chosen = sums >= _sorted_threshold(share, sums)[..., None]
+        return compact_blocks(chosen, block_size=case.block_size, implementation="xla")
+
+    def by_top_k(share: jax.Array, scores: jax.Array, _: jax.Array) -> jax.Array:
+        return jnp.sort(jax.lax.top_k(block_scores(share, scores), max(1, blocks // 4))[1], axis=-1)
+
+    contenders = {
+        str(name): Contender(functools.partial(call, name), make, _SELECTION, error)
+        for name in _backends("select_blocks")
+    }
+    contenders["sort and cumsum"] = Contender(by_sort, make, _SELECTION, error)
+    contenders["top_k of a quarter"] = Contender(by_top_k, make, _SELECTION)
+    rows = case.batch * case.kv_heads
+    return Work(rows * (case.slots * jnp.dtype(case.dtype).itemsize + 4 * blocks + 4), contenders)
+
+
+def _compact(case: Case) -> Work:
+    def make(seed: int) -> Inputs:
+        shape = (case.batch, case.kv_heads, case.slots)
+        return jnp.float32(0), jax.random.uniform(jax.random.key(seed), shape) < case.density
+
+    def error(inputs: Inputs, plan: Any) -> float:
+        chosen = np.flatnonzero(np.asarray(inputs[1][0, 0]))
+        ids = np.asarray(plan.block_ids[0, 0, : int(plan.counts[0, 0])])
+        return 0.0 if np.array_equal(ids, chosen) else 1.0
+
+    # The number is zero; with it, each call depends on the one before.
+    def call(name: Implementation, zero: jax.Array, mask: jax.Array) -> SelectionPlan:
+        return compact_blocks(mask ^ (zero > 0), block_size=1, implementation=name)
+
+    def by_sort(zero: jax.Array, mask: jax.Array) -> jax.Array:
+        return jnp.argsort(mask ^ (zero <= 0), axis=-1, stable=True)
+
+    contenders = {
+        str(name): Contender(functools.partial(call, name), make, (0,), error) for name in _backends("compact_blocks")
+    }
+    contenders["stable argsort"] = Contender(by_sort, make)
+    rows = case.batch * case.kv_heads
+    return Work(rows * case.slots * 5 + 4 * rows, contenders)

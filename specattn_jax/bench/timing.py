@@ -1,0 +1,120 @@
+"""Time on a device: many calls inside one jitted loop, inputs that rotate past the cache, medians."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# More than the level-2 cache of any GPU of today.
+_PAST_THE_CACHE = 128 * 2**20
+_MAX_SETS = 16
+_MAX_CALLS = 256
+# Half of what current accelerators read; only decides how many calls make one measurement.
+_ASSUMED_BANDWIDTH = {"cpu": 5e9, "gpu": 1.5e12, "tpu": 5e11}
+
+
+class TimingSettings(NamedTuple):
+    """How long to measure.
+
+    Attributes:
+        seconds: what one measurement should take.
+        repeats: measurements, of which the median counts.
+        rotate: bytes of inputs to go through before the first come again.
+    """
+
+    seconds: float = 0.02
+    repeats: int = 7
+    rotate: int = _PAST_THE_CACHE
+
+
+class Timing(NamedTuple):
+    """Time of one call.
+
+    Attributes:
+        seconds: median over the measurements.
+        spread: largest minus smallest measurement over the median.
+        calls: calls in each measurement.
+        sets: input sets that were used in turn.
+    """
+
+    seconds: float
+    spread: float
+    calls: int
+    sets: int
+
+
+def time_calls(
+    call: Callable[..., Any],
+    make: Callable[[int], tuple[jax.Array, ...]],
+    nbytes: int,
+    settings: TimingSettings,
+    chained: tuple[int, ...] = (0,),
+) -> Timing:
+    """Times a function of arrays.
+
+    Args:
+        call: the function.
+        make: inputs from a seed.
+        nbytes: bytes that one call moves, which decide how many calls and input sets there are.
+        settings: how long to measure.
+        chained: which inputs depend on the result of the call before. They should be small, as each costs an addition,
+            and nothing that the function computes may do without all of them: the compiler would do that only once.
+    """
+    sets = min(_MAX_SETS, -(-settings.rotate // nbytes) + 1)
+    wanted = settings.seconds * _ASSUMED_BANDWIDTH[jax.default_backend()] / nbytes
+    rounds = max(1, min(_MAX_CALLS, round(wanted)) // sets)
+    inputs = [make(seed) for seed in range(sets)]
+    loop = jax.jit(functools.partial(_loop, call, rounds, chained))
+    measured = []
+    jax.block_until_ready(loop(inputs))
+    for _ in range(settings.repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(loop(inputs))
+        measured.append((time.perf_counter() - began) / (rounds * sets))
+    median = statistics.median(measured)
+    return Timing(median, (max(measured) - min(measured)) / median, rounds * sets, sets)
+
+
+def _loop(
+    call: Callable[..., Any], rounds: int, chained: tuple[int, ...], inputs: Sequence[tuple[jax.Array, ...]]
+) -> Any:
+    """Every input set in turn, `rounds` times; each call waits for the one before.
+
+    All results are carried along, or XLA would compute no more of them than is looked at.
+    """
+
+    def step(before: jax.Array, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, Any]:
+        results = call(*(x + before.astype(x.dtype) if index in chained else x for index, x in enumerate(arrays)))
+        number = jax.tree.leaves(results)[0].reshape(-1)[0].astype(jnp.float32)
+        # Zero, but not for the compiler.
+        return jnp.minimum(jnp.abs(number), 0.0), results
+
+    def body(_: jax.Array, carry: tuple[jax.Array, list[Any]]) -> tuple[jax.Array, list[Any]]:
+        before, results = carry[0], []
+        for arrays in inputs:
+            before, result = step(before, arrays)
+            results.append(result)
+        return before, results
+
+    shapes = [jax.eval_shape(call, *arrays) for arrays in inputs]
+    empty = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    return lax.fori_loop(0, rounds, body, (jnp.float32(0), empty))
+
+
+def copy_bandwidth(settings: TimingSettings, nbytes: int) -> float:
+    """Bytes read and written per second while an array of `nbytes` is copied on the device: the practical ceiling."""
+
+    def copy(offset: jax.Array, source: jax.Array) -> jax.Array:
+        return source + offset
+
+    def make(seed: int) -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros((), jnp.float32), jax.random.uniform(jax.random.key(seed), (nbytes // 4,))
+
+    return 2 * nbytes / time_calls(copy, make, 2 * nbytes, settings).seconds

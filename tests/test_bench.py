@@ -1,0 +1,86 @@
+"""The kernel benchmark runs to its end anywhere, goes on where it stopped, and outlives what fails."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from command import mistake, run
+
+from specattn_jax.bench import kernels
+from specattn_jax.bench.kernel_cases import make_grid
+from specattn_jax.bench.kernel_ops import make_work
+from specattn_jax.bench.kernels import KernelSettings, run_kernel_benchmark
+
+PICTURES = ("latency.png", "speedup.png", "selection.png")
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory):
+    """Folder and report of the tiny grid."""
+    out = tmp_path_factory.mktemp("bench")
+    result = run("bench", "kernels", "--grid", "tiny", "--out", out, "--json")
+    assert result.exit_code == 0
+    return out, json.loads(result.stdout)
+
+
+def test_every_op_is_measured_to_the_end(first_run):
+    out, report = first_run
+    assert report["complete"]
+    assert report["failed"] == 0
+    assert report["measured"] == len(report["points"])
+    ops = {point["case"]["op"] for point in report["points"]}
+    assert ops == {case.op for case in make_grid("tiny")}
+    for point in report["points"]:
+        assert point["seconds"] > 0
+        assert math.isfinite(point["share_of_copy_bandwidth"])
+        assert point["relative_error"] is None or point["relative_error"] < 1e-4
+        if point["case"]["op"] == "sparse_decode_attention":
+            assert set(point["speedup_over"]) >= {"xla", "jax.nn (xla)"}
+    for name in PICTURES:
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    table = (out / "kernels.md").read_text(encoding="utf-8")
+    assert table.count("\n| ") == len(report["points"]) + 2
+
+
+def test_goes_on_where_it_stopped(first_run, tmp_path, monkeypatch):
+    report = json.loads((first_run[0] / "kernels.json").read_text(encoding="utf-8"))
+    kept = report["points"][:-1]
+    times = [point["seconds"] for point in kept]
+    (tmp_path / "kernels.json").write_text(json.dumps({**report, "points": kept}), encoding="utf-8")
+    unfinished = run_kernel_benchmark(tmp_path, KernelSettings("tiny", minutes=0))
+    assert not unfinished["complete"]
+    assert [point["seconds"] for point in unfinished["points"]] == times
+
+    def fail(*_):
+        raise MemoryError("no room | none")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "time_calls", fail)
+        finished = run_kernel_benchmark(tmp_path, KernelSettings("tiny"))
+    assert finished["complete"]
+    assert [point["seconds"] for point in finished["points"][:-1]] == times
+    assert finished["points"][-1]["failure"] == "MemoryError: no room | none"
+    assert "| failed |  |  |  | MemoryError: no room / none |" in (tmp_path / "kernels.md").read_text(encoding="utf-8")
+
+
+def test_results_of_another_device_are_refused(first_run, tmp_path):
+    report = json.loads((first_run[0] / "kernels.json").read_text(encoding="utf-8"))
+    (tmp_path / "kernels.json").write_text(json.dumps({**report, "device": "abacus"}), encoding="utf-8")
+    assert "abacus" in mistake("bench", "kernels", "--grid", "tiny", "--out", tmp_path)
+
+
+def test_bad_options(tmp_path):
+    assert "--grid is 'huge'" in mistake("bench", "kernels", "--grid", "huge", "--out", tmp_path)
+    assert "--minutes is 0" in mistake("bench", "kernels", "--minutes", 0, "--out", tmp_path)
+
+
+@pytest.mark.parametrize("grid", ["small", "full"])
+def test_grids_hold_each_case_once_and_every_case_has_rivals(grid):
+    cases = make_grid(grid)
+    assert len(set(cases)) == len(cases)
+    for case in cases:
+        work = make_work(case)
+        assert "xla" in work.contenders
+        assert work.nbytes > 0
