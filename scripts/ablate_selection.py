@@ -73,12 +73,12 @@ PUBLISHED = Row(
     ingredients=Ingredients(union=True, linear=True, num_sink=0, num_recent=0),
 )
 EXACT = PUBLISHED._replace(ingredients=PUBLISHED.ingredients._replace(linear=False))
-# Calibrations beside the shipped one, which has kv-head sources and one budget a layer.
+# Calibrations beside the shipped one, which has kv-head sources and a budget for each kv head.
 ALIGNMENTS: dict[str, CalibrationSettings | None] = {
     "shipped": None,
     "layer sources": CalibrationSettings(passages=8, gradients=4, windows=32, granularity="layer"),
     "head sources": CalibrationSettings(passages=8, gradients=4, windows=32, granularity="head"),
-    "budgets per kv head": CalibrationSettings(passages=8, gradients=4, windows=32, budgets="kv_head"),
+    "budgets per layer": CalibrationSettings(passages=8, gradients=4, windows=32),
     "head sources, budgets per kv head": CalibrationSettings(
         passages=8, gradients=4, windows=32, granularity="head", budgets="kv_head"
     ),
@@ -118,7 +118,7 @@ ROWS: dict[str, Row] = {
     "centroids of 256 unread keys": _with(tail=True),
     "layer sources": Row(alignment="layer sources"),
     "head sources": Row(alignment="head sources"),
-    "budgets per kv head": Row(alignment="budgets per kv head"),
+    "budgets per layer": Row(alignment="budgets per layer"),
     "head sources, budgets per kv head": Row(alignment="head sources, budgets per kv head"),
     "blocks of 4, sum": _with(grain="sum 4"),
     "blocks of 8, sum": _with(grain="sum 8"),

@@ -40,7 +40,7 @@ def align(folder: Path, documents: list[list[int]], texts: list[str]) -> None:
     pair.calibrate(
         documents,
         out=folder / "alignment",
-        settings=CalibrationSettings(passages=8, gradients=4, windows=32),
+        settings=CalibrationSettings(passages=8, gradients=4, windows=32, budgets="kv_head"),
         provenance={"draft": "distilled", "texts": texts},
         progress=lambda *step: print(*step, flush=True),
     )

@@ -40,17 +40,17 @@ def reduce_heads(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NucleusMass:
-    """How much attention mass a selection keeps, per target layer and cache length.
+    """How much attention mass a selection keeps, per target layer or kv head, and per cache length.
 
     Attributes:
-        left_out: mass that each layer may leave out; 0 reads everything.
+        left_out: mass that each of the u = L layers, or of the u = L * K kv heads, may leave out; 0 reads everything.
         length_knots: cache lengths, ascending.
         length_scale: factor on `left_out` at each of those lengths: a longer cache holds the same mass in a smaller
             share of its entries, so for equal savings it leaves out less.
         wanted_read: share of reads to steer to, or 0 to keep `left_out` as it is.
     """
 
-    left_out: Float[Array, " L"]
+    left_out: Float[Array, " u"]
     length_knots: Float[Array, " C"]
     length_scale: Float[Array, " C"]
     wanted_read: Float[Array, ""]
@@ -65,8 +65,8 @@ class NucleusMass:
         past: Int32[Array, " B"],
         read: Float[Array, " B"] | None = None,
         windows: Int32[Array, " B"] | None = None,
-    ) -> Float[Array, "B L"]:
-        """Nucleus mass per layer for caches of `past` entries; beyond the knots the nearest one counts.
+    ) -> Float[Array, "B u"]:
+        """Nucleus mass per layer or kv head for caches of `past` entries; beyond the knots the nearest one counts.
 
         Texts differ from the calibration text, so where a saving is wanted, the mean share read so far corrects the
         mass: a text that read too much leaves out more from then on.
@@ -94,7 +94,8 @@ class Alignment:
         weights: mixture weights, non-negative, rows summing to 1: row `layer * K + kv_head` of the target over the R
             sources of the draft, draft layer by draft layer.
         savings: shares of cache reads saved for which budgets were fitted, ascending.
-        left_out: attention mass that each target layer leaves out to save `savings[i]` of the reads on held-out text.
+        left_out: attention mass that each target layer (u = L) or kv head (u = L * K, as the rows of `weights`) leaves
+            out to save `savings[i]` of the reads on held-out text.
         length_knots: cache lengths at which the savings were matched.
         length_scale: factor on `left_out[i]` at each of those lengths.
         layer_map: draft layer that stands for each target layer (published alignment).
@@ -104,7 +105,7 @@ class Alignment:
 
     weights: Float[Array, "rows R"]
     savings: Float[Array, " Q"]
-    left_out: Float[Array, "Q L"]
+    left_out: Float[Array, "Q u"]
     length_knots: Float[Array, " C"]
     length_scale: Float[Array, "Q C"]
     layer_map: tuple[int, ...] = dataclasses.field(metadata={"static": True})

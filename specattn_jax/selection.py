@@ -185,13 +185,13 @@ class Selector:
         windows: Int32[Array, " B"] | None = None,
     ) -> Float[Array, "B rows"]:
         """Nucleus mass per row of the scores."""
-        layers = self.mass.p(past, None if read is None else jnp.mean(read, axis=1), windows)
+        masses = self.mass.p(past, None if read is None else jnp.mean(read, axis=1), windows)
         if self.policy.prediction == "mixture":
-            return jnp.repeat(layers, self.target.num_kv_heads, axis=1)
+            return jnp.repeat(masses, self._rows // masses.shape[1], axis=1)
         # Several target layers may share a draft layer: it takes the largest mass that any of them wants.
         pairs = list(enumerate(self.alignment.layer_map))[self.policy.dense_layers :]
         users = [[target for target, source in pairs if source == draft] for draft in self.observed_layers]
-        return jnp.stack([jnp.max(layers[:, jnp.array(sharing)], axis=1) for sharing in users], axis=1)
+        return jnp.stack([jnp.max(masses[:, jnp.array(sharing)], axis=1) for sharing in users], axis=1)
 
     def plan(
         self,

@@ -12,36 +12,18 @@ from pathlib import Path
 
 import jax
 import pytest
-from tiny import random_alignment, tiny_config
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
+from tiny import byte_tokenizer, random_alignment, tiny_config
 
 from specattn_jax.alignment import save_alignment
 from specattn_jax.loading import get_preset, is_cached, save_hf
-from specattn_jax.loading.tokenizer import Tokenizer, make_tokenizer
 from specattn_jax.model import init_model
 from specattn_jax.pair import ModelPair, load_pair
-
-TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tiny models compile without optimising, which halves their tests' time; the marked tests as users have it."""
     optimised = any(item.get_closest_marker(name) for name in ("optimised", "smollm2"))
     jax.config.update("jax_disable_most_optimizations", not optimised)
-
-
-def byte_tokenizer(reverse: bool = False) -> Tokenizer:
-    """One token per byte, so that a character may take several, then an end token; `reverse` orders it otherwise."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=reverse)
-    backend = Backend(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|endoftext|>"])
-    return make_tokenizer(backend, {"eos_token": "<|endoftext|>"}, (), TEMPLATE)
 
 
 @dataclasses.dataclass(frozen=True)

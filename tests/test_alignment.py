@@ -206,7 +206,7 @@ def test_second_order_price_matches_the_true_kl():
     assert estimate == pytest.approx(true, rel=0.15)
 
 
-def test_reading_everything_costs_nothing():
+def test_reading_everything_costs_nothing_and_heads_make_up_their_layer():
     model = tiny_model(0, scale=4.0)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 8, 48), jnp.int32)
     starts = np.array([12, 30])
@@ -217,17 +217,25 @@ def test_reading_everything_costs_nothing():
     masses = jnp.array([0.3, 0.8, 1.0])
     policy = load_policy("default")
     policy = dataclasses.replace(policy, num_recent=0, num_sink=0)
-    cost, density = price_layer(layer, predicted, gradients, jnp.asarray(starts), masses, policy=policy)
-    np.testing.assert_allclose(density[2], 1.0)
-    assert cost[2] == pytest.approx(0.0, abs=1e-9)
-    assert cost[0] > 0
-    assert (np.diff(density, axis=0) > 0).all()
+    costs, densities = {}, {}
+    for units in (1, 2):
+        costs[units], densities[units] = price_layer(
+            layer, predicted, gradients, jnp.asarray(starts), masses, policy=policy, units=units
+        )
+        assert costs[units].shape == (units, 3)
+        np.testing.assert_allclose(densities[units][:, 2], 1.0)
+        np.testing.assert_allclose(costs[units][:, 2], 0.0, atol=1e-9)
+        assert (costs[units][:, 0] > 0).all()
+        assert (np.diff(densities[units], axis=1) > 0).all()
+    # A layer reads what its kv heads read on average.
+    np.testing.assert_allclose(densities[1][0], densities[2].mean(axis=0), rtol=1e-6)
 
 
-def test_calibration_of_a_tiny_pair(tmp_path):
+@pytest.mark.parametrize(("budgets", "units"), [("layer", 3), ("kv_head", 6)])
+def test_calibration_of_a_tiny_pair(tmp_path, budgets, units):
     target, draft = tiny_model(0, scale=4.0, num_layers=3), tiny_model(1, scale=4.0)
     documents = [np.random.default_rng(0).integers(0, 8, 400).tolist()]
-    settings = CalibrationSettings(context=96, window=3, passages=2, windows=4, iterations=20)
+    settings = CalibrationSettings(context=96, window=3, passages=2, windows=4, iterations=20, budgets=budgets)
     told = []
     alignment, similarity = calibrate(
         target, draft, documents, load_policy("default"), settings=settings, progress=lambda *step: told.append(step)
@@ -236,6 +244,9 @@ def test_calibration_of_a_tiny_pair(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, alignment, again)
     assert alignment.weights.shape == (6, 4)
     assert similarity.shape == (2, 3)
+    assert alignment.left_out.shape == (len(alignment.savings), units)
+    save_alignment(alignment, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, load_alignment(tmp_path), alignment)
     np.testing.assert_allclose(alignment.weights.sum(axis=1), 1.0, rtol=1e-5)
     assert told[-1][1] == told[-1][2]
     with pytest.raises(UserError, match="longest text has 400 tokens"):

@@ -80,9 +80,13 @@ def nucleus(row: np.ndarray, p: float) -> set[int]:
     return {int(slot) for slot in order[: int(np.searchsorted(mass, p * mass[-1] * (1 - 1e-9))) + 1]}
 
 
-@pytest.mark.parametrize("p", [0.3, 0.8, 0.97])
+@pytest.mark.parametrize("p", [0.3, 0.8, 0.97, "its own for each kv head"])
 def test_default_is_one_nucleus_of_the_maximum_of_the_mixture(p):
-    attention, selector = draft_attention(0), make_selector("default", p, num_sink=2, num_recent=3)
+    masses = np.linspace(0.3, 0.97, 8) if isinstance(p, str) else np.full(8, p)
+    attention, selector = draft_attention(0), make_selector("default", masses[0], num_sink=2, num_recent=3)
+    if isinstance(p, str):
+        left_out = jnp.asarray(1 - masses, jnp.float32)
+        selector = dataclasses.replace(selector, mass=dataclasses.replace(selector.mass, left_out=left_out))
     got = selected(selector, attention)
     weights = np.asarray(selector.alignment.weights, np.float64)
     sources = attention.astype(np.float64).reshape(STEPS, 3, BATCH, 2, 2, SLOTS).mean(4)
@@ -92,7 +96,8 @@ def test_default_is_one_nucleus_of_the_maximum_of_the_mixture(p):
         for row in range(BATCH):
             for head in range(2):
                 past = PAST[row]
-                wanted = nucleus(predicted[row, layer * 2 + head, :past], p) | {0, 1} | set(range(past - 3, past))
+                best = nucleus(predicted[row, layer * 2 + head, :past], masses[layer * 2 + head])
+                wanted = best | {0, 1} | set(range(past - 3, past))
                 assert got[layer][row][head] == wanted
 
 

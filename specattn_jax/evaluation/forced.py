@@ -195,8 +195,9 @@ def _begin(
     """Cuts the documents and prefills them.
 
     Raises:
-        UserError: too short, or too long.
+        UserError: too short or too long, or the window is impossible.
     """
+    settings = DecodeSettings("speculative", window)
     tokens = jnp.asarray(np.asarray(documents, np.int32))
     length = tokens.shape[1]
     prompt = max(2, round(length * prefill_share))
@@ -207,7 +208,6 @@ def _begin(
             f"and at most the models' {limit}."
         )
     setting = _Setting(tokens, prompt, (length - prompt - 1) // window)
-    settings = DecodeSettings("speculative", window)
     return setting, start_reading(target, draft, tokens[:, :prompt], length, settings)
 
 

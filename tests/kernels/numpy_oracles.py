@@ -46,11 +46,11 @@ def nucleus_size(row, p):
 
 
 def linear_threshold(row, p, steps=10):
-    """The published bisection in float64."""
+    """The published bisection, masses in float64; thresholds in float32, since scores may lie right on them."""
+    half, low, high = np.float32(0.5), np.float32(0.0), np.asarray(row, np.float32).max()
     row = np.asarray(row, np.float64)
-    low, high = 0.0, row.max()
     for _ in range(steps):
-        middle = (low + high) / 2
+        middle = half * (low + high)
         if row[row >= middle].sum() >= p * row.sum():
             low = middle
         else:

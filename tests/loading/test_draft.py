@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import byte_tokenizer
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from tiny import causal_attention, tiny_config
+from tiny import byte_tokenizer, causal_attention, tiny_config
 
 from specattn_jax.config import ModelConfig
 from specattn_jax.errors import UserError
