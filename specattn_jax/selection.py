@@ -11,7 +11,14 @@ from typing import Literal, Protocol
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
-from specattn_kernels import Implementation, SelectionPlan, compact_blocks, select_blocks, top_p_threshold
+from specattn_kernels import (
+    Implementation,
+    SelectionPlan,
+    compact_blocks,
+    plan_slots,
+    select_blocks,
+    top_p_threshold,
+)
 
 from specattn_jax.alignment import Alignment, NucleusMass, reduce_heads
 from specattn_jax.config import ModelConfig
@@ -299,13 +306,6 @@ def _plan_fraction(plan: SelectionPlan, past: Int32[Array, " B"]) -> Float[Array
     return jnp.sum(jnp.where(listed, inside, 0), axis=-1) / jnp.maximum(past[:, None], 1)
 
 
-def plan_mask(plan: SelectionPlan, past: Int32[Array, " B"], num_slots: int) -> Bool[Array, "B K S"]:
+def past_mask(plan: SelectionPlan, past: Int32[Array, " B"], num_slots: int) -> Bool[Array, "B K S"]:
     """The slots of the past that a plan reads."""
-    size = plan.block_size
-    blocks = -(-num_slots // size)
-    listed = jnp.arange(plan.block_ids.shape[-1]) < plan.counts[..., None]
-    ids = jnp.where(listed, plan.block_ids, blocks)
-    put = jax.vmap(jax.vmap(lambda row, where: row.at[where].set(True, mode="drop")))
-    marked = put(jnp.zeros((*plan.counts.shape, blocks), jnp.bool_), ids)
-    slots = jnp.repeat(marked, size, axis=-1)[..., :num_slots]
-    return slots & (jnp.arange(num_slots) < past[:, None, None])
+    return plan_slots(plan, num_slots) & (jnp.arange(num_slots) < past[:, None, None])

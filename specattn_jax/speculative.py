@@ -20,7 +20,7 @@ from specattn_jax.cache import KVCache
 from specattn_jax.errors import UserError
 from specattn_jax.model import LanguageModel, LayerReader, forward
 from specattn_jax.sampling import Sampling, Verdict, choose, match_vocabulary, verify
-from specattn_jax.selection import DraftScores, Selection, plan_mask, read_fraction
+from specattn_jax.selection import DraftScores, Selection, past_mask, read_fraction
 
 Mode = Literal["autoregressive", "speculative", "specattn"]
 # Far beyond what pays: the chance that a token is accepted falls with every one before it.
@@ -390,7 +390,7 @@ def watched_step(
     state, window = speculative_step(target, draft, selector, state, settings)
     everything = target.config.num_kv_heads * (jnp.arange(slots) < past[:, None])
     readers = [
-        everything if plan is None else jnp.sum(plan_mask(plan, past, slots), axis=1, dtype=jnp.int32)
+        everything if plan is None else jnp.sum(past_mask(plan, past, slots), axis=1, dtype=jnp.int32)
         for plan in window.plans
     ]
     return state, functools.reduce(jnp.add, readers)

@@ -22,6 +22,7 @@ from specattn_kernels.dispatch import (
     current_device,
 )
 from specattn_kernels.types import AttentionOutput, SelectionPlan
+from specattn_kernels.xla import plan_slots
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -36,6 +37,7 @@ __all__ = [
     "current_device",
     "decode_attention",
     "merge_states",
+    "plan_slots",
     "select_blocks",
     "sparse_decode_attention",
     "top_p_threshold",

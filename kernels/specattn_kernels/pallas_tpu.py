@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, DTypeLike, Float, Int32
 
+from specattn_kernels.common import group_queries, ungroup
 from specattn_kernels.pallas_tpu_selection import compact_blocks, select_blocks, sublanes, top_p_threshold
 from specattn_kernels.types import AttentionOutput, SelectionPlan
 
@@ -174,15 +175,14 @@ def _attention(
     kv_heads, slots = k.shape[1:3]
     group = heads // kv_heads
     tile = _choose_tile(q, k, plan, return_scores)
-    queries = q.reshape(batch, tokens, kv_heads, group, head_dim).transpose(0, 2, 1, 3, 4)
-    queries = queries.reshape(batch * kv_heads, tokens * group, head_dim).astype(jnp.promote_types(q.dtype, k.dtype))
+    queries = group_queries(q, kv_heads).reshape(batch * kv_heads, tokens * group, head_dim)
+    queries = queries.astype(jnp.promote_types(q.dtype, k.dtype))
     queries = jnp.pad(queries, ((0, 0), (0, tile.rows - tokens * group), (0, 0)))
     results = _attend_to_heads(queries, k, v, plan, lengths, jnp.asarray(scale, jnp.float32), tile)
 
     def public(x: jax.Array) -> jax.Array:
         """From [B * K, rows, ...] to [B, T, N, ...]."""
-        x = x[:, : tokens * group].reshape(batch, kv_heads, tokens, group, *x.shape[2:])
-        return jnp.moveaxis(x, 1, 2).reshape(batch, tokens, heads, *x.shape[4:])
+        return ungroup(x[:, : tokens * group].reshape(batch, kv_heads, tokens, group, *x.shape[2:]))
 
     scores = None
     if tile.scores:

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, DTypeLike, Float, Int32
 
-from specattn_kernels.common import FLOAT32_MAX, FLOAT32_TINY, mask_blocks
+from specattn_kernels.common import FLOAT32_MAX, FLOAT32_TINY, clean_scores, mask_blocks
 from specattn_kernels.types import SelectionPlan
 
 LANES = 128
@@ -149,7 +149,7 @@ def _bisect(
 
 
 def _clean_scores(scores: jax.Array, valid: jax.Array, most: float) -> jax.Array:
-    """Float32 scores in [0, most]: NaN, negative, subnormal and invalid ones become 0."""
+    """As `common.clean_scores`, for a part of some rows inside a kernel."""
     x = scores.astype(jnp.float32)
     return jnp.where(valid & (x >= FLOAT32_TINY), jnp.minimum(x, most), 0.0)
 
@@ -177,8 +177,7 @@ def select_blocks(
 ) -> SelectionPlan:
     """The blocks of the nucleus, the sinks and the recent window; see `api.select_blocks`."""
     slots = scores.shape[2]
-    valid = jnp.arange(slots) < lengths[:, None, None]
-    clean = _clean_scores(scores, valid, FLOAT32_MAX / 2 / slots)
+    clean = clean_scores(scores, jnp.broadcast_to(lengths[:, None], scores.shape[:2]))
     # A block's slots as an axis of their own would be padded to 128 lanes.
     window = (1, 1, block_size)
     block_scores = lax.reduce_window(clean, 0.0, lax.add, window, window, ((0, 0), (0, 0), (0, -slots % block_size)))

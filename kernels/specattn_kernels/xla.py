@@ -55,7 +55,7 @@ def sparse_decode_attention(
     """
     slots = k.shape[2]
     if plan.block_ids.shape[2] * plan.block_size >= slots // 2:
-        return _attend_cache(q, k, v, lengths, _plan_mask(plan, slots), scale, False, return_lse)
+        return _attend_cache(q, k, v, lengths, plan_slots(plan, slots), scale, False, return_lse)
     rows, visible = _plan_rows(plan, lengths, q.shape[1], slots)
     row_is_read = visible.any(axis=2)
     # Rows that no query sees come from an arbitrary slot, which may hold NaN.
@@ -206,8 +206,8 @@ def _log_sum(top: jax.Array, total: jax.Array) -> jax.Array:
     return jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
 
 
-def _plan_mask(plan: SelectionPlan, slots: int) -> Bool[Array, "B K S"]:
-    """The slots that a plan selects."""
+def plan_slots(plan: SelectionPlan, slots: int) -> Bool[Array, "B K S"]:
+    """The slots of a cache of `slots` that a plan selects; a block may reach beyond what the cache holds."""
     blocks = -(-slots // plan.block_size)
     entry_used = jnp.arange(plan.block_ids.shape[2]) < plan.counts[..., None]
     ids = jnp.where(entry_used, plan.block_ids, blocks)

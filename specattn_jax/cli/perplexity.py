@@ -55,7 +55,7 @@ def perplexity_command(
     methods: Annotated[
         str,
         typer.Option(
-            help="Some of full (always there), streaming, quest, oracle, oracle_layer, specattn.",
+            help="Some of full (always there), streaming, quest, vegas, oracle, oracle_layer, specattn.",
             metavar="M,...",
         ),
     ] = "full,streaming,quest,oracle,specattn",

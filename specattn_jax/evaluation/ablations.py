@@ -20,7 +20,7 @@ from specattn_jax.alignment import Alignment
 from specattn_jax.config import ModelConfig
 from specattn_jax.evaluation.learning import attend_plan, attention_read, remember
 from specattn_jax.model import LayerChoice
-from specattn_jax.selection import DraftScores, plan_mask
+from specattn_jax.selection import DraftScores, past_mask
 from specattn_jax.speculative import WindowRead
 
 # What is selected: slots, blocks by the sum or maximum of their scores, or slots for which whole blocks are fetched.
@@ -285,7 +285,7 @@ class Ablation:
         past, slots = lengths - q.shape[1], keys.shape[2]
         read = attend_with_centroids if "tail" in self.extras else attend_plan
         seen = attention_read(q, keys, plan, lengths) if "blend" in self.extras else None
-        whole = _fetched(plan_mask(plan, past, slots), past, 16) if "inside" in self.extras else None
+        whole = _fetched(past_mask(plan, past, slots), past, 16) if "inside" in self.extras else None
         return read(q, keys, values, plan, lengths), (seen, whole)
 
     def learn(self, window: WindowRead, past: Int32[Array, " B"]) -> tuple[Self, Float[Array, "B L"]]:
@@ -357,7 +357,7 @@ def attend_with_centroids(
     """
     batch, heads, slots, width = keys.shape
     past = lengths - q.shape[1]
-    unread = (jnp.arange(slots) < past[:, None, None]) & ~plan_mask(plan, past, slots)
+    unread = (jnp.arange(slots) < past[:, None, None]) & ~past_mask(plan, past, slots)
     unread = jnp.pad(unread, ((0, 0), (0, 0), (0, -slots % TAIL))).reshape(batch, heads, -1, TAIL)
 
     def mean(x: Float[Array, "B K S H"]) -> Float[Array, "B K blocks H"]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 from specattn_kernels import SelectionPlan, decode_attention, sparse_decode_attention
 
-from specattn_jax.selection import Selection, plan_mask
+from specattn_jax.selection import Selection, past_mask
 from specattn_jax.speculative import WindowRead
 
 
@@ -92,7 +92,7 @@ def attention_read(
     if plan is not None:
         past = lengths - q.shape[1]
         fresh = jnp.arange(slots) >= past[:, None, None]
-        grouped = grouped * (plan_mask(plan, past, slots) | fresh)[:, None, :, None]
+        grouped = grouped * (past_mask(plan, past, slots) | fresh)[:, None, :, None]
         grouped = grouped / jnp.sum(grouped, axis=-1, keepdims=True)
     return jnp.max(jnp.mean(grouped, axis=3), axis=1)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from specattn_jax.alignment import NucleusMass
 from specattn_jax.errors import UserError
-from specattn_jax.evaluation.baselines import Oracle, Quest, Streaming
+from specattn_jax.evaluation.baselines import Oracle, Quest, Streaming, Vegas
 from specattn_jax.generation import make_selector
 from specattn_jax.pair import ModelPair
 from specattn_jax.selection import Selection, load_policy
@@ -19,7 +19,8 @@ FULL, SPECATTN = "full", "specattn"
 # What they read is a share of the cache, whatever the attention is; p means nothing to them.
 _BY_SHARE = ("streaming", "quest")
 _ORACLES = ("oracle", "oracle_layer")
-METHODS = (FULL, *_BY_SHARE, *_ORACLES, SPECATTN)
+VEGAS = "vegas"
+METHODS = (FULL, *_BY_SHARE, VEGAS, *_ORACLES, SPECATTN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Case:
         """Whether p has yet to be found for the wanted saving: budgets are calibrated for mixtures alone."""
         if self.p is not None or self.saving is None:
             return False
-        return self.method in _ORACLES or (
+        return self.method in (VEGAS, *_ORACLES) or (
             self.policy is not None and load_policy(self.policy).prediction == "layer_map"
         )
 
@@ -128,11 +129,13 @@ def make_selection(pair: ModelPair, case: Case) -> Selection | None:
         assert case.policy is not None
         saving = case.saving if case.p is None else None
         return make_selector(pair, policy=case.policy, p=case.p, kv_reduction=saving)
-    if case.method in _ORACLES:
+    if case.method in (VEGAS, *_ORACLES):
         assert case.p is not None
-        like = load_policy("default")
+        like, mass = load_policy("default"), NucleusMass.uniform(case.p, shape.num_layers)
+        if case.method == VEGAS:
+            return Vegas(mass, shape, num_sink=like.num_sink, num_recent=like.num_recent)
         return Oracle(
-            NucleusMass.uniform(case.p, shape.num_layers),
+            mass,
             shape,
             per="kv_head" if case.method == "oracle" else "layer",
             num_sink=like.num_sink,

@@ -18,7 +18,7 @@ from specattn_jax.evaluation.methods import Case
 from specattn_jax.evaluation.tables import Row
 from specattn_jax.model import LanguageModel
 from specattn_jax.pair import ModelPair
-from specattn_jax.selection import Selection, plan_mask
+from specattn_jax.selection import Selection, past_mask
 from specattn_jax.speculative import DecodeSettings, DecodeState, read_window
 
 # Table 1 of arXiv 2510.27641: share of reads saved and relative increase of perplexity (Llama-2-7b, PG-19).
@@ -36,6 +36,7 @@ _COLOURS = {
     "specattn paper_exact": "tab:orange",
     "oracle": "tab:green",
     "oracle_layer": "tab:olive",
+    "vegas": "tab:cyan",
     "quest": "tab:purple",
     "streaming": "tab:brown",
 }
@@ -142,7 +143,7 @@ def _window_mask(
     state = dataclasses.replace(state, last=tokens[:, :2])
     plans = read_window(target, draft, selection, state, state.keys, settings, forced=tokens[:, 2:]).plans
     whole = jnp.broadcast_to(jnp.arange(slots) < past[0], (target.config.num_kv_heads, slots))
-    return jnp.stack([whole if plan is None else plan_mask(plan, past, slots)[0] for plan in plans])
+    return jnp.stack([whole if plan is None else past_mask(plan, past, slots)[0] for plan in plans])
 
 
 def selection_picture(mask: Bool[np.ndarray, "L K past"], title: str) -> bytes:

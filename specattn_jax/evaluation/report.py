@@ -12,7 +12,7 @@ import numpy as np
 
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.drift import drift_row, measure_drift
-from specattn_jax.evaluation.methods import FULL, SPECATTN, Case, make_selection
+from specattn_jax.evaluation.methods import FULL, SPECATTN, VEGAS, Case, make_selection
 from specattn_jax.evaluation.perplexity import Evaluation, EvaluationSettings, Progress, open_store, write_tables
 from specattn_jax.evaluation.pictures import drift_curves, pareto, selection_picture, slots_read
 from specattn_jax.evaluation.provenance import commit, hardware, versions
@@ -117,7 +117,11 @@ def _draw(
         layers = pair.draft.config.num_layers
         picture = mixture_heatmap(pair.alignment, layers, target=names["target"], draft=names["draft"])
         _write(out / ALIGNMENT, picture)
-    case = next((case for case in sparse if case.method == SPECATTN), sparse[0])
+    # At its first window, of which the picture is, Vegas reads everything.
+    shown = sorted((case for case in sparse if case.method != VEGAS), key=lambda case: case.method != SPECATTN)
+    if not shown:
+        return
+    case = shown[0]
     mask = _load_mask(pair, documents[len(documents) // 2], case, store, window)
     saved = 1 - mask.mean()
     title = f"What one window in the middle of a document reads: {case.label} ({saved:.1%} here)"
