@@ -159,11 +159,14 @@ def make_selection(row: Row, saving: float, pair: ModelPair, alignments: dict[st
     if row.kind == "quest":
         return Quest(wanted, target, dense_layers=row.dense_layers)
     alignment = alignments[row.alignment]
-    fitted = alignment.mass_for_saving(saving)
     if row.kind == "policy":
-        return Selector(alignment, fitted, load_policy("default"), target, draft)
+        return Selector(alignment, alignment.mass_for_saving(saving), load_policy("default"), target, draft)
     rows = target.num_layers * target.num_kv_heads
-    # Steering only needs a start that is about right.
+    # Steering only needs a start that is about right: that of the saving where reads can be saved.
+    sparse = 1.0 - row.dense_layers / target.num_layers
+    if row.ingredients.dense_every:
+        sparse *= 1.0 - 1.0 / row.ingredients.dense_every
+    fitted = alignment.mass_for_saving(min(saving / sparse, float(alignment.savings[-1])))
     flat = jnp.full((rows,), jnp.exp(jnp.mean(jnp.log(fitted.left_out))))
     left_out = jnp.repeat(fitted.left_out, rows // len(fitted.left_out)) if row.budgets else flat
     left_out = jnp.where(jnp.arange(rows) < row.dense_layers * target.num_kv_heads, 0.0, left_out)

@@ -29,9 +29,13 @@ GRAINS: tuple[str, ...] = get_args(Grain)
 Extra = Literal["oracle", "blend", "tail", "inside"]
 # Keys per centroid.
 TAIL = 256
-# A proportional and integral controller in the logarithm of the mass left out. The prior, in windows, keeps one dense
+# A proportional and integral controller in the logarithm of the mass left out, of the reads that it can change. The
+# integral is bounded, so that a start far off is not paid for ever after. The prior, in windows, keeps one dense
 # window from being taken back by those right after it.
 _PROPORTIONAL, _INTEGRAL, _PRIOR = 6.0, 0.2, 16.0
+_LARGEST_INTEGRAL = 2.0
+# Least share of the wanted reads that is believed, where logarithms are taken.
+_LEAST = 0.1
 _MOST_LEFT_OUT = 0.9999
 
 
@@ -198,10 +202,16 @@ class Ablation:
         return jnp.where(dense, 1.0, p)
 
     def _error(self, memory: Memory) -> Float[Array, " B"]:
-        """Logarithm of the mean share read over the wanted one; 0 if none is wanted."""
-        wanted = jnp.where(self.wanted > 0, self.wanted, 1.0)
-        mean = (memory.read + _PRIOR * wanted) / (memory.windows + _PRIOR)
-        return jnp.where(self.wanted > 0, jnp.log(mean / wanted), 0.0)
+        """Logarithm of reads over wanted reads, dense layers and windows left aside; 0 if no share is wanted."""
+        every, first = self.numbers["dense_every"], self.numbers["blend"] == 1.0
+        dense_share = jnp.where(every > 0, 1.0 / jnp.maximum(every, 1), 0.0)
+        dense_windows = jnp.where(every > 0, memory.windows // jnp.maximum(every, 1), 0) + first * (memory.windows > 0)
+        dense_layers = jnp.mean(self.left_out == 0.0)
+        wanted = (self.wanted - dense_share) / (1.0 - dense_share)
+        mean = (memory.read - dense_windows + _PRIOR * wanted) / (memory.windows - dense_windows + _PRIOR)
+        room = wanted - dense_layers
+        ratio = jnp.maximum((mean - dense_layers) / jnp.maximum(room, _LEAST * wanted), _LEAST)
+        return jnp.where(self.wanted > 0, jnp.log(ratio), 0.0)
 
     def update(
         self, scores: DraftScores, observed: Sequence[Float[Array, "B N S"]], lengths: Int32[Array, " B"]
@@ -308,7 +318,8 @@ class Ablation:
             read=memory.read + jnp.mean(read, axis=1),
             windows=memory.windows + 1,
         )
-        grown = dataclasses.replace(grown, integral=memory.integral + _INTEGRAL * self._error(grown))
+        integral = memory.integral + _INTEGRAL * self._error(grown)
+        grown = dataclasses.replace(grown, integral=jnp.clip(integral, -_LARGEST_INTEGRAL, _LARGEST_INTEGRAL))
         return dataclasses.replace(self, memory=grown), read
 
 
