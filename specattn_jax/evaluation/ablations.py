@@ -33,7 +33,7 @@ TAIL = 256
 # integral is bounded, so that a start far off is not paid for ever after. The prior, in windows, keeps one dense
 # window from being taken back by those right after it.
 _PROPORTIONAL, _INTEGRAL, _PRIOR = 6.0, 0.2, 16.0
-_LARGEST_INTEGRAL = 2.0
+_LARGEST_INTEGRAL = 4.0
 # Least share of the wanted reads that is believed, where logarithms are taken.
 _LEAST = 0.1
 _MOST_LEFT_OUT = 0.9999
