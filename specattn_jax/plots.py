@@ -13,6 +13,23 @@ from specattn_jax.alignment import Alignment
 _CELL_INCHES = 0.22
 
 
+def new_figure(width: float, height: float, dpi: int = 150) -> Any:
+    """An empty figure of so many inches, which needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def as_png(figure: Any) -> bytes:
+    """The figure as a PNG."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    return data.getvalue()
+
+
 def mixture_by_layer(alignment: Alignment, num_draft_layers: int) -> np.ndarray:
     """Mixture weights `[M, L]`: how much of each target layer's prediction comes from each draft layer.
 
@@ -37,14 +54,10 @@ def alignment_heatmap(similarity: np.ndarray, alignment: Alignment, *, target: s
     Returns:
         A PNG: on the left the similarity of layers with the published layer map drawn in, on the right the mixture.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     num_draft, num_target = similarity.shape
     width = max(4.5, _CELL_INCHES * num_target + 1.8)
     height = max(3.2, _CELL_INCHES * num_draft + 1.6)
-    figure = Figure(figsize=(2 * width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(2 * width, height)
     left, right = figure.subplots(1, 2)
     figure.suptitle(f"Draft {draft} predicts the attention of target {target}")
 
@@ -60,9 +73,7 @@ def alignment_heatmap(similarity: np.ndarray, alignment: Alignment, *, target: s
     _label(left, "Similarity of layers and the layer map", num_draft, num_target)
 
     _draw_mixture(figure, right, alignment, num_draft)
-    data = io.BytesIO()
-    figure.savefig(data, format="png")
-    return data.getvalue()
+    return as_png(figure)
 
 
 def mixture_heatmap(alignment: Alignment, num_draft_layers: int, *, target: str, draft: str) -> bytes:
@@ -77,22 +88,16 @@ def mixture_heatmap(alignment: Alignment, num_draft_layers: int, *, target: str,
     Returns:
         A PNG.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     num_target = len(alignment.layer_map)
     size = (max(6.0, _CELL_INCHES * num_target + 1.8), max(3.2, _CELL_INCHES * num_draft_layers + 1.8))
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(*size)
     axes = figure.subplots()
     figure.suptitle(f"Draft {draft} predicts the attention of target {target}", fontsize="medium")
     _draw_mixture(figure, axes, alignment, num_draft_layers)
     places, colour = range(num_target), "deepskyblue"
     axes.plot(places, alignment.layer_map, "o-", color=colour, markersize=3, linewidth=1, label="published layer map")
     axes.legend(loc="upper left", fontsize="small", framealpha=0.9)
-    data = io.BytesIO()
-    figure.savefig(data, format="png")
-    return data.getvalue()
+    return as_png(figure)
 
 
 def _draw_mixture(figure: Any, axes: Any, alignment: Alignment, num_draft_layers: int) -> None:
@@ -118,11 +123,7 @@ def training_curves(
     Returns:
         A PNG.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 3.6)
     left, right = figure.subplots(1, 2)
     for name, values in losses.items():
         if any(values):
@@ -133,9 +134,7 @@ def training_curves(
     right.set(xlabel="step", ylabel="drafted tokens accepted per window of 5", title="Held-out acceptance")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    data = io.BytesIO()
-    figure.savefig(data, format="png")
-    return data.getvalue()
+    return as_png(figure)
 
 
 def _label(axes: Any, title: str, num_draft: int, num_target: int) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from specattn_jax.plots import as_png, new_figure
 
 _COLUMNS = ("op", "shape", "point", "contender", "us", "GB/s", "of copy", "speed-up", "error")
 
@@ -130,9 +131,6 @@ def draw(points: list[dict[str, Any]]) -> dict[str, bytes]:
 
 def _panels(points: list[dict[str, Any]], picture: _Picture) -> bytes:
     """Draws the points; panels of a single place on the horizontal axis are left out if others have more."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     panels: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for point in points:
         value = picture.y(point)
@@ -144,8 +142,7 @@ def _panels(points: list[dict[str, Any]], picture: _Picture) -> bytes:
     shown = telling or panels
     columns = min(3, max(1, len(shown)))
     rows = max(1, -(-len(shown) // columns))
-    figure = Figure(figsize=(5.5 * columns, 4.2 * rows), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(5.5 * columns, 4.2 * rows, dpi=110)
     places = list(figure.subplots(rows, columns, squeeze=False).flat)
     for empty in places[len(shown) :]:
         empty.remove()
@@ -156,6 +153,4 @@ def _panels(points: list[dict[str, Any]], picture: _Picture) -> bytes:
         axes.set_title(name, fontsize="small")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="xx-small")
-    data = io.BytesIO()
-    figure.savefig(data, format="png")
-    return data.getvalue()
+    return as_png(figure)

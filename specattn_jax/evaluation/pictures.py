@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from specattn_jax.evaluation.methods import Case
 from specattn_jax.evaluation.tables import Row
 from specattn_jax.model import LanguageModel
 from specattn_jax.pair import ModelPair
+from specattn_jax.plots import as_png, new_figure
 from specattn_jax.selection import Selection, past_mask
 from specattn_jax.speculative import DecodeSettings, DecodeState, read_window
 
@@ -42,22 +42,6 @@ _COLOURS = {
 }
 
 
-def _figure(width: float, height: float) -> Any:
-    """An empty figure that needs no display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _png(figure: Any) -> bytes:
-    data = io.BytesIO()
-    figure.savefig(data, format="png")
-    return data.getvalue()
-
-
 def _plain_numbers(axes: Any) -> None:
     """Labels a logarithmic axis with numbers, between the powers of ten too where it spans few of them."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
@@ -77,7 +61,7 @@ def pareto(rows: Sequence[tuple[Case, Row]], title: str) -> bytes:
     Returns:
         A PNG.
     """
-    figure = _figure(11, 5.0)
+    figure = new_figure(11, 5.0)
     left, right = figure.subplots(1, 2, sharex=True)
     figure.suptitle(title, fontsize="medium")
     lines: dict[str, list[Row]] = {}
@@ -107,7 +91,7 @@ def pareto(rows: Sequence[tuple[Case, Row]], title: str) -> bytes:
         axes.set_xlabel("cache reads saved, %")
         axes.grid(alpha=0.3)
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="x-small")
-    return _png(figure)
+    return as_png(figure)
 
 
 def slots_read(
@@ -161,7 +145,7 @@ def selection_picture(mask: Bool[np.ndarray, "L K past"], title: str) -> bytes:
     width = -(-past // _COLUMNS)
     padded = np.pad(rows, ((0, 0), (0, -past % width)), constant_values=np.nan)
     columns = np.nanmean(padded.reshape(len(rows), -1, width), axis=2)
-    figure = _figure(11, max(3.5, 0.06 * len(rows) + 1.6))
+    figure = new_figure(11, max(3.5, 0.06 * len(rows) + 1.6))
     left, right = figure.subplots(1, 2, width_ratios=(5, 1), sharey=True)
     figure.suptitle(title, fontsize="medium")
     left.imshow(
@@ -176,7 +160,7 @@ def selection_picture(mask: Bool[np.ndarray, "L K past"], title: str) -> bytes:
     right.axvline(100 * rows.mean(), color="0.4", linewidth=0.8, linestyle="--")
     right.set(xlabel="read, %")
     right.grid(alpha=0.3, axis="x")
-    return _png(figure)
+    return as_png(figure)
 
 
 def drift_curves(rows: Sequence[dict[str, Any]], smooth: int = 32) -> bytes:
@@ -189,7 +173,7 @@ def drift_curves(rows: Sequence[dict[str, Any]], smooth: int = 32) -> bytes:
     Returns:
         A PNG.
     """
-    figure = _figure(8, 4.2)
+    figure = new_figure(8, 4.2)
     axes = figure.subplots()
     for row in rows:
         kl = np.asarray(row["kl_by_position"])
@@ -208,4 +192,4 @@ def drift_curves(rows: Sequence[dict[str, Any]], smooth: int = 32) -> bytes:
     _plain_numbers(axes)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    return _png(figure)
+    return as_png(figure)
