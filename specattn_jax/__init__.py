@@ -7,18 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from specattn_jax.calibration import calibrate
+    from specattn_jax.comparison import compare
     from specattn_jax.errors import UserError
+    from specattn_jax.evaluation.sweep import sweep
     from specattn_jax.generation import generate
     from specattn_jax.pair import ModelPair, load_pair
 
-__all__ = ["ModelPair", "UserError", "calibrate", "generate", "load_pair"]
+__all__ = ["ModelPair", "UserError", "calibrate", "compare", "generate", "load_pair", "sweep"]
 
 _HOMES = {
     "ModelPair": "pair",
     "UserError": "errors",
     "calibrate": "calibration",
+    "compare": "comparison",
     "generate": "generation",
     "load_pair": "pair",
+    "sweep": "evaluation.sweep",
 }
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from specattn_jax.alignment import NucleusMass
 from specattn_jax.cache import init_cache
+from specattn_jax.display import Picture
 from specattn_jax.errors import UserError
 from specattn_jax.loading.memory import check_memory
 from specattn_jax.loading.tokenizer import TextStream, Tokenizer
@@ -21,7 +22,7 @@ from specattn_jax.model import LanguageModel, prefill
 from specattn_jax.pair import ModelPair
 from specattn_jax.sampling import Sampling
 from specattn_jax.selection import Selector, load_policy
-from specattn_jax.shading import Picture, SelectionRecord, shade_window
+from specattn_jax.shading import SelectionRecord, shade_window
 from specattn_jax.speculative import DecodeSettings, DecodeState, Mode, decode, start_decoding, watched_step
 
 DEFAULT_KV_REDUCTION = 0.75
@@ -56,7 +57,14 @@ class Generation:
 
     @property
     def stats(self) -> dict[str, float | int | str]:
-        """The numbers, by name."""
+        """The numbers, by name.
+
+        Example:
+            >>> from specattn_jax.examples import tiny_pair
+            >>> result = generate(tiny_pair(), ["Call me"], mode="speculative", max_new_tokens=8).results[0]
+            >>> {name: result.stats[name] for name in ("mode", "prompt_tokens", "new_tokens", "kv_reduction")}
+            {'mode': 'speculative', 'prompt_tokens': 7, 'new_tokens': 8, 'kv_reduction': 0.0}
+        """
         return {
             "mode": self.mode,
             "prompt_tokens": self.prompt_tokens,
@@ -78,6 +86,13 @@ class Generation:
 
         Raises:
             UserError: there is no such window, or the selection was not kept.
+
+        Example:
+            >>> from specattn_jax.examples import tiny_pair
+            >>> run = generate(tiny_pair(), ["Call me Ishmael."], max_new_tokens=8, p=0.8, keep_selection=True)
+            >>> picture = run.results[0].plot_selection(window=0)  # in a notebook, shown as it is
+            >>> picture.html.startswith("<div")
+            True
         """
         if self.selection is None:
             raise UserError("plot_selection: nothing was kept; call generate with keep_selection=True.")
@@ -201,6 +216,21 @@ def generate(
 
     Raises:
         UserError: an argument is out of range, a prompt is empty or too long, or memory does not suffice.
+
+    Example:
+        >>> from specattn_jax.examples import tiny_pair  # load_pair() gives one that makes sense
+        >>> pieces = []
+        >>> run = generate(
+        ...     tiny_pair(),
+        ...     ["Call me Ishmael.", "Once upon a time"],
+        ...     kv_reduction=0.75,
+        ...     max_new_tokens=8,
+        ...     on_text=lambda index, text: pieces.append((index, text)),
+        ... )
+        >>> [len(result.tokens) for result in run.results]
+        [8, 8]
+        >>> run.results[1].text == "".join(text for index, text in pieces if index == 1)
+        True
     """
     if isinstance(prompts, str):
         raise UserError(f"prompts is one text, {prompts[:40]!r}; expected a list of prompts: put it into brackets.")

@@ -73,13 +73,22 @@ class ModelPair:
 
         Raises:
             UserError: the documents are too short, a file cannot be read, or `out` is taken or cannot be written.
+
+        Example:
+            >>> from specattn_jax.calibration import CalibrationSettings
+            >>> from specattn_jax.examples import tiny_pair
+            >>> from specattn_jax.texts import find_text
+            >>> settings = CalibrationSettings(context=128, passages=2, windows=4)  # for real models leave this out
+            >>> pair = tiny_pair().calibrate([find_text("northanger_abbey")], settings=settings)
+            >>> pair.alignment.weights.shape  # 4 target layers of 2 kv heads, and as many draft heads
+            (8, 8)
         """
         names = [document.name for document in documents if isinstance(document, Path)]
         notes = {"target": self.target_name, "draft": self.draft_name, "texts": names, **(provenance or {})}
         alignment, similarity = calibrate(
             self.target,
             self.draft,
-            [self._encode(document) for document in documents],
+            [self.encode(document) for document in documents],
             load_policy(policy),
             settings=settings,
             provenance=notes,
@@ -89,8 +98,17 @@ class ModelPair:
             save_calibration(Path(out), alignment, similarity)
         return dataclasses.replace(self, alignment=alignment)
 
-    def _encode(self, document: str | Path | Sequence[int]) -> Sequence[int]:
-        """Token ids of one document."""
+    def encode(self, document: str | Path | Sequence[int]) -> Sequence[int]:
+        """Token ids of a text, or of a file with one, without a begin token; ids stay as they are.
+
+        Raises:
+            UserError: the file cannot be read.
+
+        Example:
+            >>> from specattn_jax.examples import tiny_pair
+            >>> tiny_pair().encode("Call me")
+            [34, 64, 75, 75, 220, 76, 68]
+        """
         text = read_text(document) if isinstance(document, Path) else document
         return self.tokenizer.encode(text, add_special=False) if isinstance(text, str) else text
 
@@ -127,6 +145,11 @@ def load_pair(
 
     Raises:
         UserError: a reference cannot be resolved or loaded, or the two tokenizers differ.
+
+    Example:
+        >>> pair = load_pair("smollm2")  # the first time it downloads the target
+        >>> pair.target.config.num_layers, pair.draft.config.num_layers, pair.alignment is not None
+        (30, 7, True)
     """
     kind = choose_dtype(dtype)
     target_files = resolve(target, progress)

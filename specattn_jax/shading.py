@@ -10,9 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-# Orange under the page's own text colour: readable on light and on dark pages up to this opacity.
-_COLOUR = "230, 120, 0"
-_MOST_OPAQUE = 0.6
+from specattn_jax.display import Picture, tinted
+
 _LEVELS = 12
 
 
@@ -31,20 +30,6 @@ class SelectionRecord:
     past: Int[np.ndarray, " windows"]
     readers: Int[np.ndarray, "windows S"]
     num_readers: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """A piece of HTML that notebooks show.
-
-    Attributes:
-        html: self-contained.
-    """
-
-    html: str
-
-    def _repr_html_(self) -> str:
-        return self.html
 
 
 def shade_window(record: SelectionRecord, window: int = -1, *, most_tokens: int = 400) -> Picture:
@@ -72,7 +57,7 @@ def shade_window(record: SelectionRecord, window: int = -1, *, most_tokens: int 
 
 def _page(caption: str, pieces: Sequence[str], shares: Float[np.ndarray, " n"]) -> str:
     """Caption, scale and shaded text."""
-    scale = "".join(_span(f" {level / 4:.0%} ", level / 4) for level in range(5))
+    scale = "".join(tinted(f" {level / 4:.0%} ", level / 4) for level in range(5))
     return (
         '<div style="max-width: 72ch; font-size: 0.95em">'
         f'<p style="margin: 0.2em 0">{html.escape(caption)} {scale}</p>'
@@ -84,9 +69,4 @@ def _shade(pieces: Sequence[str], shares: Float[np.ndarray, " n"]) -> str:
     """The pieces in spans; neighbours of the same shade share one."""
     levels = np.round(np.asarray(shares) * _LEVELS).astype(int).tolist()
     groups = itertools.groupby(zip(levels, pieces, strict=True), key=lambda item: item[0])
-    return "".join(_span("".join(piece for _, piece in group), level / _LEVELS) for level, group in groups)
-
-
-def _span(text: str, share: float) -> str:
-    """A text shaded by a share between 0 and 1."""
-    return f'<span style="background: rgba({_COLOUR}, {share * _MOST_OPAQUE:.2f})">{html.escape(text)}</span>'
+    return "".join(tinted("".join(piece for _, piece in group), level / _LEVELS) for level, group in groups)

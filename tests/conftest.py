@@ -12,9 +12,10 @@ from pathlib import Path
 
 import jax
 import pytest
-from tiny import byte_tokenizer, random_alignment, tiny_config
+from tiny import random_alignment, tiny_config
 
 from specattn_jax.alignment import save_alignment
+from specattn_jax.examples import byte_tokenizer
 from specattn_jax.loading import get_preset, is_cached, save_hf
 from specattn_jax.model import init_model
 from specattn_jax.pair import ModelPair, load_pair

@@ -5,31 +5,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
 
 from specattn_jax.alignment import Alignment
 from specattn_jax.cache import init_cache
 from specattn_jax.config import ModelConfig
-from specattn_jax.loading.tokenizer import Tokenizer, make_tokenizer
 from specattn_jax.model import LanguageModel, init_model, prefill
 from specattn_jax.selection import Selector
 from specattn_jax.speculative import DecodeSettings, DecodeState, decode, start_decoding
-
-TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
-
-
-def byte_tokenizer(reverse: bool = False) -> Tokenizer:
-    """One token per byte, so that a character may take several, then an end token; `reverse` orders it otherwise."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=reverse)
-    backend = Backend(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|endoftext|>"])
-    return make_tokenizer(backend, {"eos_token": "<|endoftext|>"}, (), TEMPLATE)
 
 
 def tiny_config(**changes) -> ModelConfig:

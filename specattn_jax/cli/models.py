@@ -12,7 +12,6 @@ from specattn_jax.cli.terminal import check_out, print_json, print_table, size, 
 from specattn_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from specattn_jax.config import ModelConfig
     from specattn_jax.loading import ModelFiles
 
 FORMATS = ("orbax", "hf")
@@ -74,6 +73,7 @@ def info_command(
 ) -> None:
     """Describe a model: shape, memory, tokenizer, devices, kernels, alignment. Weights are not read."""
     with importing():
+        from specattn_jax.devices import describe_devices, describe_kernels
         from specattn_jax.loading import resolve
         from specattn_jax.pair import choose_dtype
 
@@ -95,8 +95,8 @@ def info_command(
         "context": context,
         "cache_bytes": files.config.cache_bytes(1, context, kind.itemsize),
         "tokenizer": _describe_tokenizer(files),
-        "devices": _describe_devices(),
-        "kernels": _describe_kernels(files.config, context, kind.name),
+        "devices": describe_devices(),
+        "kernels": describe_kernels(files.config, context, kind.name),
         **_describe_pair(reference),
     }
     if as_json:
@@ -113,28 +113,6 @@ def _describe_tokenizer(files: ModelFiles) -> dict[str, Any]:
         "chat_template": tokenizer.chat_template is not None,
         "fingerprint": tokenizer.fingerprint()[:12],
     }
-
-
-def _describe_devices() -> list[dict[str, Any]]:
-    """The devices of this process and what they have left."""
-    import jax
-
-    from specattn_jax.loading import available_bytes
-
-    return [{"kind": device.device_kind, "available_bytes": available_bytes(device)} for device in jax.local_devices()]
-
-
-def _describe_kernels(config: ModelConfig, context: int, dtype: str) -> dict[str, dict[str, str]]:
-    """The backend of every op for one sequence and the default window, and why."""
-    from specattn_kernels import Call, choose_implementation, current_device
-    from specattn_kernels.dispatch import ATTENTION_OPS, SELECTION_OPS
-
-    from specattn_jax.speculative import DecodeSettings
-
-    rows = DecodeSettings().tokens_per_window * (config.num_heads // config.num_kv_heads)
-    call = Call((1, config.num_kv_heads, context, config.head_dim), rows, dtype)
-    device = current_device()
-    return {op: choose_implementation(op, device, call)._asdict() for op in (*ATTENTION_OPS, *SELECTION_OPS)}
 
 
 def _describe_pair(reference: str) -> dict[str, str | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -91,6 +91,39 @@ def pareto(rows: Sequence[tuple[Case, Row]], title: str) -> bytes:
         axes.set_xlabel("cache reads saved, %")
         axes.grid(alpha=0.3)
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="x-small")
+    return as_png(figure)
+
+
+def trade_off(lines: Mapping[str, Sequence[tuple[float, float, float, str]]], title: str) -> bytes:
+    """Draws distance and agreement against reads saved.
+
+    Args:
+        lines: by name, points of reads saved, KL in nats, top-1 and what was asked for there, the first named at their
+            points.
+        title: what was measured.
+
+    Returns:
+        A PNG.
+    """
+    figure = new_figure(9, 3.8)
+    left, right = figure.subplots(1, 2, sharex=True)
+    figure.suptitle(title, fontsize="medium")
+    for number, (name, unsorted) in enumerate(lines.items()):
+        points = sorted(unsorted)
+        saved = [100 * point[0] for point in points]
+        for axes, values in ((left, [point[1] for point in points]), (right, [100 * point[2] for point in points])):
+            axes.plot(saved, values, "o-", markersize=4, linewidth=1.2, label=name)
+            for x, y, point in zip(saved, values, points, strict=True) if number == 0 else ():
+                axes.annotate(point[3], (x, y), (4, 5), textcoords="offset points", fontsize="x-small", color="0.35")
+    left.set(ylabel="KL(full || sparse), nats per token", yscale="log")
+    right.set(ylabel="same likeliest token, %")
+    _plain_numbers(left)
+    for axes in (left, right):
+        axes.set_xlabel("cache reads saved, %")
+        axes.margins(x=0.12)
+        axes.grid(alpha=0.3)
+    if len(lines) > 1:
+        left.legend(fontsize="small")
     return as_png(figure)
 
 

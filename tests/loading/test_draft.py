@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from tiny import byte_tokenizer, causal_attention, tiny_config
+from tiny import causal_attention, tiny_config
 
 from specattn_jax.config import ModelConfig
 from specattn_jax.errors import UserError
+from specattn_jax.examples import byte_tokenizer
 from specattn_jax.layers import rotation
 from specattn_jax.loading import load_model, resolve, save_checkpoint, save_draft, save_hf, share_embedding
 from specattn_jax.loading.draft import embedding_fingerprint, quantise

@@ -1,0 +1,46 @@
+"""What this process computes on, and which kernels serve a model there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from specattn_kernels import Call, choose_implementation, current_device
+from specattn_kernels.dispatch import ATTENTION_OPS, SELECTION_OPS
+
+from specattn_jax.config import ModelConfig
+from specattn_jax.loading.memory import available_bytes
+from specattn_jax.speculative import DecodeSettings
+
+
+def describe_devices() -> list[dict[str, Any]]:
+    """The devices of this process: their `kind`, and the `available_bytes` that they have left.
+
+    Example:
+        >>> [sorted(device) for device in describe_devices()]
+        [['available_bytes', 'kind']]
+    """
+    return [{"kind": device.device_kind, "available_bytes": available_bytes(device)} for device in jax.local_devices()]
+
+
+def describe_kernels(config: ModelConfig, context: int, dtype: str) -> dict[str, dict[str, str]]:
+    """The backend of every op on this device, for one sequence and the default window.
+
+    Args:
+        config: of the target.
+        context: tokens in its cache.
+        dtype: of its cache.
+
+    Returns:
+        `name` and `reason` (half a sentence) by op.
+
+    Example:
+        >>> from specattn_jax.examples import tiny_pair
+        >>> ops = describe_kernels(tiny_pair().target.config, context=1024, dtype="float32")
+        >>> ops["sparse_decode_attention"]["name"]
+        'xla'
+    """
+    rows = DecodeSettings().tokens_per_window * config.group_size
+    call = Call((1, config.num_kv_heads, context, config.head_dim), rows, dtype)
+    device = current_device()
+    return {op: choose_implementation(op, device, call)._asdict() for op in (*ATTENTION_OPS, *SELECTION_OPS)}

@@ -1,0 +1,43 @@
+"""The examples in docstrings run as they stand."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+
+import pytest
+
+from specattn_jax.loading import get_preset, is_cached
+
+MODULES = ("comparison", "devices", "display", "evaluation.sweep", "examples", "generation", "pair")
+
+
+def examples(name: str) -> list[doctest.DocTest]:
+    module = importlib.import_module(f"specattn_jax.{name}")
+    return [test for test in doctest.DocTestFinder().find(module) if test.examples]
+
+
+CASES = {test.name: test for name in MODULES for test in examples(name)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_example(name):
+    case = CASES[name]
+    if any('"smollm2"' in example.source for example in case.examples) and not is_cached(get_preset("smollm2").target):
+        pytest.skip("the embedded model is not here; run `specattn fetch smollm2`")
+    report: list[str] = []
+    result = doctest.DocTestRunner().run(case, out=report.append)
+    assert result.failed == 0, "".join(report)
+
+
+def test_what_users_call_first_has_an_example():
+    wanted = {
+        "comparison.compare",
+        "evaluation.sweep.sweep",
+        "generation.Generation.plot_selection",
+        "generation.Generation.stats",
+        "generation.generate",
+        "pair.ModelPair.calibrate",
+        "pair.load_pair",
+    }
+    assert {f"specattn_jax.{name}" for name in wanted} <= set(CASES)
