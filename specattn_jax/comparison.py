@@ -46,8 +46,9 @@ class Comparison:
         )  # fmt: skip
 
     def _repr_html_(self) -> str:
-        first = next(iter(self.texts.values()), "")
-        parts = [(mode, _marked(text, first)) for mode, text in self.texts.items()]
+        shown = {mode: text.lstrip() for mode, text in self.texts.items()}
+        first = next(iter(shown.values()), "")
+        parts = [(mode, _marked(text, first)) for mode, text in shown.items()]
         return columns(parts) + (self.table._repr_html_() if self.runs else "")
 
 

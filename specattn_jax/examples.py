@@ -85,7 +85,7 @@ def tiny_pair() -> ModelPair:
 
 
 def save_tiny_pair(folder: str | Path) -> TinyFolders:
-    """Writes the pair as two Hugging Face folders, `target` and `draft`, with their tokenizer.
+    """Writes the pair as two Hugging Face folders, `tiny-target` and `tiny-draft`, with their tokenizer.
 
     Args:
         folder: where to; neither may be there yet.
@@ -100,7 +100,7 @@ def save_tiny_pair(folder: str | Path) -> TinyFolders:
         ...     print(sorted(path.name for path in Path(target).glob("*.json")))
         ['config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json']
     """
-    paths = Path(folder) / "target", Path(folder) / "draft"
+    paths = Path(folder) / "tiny-target", Path(folder) / "tiny-draft"
     for model, path in zip(_models(), paths, strict=True):
         save_hf(model, byte_tokenizer(), path)
     return TinyFolders(*map(str, paths))

@@ -11,6 +11,7 @@ import numpy as np
 from specattn_jax.alignment import Alignment
 
 _CELL_INCHES = 0.22
+_TITLE = "Draft {} predicts the attention of target {}"
 
 
 def new_figure(width: float, height: float, dpi: int = 150) -> Any:
@@ -28,6 +29,11 @@ def as_png(figure: Any) -> bytes:
     data = io.BytesIO()
     figure.savefig(data, format="png")
     return data.getvalue()
+
+
+def short_name(reference: str) -> str:
+    """The last part of a path or hub id, for titles."""
+    return reference.rstrip("/").rpartition("/")[2] or reference
 
 
 def mixture_by_layer(alignment: Alignment, num_draft_layers: int) -> np.ndarray:
@@ -59,7 +65,7 @@ def alignment_heatmap(similarity: np.ndarray, alignment: Alignment, *, target: s
     height = max(3.2, _CELL_INCHES * num_draft + 1.6)
     figure = new_figure(2 * width, height)
     left, right = figure.subplots(1, 2)
-    figure.suptitle(f"Draft {draft} predicts the attention of target {target}")
+    figure.suptitle(_TITLE.format(short_name(draft), short_name(target)))
 
     # A few hopeless pairs of layers would otherwise take up the whole colour scale.
     floor = float(np.quantile(similarity, 0.05))
@@ -92,7 +98,7 @@ def mixture_heatmap(alignment: Alignment, num_draft_layers: int, *, target: str,
     size = (max(6.0, _CELL_INCHES * num_target + 1.8), max(3.2, _CELL_INCHES * num_draft_layers + 1.8))
     figure = new_figure(*size)
     axes = figure.subplots()
-    figure.suptitle(f"Draft {draft} predicts the attention of target {target}", fontsize="medium")
+    figure.suptitle(_TITLE.format(short_name(draft), short_name(target)), fontsize="medium")
     _draw_mixture(figure, axes, alignment, num_draft_layers)
     places, colour = range(num_target), "deepskyblue"
     axes.plot(places, alignment.layer_map, "o-", color=colour, markersize=3, linewidth=1, label="published layer map")

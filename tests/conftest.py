@@ -63,9 +63,13 @@ def tiny_pair(tiny_folders: PairFolders) -> ModelPair:
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> ModelPair:
-    """The embedded pair; mark tests that use it with `smollm2`."""
-    origin = get_preset("smollm2").target
-    if not is_cached(origin):
+def smollm2_files() -> None:
+    """Skips what needs the embedded model where it is not."""
+    if not is_cached(get_preset("smollm2").target):
         pytest.skip("the embedded model is not here; run `specattn fetch smollm2`")
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_files: None) -> ModelPair:
+    """The embedded pair; mark tests that use it with `smollm2`."""
     return load_pair("smollm2", dtype="float32")

@@ -81,6 +81,14 @@ class TestGenerate:
         assert "tokens/s" in result.stderr
         assert "drafts accepted" in result.stderr
 
+    def test_no_bar_is_drawn_into_a_pipe(self, specattn):
+        # As notebooks do to programs that a cell runs.
+        environment = {**os.environ, "FORCE_COLOR": "1", "CLICOLOR_FORCE": "1", "TERM": "xterm-color"}
+        command = [sys.executable, "-m", "specattn_jax.cli", *map(str, specattn("--prompt", PROMPT))]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert "compiling" not in done.stderr
+        assert "tokens/s" in done.stderr
+
     def test_json_streams_the_text_to_stderr(self, generate):
         result = run(*generate("--prompt", PROMPT, "--mode", "speculative", "--json"))
         assert json.loads(result.stdout)["text"] in result.stderr

@@ -7,8 +7,6 @@ import importlib
 
 import pytest
 
-from specattn_jax.loading import get_preset, is_cached
-
 MODULES = ("comparison", "devices", "display", "evaluation.sweep", "examples", "generation", "pair")
 
 
@@ -21,10 +19,10 @@ CASES = {test.name: test for name in MODULES for test in examples(name)}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_example(name):
+def test_example(name, request):
     case = CASES[name]
-    if any('"smollm2"' in example.source for example in case.examples) and not is_cached(get_preset("smollm2").target):
-        pytest.skip("the embedded model is not here; run `specattn fetch smollm2`")
+    if any('"smollm2"' in example.source for example in case.examples):
+        request.getfixturevalue("smollm2_files")
     report: list[str] = []
     result = doctest.DocTestRunner().run(case, out=report.append)
     assert result.failed == 0, "".join(report)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from specattn_jax.cli import options
 from specattn_jax.cli.process import importing
-from specattn_jax.cli.terminal import StageBar, console, print_json, print_table, say, stage_bar
+from specattn_jax.cli.terminal import StageBar, console, on_terminal, print_json, print_table, say, stage_bar
 from specattn_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ def _show(bar: StageBar, done: int, total: int, case: str, result: str) -> None:
     """Moves the bar; where there is none, such as in a log file, writes a line for everything that was measured."""
     note = f"{case}: {result}" if result else case
     bar.steps("reading documents", done, total, note)
-    if result and not console.is_terminal:
+    if result and not on_terminal():
         say(note)
 
 
@@ -190,7 +191,7 @@ def _print(rows: Sequence[Row]) -> None:
     for row in cells:
         table.add_row(*row)
     # Rather wrapped by a narrow terminal than cut.
-    console.print(table, width=max(console.width, _TABLE_WIDTH), crop=False)
+    Console(stderr=True, highlight=False, width=max(console.width, _TABLE_WIDTH)).print(table, crop=False)
 
 
 def _summary(report: dict[str, Any]) -> list[tuple[str, str]]:

@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 console = Console(stderr=True, highlight=False)
 
 
+def on_terminal() -> bool:
+    """Whether stderr can be drawn over. Notebooks set FORCE_COLOR, by which rich believes so where it cannot."""
+    return console.is_terminal and sys.stderr.isatty()
+
+
 def say(message: str, style: str = "") -> None:
     """One line for people, never wrapped, so that it can be searched and copied."""
     console.print(Text(message, style=style), soft_wrap=True)
@@ -154,7 +159,7 @@ def stage_bar(*, keep: bool = False) -> Iterator[StageBar]:
         TextColumn("{task.fields[note]}"),
     )
     # Into a file, only a bar that is kept is worth writing.
-    disable = not (keep or console.is_terminal)
+    disable = not (keep or on_terminal())
     bar = StageBar(Progress(*columns, console=console, transient=not keep, disable=disable))
     try:
         yield bar

@@ -10,7 +10,7 @@ import typer
 
 from specattn_jax.cli import options
 from specattn_jax.cli.process import importing
-from specattn_jax.cli.terminal import StageBar, console, print_json, print_table, say, stage_bar
+from specattn_jax.cli.terminal import StageBar, on_terminal, print_json, print_table, say, stage_bar
 from specattn_jax.errors import UserError
 from specattn_jax.training.settings import TrainSettings
 
@@ -133,7 +133,7 @@ def _show(bar: StageBar, report: Report, steps: int) -> None:
     if report.accepted is not None:
         parts.append(f"{report.accepted:.2f} of 5 accepted")
     bar.steps("training", report.step, steps, ", ".join(parts))
-    if report.accepted is not None and not console.is_terminal:
+    if report.accepted is not None and not on_terminal():
         say(f"step {report.step} of {steps}: {', '.join(parts)}")
 
 

@@ -98,8 +98,7 @@ def trade_off(lines: Mapping[str, Sequence[tuple[float, float, float, str]]], ti
     """Draws distance and agreement against reads saved.
 
     Args:
-        lines: by name, points of reads saved, KL in nats, top-1 and what was asked for there, the first named at their
-            points.
+        lines: by name, points of reads saved, KL in nats, top-1 and a label, which is drawn for the first line.
         title: what was measured.
 
     Returns:
@@ -114,13 +113,14 @@ def trade_off(lines: Mapping[str, Sequence[tuple[float, float, float, str]]], ti
         for axes, values in ((left, [point[1] for point in points]), (right, [100 * point[2] for point in points])):
             axes.plot(saved, values, "o-", markersize=4, linewidth=1.2, label=name)
             for x, y, point in zip(saved, values, points, strict=True) if number == 0 else ():
-                axes.annotate(point[3], (x, y), (4, 5), textcoords="offset points", fontsize="x-small", color="0.35")
+                place = (6, -9) if axes is left else (6, 4)
+                axes.annotate(point[3], (x, y), place, textcoords="offset points", fontsize="x-small", color="0.35")
     left.set(ylabel="KL(full || sparse), nats per token", yscale="log")
     right.set(ylabel="same likeliest token, %")
     _plain_numbers(left)
     for axes in (left, right):
         axes.set_xlabel("cache reads saved, %")
-        axes.margins(x=0.12)
+        axes.margins(x=0.15, y=0.12)
         axes.grid(alpha=0.3)
     if len(lines) > 1:
         left.legend(fontsize="small")

@@ -20,7 +20,7 @@ from specattn_jax.evaluation.store import Store
 from specattn_jax.evaluation.tables import Row
 from specattn_jax.files import atomic_file
 from specattn_jax.pair import ModelPair
-from specattn_jax.plots import mixture_heatmap
+from specattn_jax.plots import mixture_heatmap, short_name
 
 RUN, PARETO, ALIGNMENT, SELECTION = "run.json", "pareto.png", "alignment.png", "selection.png"
 DRIFT, DRIFT_PICTURE = "drift.json", "drift.png"
@@ -108,7 +108,8 @@ def _draw(
     window: int,
 ) -> None:
     """The pictures of the table."""
-    title = f"{names['target']} drafted by {names['draft']}: {len(documents)} documents of {len(documents[0])} tokens"
+    target, draft = short_name(names["target"]), short_name(names["draft"])
+    title = f"{target} drafted by {draft}: {len(documents)} documents of {len(documents[0])} tokens"
     sparse = [case for case, _ in results if case.method != FULL]
     if not sparse:
         return

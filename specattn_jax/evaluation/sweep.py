@@ -69,7 +69,10 @@ class Sweep:
         return PngPicture(
             trade_off(
                 {
-                    name: [(point.kv_reduction, point.kl, point.top1, _asked(point)) for point in points]
+                    name: [
+                        (point.kv_reduction, point.kl, point.top1, "" if point.p is None else _asked(point))
+                        for point in points
+                    ]
                     for name, points in lines.items()
                 },
                 f"{self.tokens} tokens, read in teacher-forced windows",
