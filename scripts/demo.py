@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -92,15 +93,20 @@ def results_table(runs: dict[Mode, Generations]) -> Table:
     return table
 
 
+def flowing(text: str) -> str:
+    """A text without the line ends of the printed book, so that it fits any column; paragraphs stay apart."""
+    return re.sub(r"(?<!\n)\n(?!\n)", " ", text.strip())
+
+
 def show(prompt: str, runs: dict[Mode, Generations]) -> None:
     """Prints the end of the passage, both continuations side by side, and the table."""
     console = Console(highlight=False)
     tokens = runs["specattn"].results[0].prompt_tokens
-    end = prompt[-500:].split(" ", 1)[-1]
+    end = flowing(prompt[-500:].split(" ", 1)[-1])
     console.print(Panel(Text(f"[...] {end}"), title=f"Pride and Prejudice: the end of a prompt of {tokens:,} tokens"))
     width = max(36, (console.width - 1) // 2)
     panels = [
-        Panel(Text(run.results[0].text.strip()), title=f"continued, {NAMES[mode]}", width=width)
+        Panel(Text(flowing(run.results[0].text)), title=f"continued, {NAMES[mode]}", width=width)
         for mode, run in runs.items()
     ]
     console.print(Columns(panels, padding=(0, 1)))
