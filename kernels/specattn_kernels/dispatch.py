@@ -41,11 +41,13 @@ class Device(NamedTuple):
         platform: "cpu", "gpu" or "tpu".
         compute_capability: of an NVIDIA GPU, e.g. (9, 0); None for all else.
         jax_version: major and minor.
+        cores: multiprocessors of a GPU; None where it is not known.
     """
 
     platform: str
     compute_capability: tuple[int, int] | None
     jax_version: tuple[int, int]
+    cores: int | None = None
 
 
 class Call(NamedTuple):
@@ -81,7 +83,8 @@ def current_device() -> Device:
     if device.platform == "gpu" and major.isdecimal() and minor.isdecimal():
         capability = int(major), int(minor)
     version = jax.__version__.split(".")
-    return Device(device.platform, capability, (int(version[0]), int(version[1])))
+    cores = getattr(device, "core_count", None) if device.platform == "gpu" else None
+    return Device(device.platform, capability, (int(version[0]), int(version[1])), cores)
 
 
 def choose_implementation(op: str, device: Device, call: Call | None = None) -> Choice:

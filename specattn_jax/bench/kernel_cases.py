@@ -76,6 +76,7 @@ def make_grid(grid: Grid) -> list[Case]:
         return [
             *_attention((2, 2, 2, 256), (0.25,), (1, 16), head_dim=64, dtype="float32"),
             *_selection(((2, 3, 512),), (0.95,), (1, 16)),
+            Case("select_blocks", 1, 2, 40_000, dtype="float32", p=0.95),
         ]
     if grid == "small":
         return [

@@ -23,9 +23,6 @@ from specattn_kernels.dispatch import BACKEND_OPS, BACKEND_PLATFORMS
 
 from specattn_jax.bench.kernel_cases import Case
 
-# Shares and lengths.
-_SELECTION = (0, 2)
-
 Inputs = tuple[jax.Array, ...]
 
 
@@ -35,13 +32,11 @@ class Contender(NamedTuple):
     Attributes:
         call: takes the arrays of `make`.
         make: inputs from a seed.
-        chained: inputs that are to depend on the call before, see `time_calls`.
         error: relative error of the outputs for the inputs, against float64; None where it is another function.
     """
 
     call: Callable[..., Any]
     make: Callable[[int], Inputs]
-    chained: tuple[int, ...] = (0,)
     error: Callable[[Inputs, Any], float] | None = None
 
 
@@ -98,14 +93,14 @@ def _attention_bytes(case: Case, share: float) -> int:
 
 def _attention_error(inputs: Inputs, output: Any, block_size: int = 1) -> float:
     """Of the first sequence and kv head: norm of the difference over the norm."""
-    q, k, v, _, *ids = inputs
+    q, k, v, _, *plan = inputs
     tokens, heads = q.shape[1:3]
     group, slots = heads // k.shape[1], k.shape[2]
     queries = np.asarray(q[0, :, :group].astype(jnp.float32), np.float64)
     keys, values = (np.asarray(x[0, 0].astype(jnp.float32), np.float64) for x in (k, v))
     seen = np.arange(slots) <= (slots - tokens + np.arange(tokens))[:, None]
-    if ids:
-        chosen = np.isin(np.arange(slots) // block_size, np.asarray(ids[0][0, 0]))
+    if plan:
+        chosen = np.isin(np.arange(slots) // block_size, np.asarray(plan[0][0, 0]))
         seen &= chosen | (np.arange(slots) >= slots - tokens)
     logits = np.einsum("tgh,sh->tgs", queries, keys) * queries.shape[-1] ** -0.5
     logits = np.where(seen[:, None], logits, -np.inf)
@@ -118,14 +113,9 @@ def _attention_error(inputs: Inputs, output: Any, block_size: int = 1) -> float:
 def _attention_contenders(
     op: str, call: Callable[..., Any], make: Callable[[int], Inputs], block_size: int
 ) -> dict[str, Contender]:
-    """Our backends of an attention op; XLA masks values by length, which it must do anew each time."""
+    """Our backends of an attention op."""
     error = functools.partial(_attention_error, block_size=block_size)
-    return {
-        str(name): Contender(
-            functools.partial(call, implementation=name), make, (0, 3) if name == "xla" else (0,), error
-        )
-        for name in _backends(op)
-    }
+    return {str(name): Contender(functools.partial(call, implementation=name), make, error) for name in _backends(op)}
 
 
 def _dense(case: Case, scores: bool = False) -> Work:
@@ -163,11 +153,11 @@ def _sparse(case: Case) -> Work:
     def make(seed: int) -> Inputs:
         order = jax.random.uniform(jax.random.key(seed + 1000), (case.batch, case.kv_heads, blocks))
         ids = jnp.sort(jnp.argsort(order, axis=-1)[..., :capacity], axis=-1).astype(jnp.int32)
-        return *_attention_inputs(case, seed), ids
+        return *_attention_inputs(case, seed), ids, jnp.full(ids.shape[:2], capacity, jnp.int32)
 
     def call(*inputs: jax.Array, implementation: Implementation) -> Any:
-        q, k, v, lengths, ids = inputs
-        plan = SelectionPlan(ids, jnp.full(ids.shape[:2], capacity, jnp.int32), case.block_size)
+        q, k, v, lengths, ids, counts = inputs
+        plan = SelectionPlan(ids, counts, case.block_size)
         return sparse_decode_attention(q, k, v, plan, lengths, implementation=implementation)
 
     contenders = _attention_contenders("sparse_decode_attention", call, make, case.block_size)
@@ -211,13 +201,12 @@ def _threshold(case: Case) -> Work:
         return top_p_threshold(scores, share, lengths=lengths[:, None], implementation=name)
 
     def by_sort(share: jax.Array, scores: jax.Array, _: jax.Array) -> jax.Array:
-        return _sorted_threshold(share, scores + 0 * share[..., None])
+        return _sorted_threshold(share, scores)
 
     contenders = {
-        str(name): Contender(functools.partial(call, name), make, _SELECTION, error)
-        for name in _backends("top_p_threshold")
+        str(name): Contender(functools.partial(call, name), make, error) for name in _backends("top_p_threshold")
     }
-    contenders["sort and cumsum"] = Contender(by_sort, make, _SELECTION, error)
+    contenders["sort and cumsum"] = Contender(by_sort, make, error)
     rows = case.batch * case.kv_heads
     return Work(rows * (case.slots * jnp.dtype(case.dtype).itemsize + 4), contenders)
 
@@ -233,9 +222,8 @@ def _select(case: Case) -> Work:
         return select_blocks(scores, share, lengths, block_size=case.block_size, implementation=name)
 
     def block_scores(share: jax.Array, scores: jax.Array) -> jax.Array:
-        # The share is in, so that each call depends on the one before.
         padded = jnp.pad(scores, ((0, 0), (0, 0), (0, blocks * case.block_size - case.slots)))
-        return padded.reshape(*scores.shape[:2], blocks, case.block_size).sum(axis=-1) + 0 * share[..., None]
+        return padded.reshape(*scores.shape[:2], blocks, case.block_size).sum(axis=-1)
 
     def by_sort(share: jax.Array, scores: jax.Array, _: jax.Array) -> SelectionPlan:
         sums = block_scores(share, scores)
@@ -246,11 +234,10 @@ def _select(case: Case) -> Work:
         return jnp.sort(jax.lax.top_k(block_scores(share, scores), max(1, blocks // 4))[1], axis=-1)
 
     contenders = {
-        str(name): Contender(functools.partial(call, name), make, _SELECTION, error)
-        for name in _backends("select_blocks")
+        str(name): Contender(functools.partial(call, name), make, error) for name in _backends("select_blocks")
     }
-    contenders["sort and cumsum"] = Contender(by_sort, make, _SELECTION, error)
-    contenders["top_k of a quarter"] = Contender(by_top_k, make, _SELECTION)
+    contenders["sort and cumsum"] = Contender(by_sort, make, error)
+    contenders["top_k of a quarter"] = Contender(by_top_k, make)
     rows = case.batch * case.kv_heads
     return Work(rows * (case.slots * jnp.dtype(case.dtype).itemsize + 4 * blocks + 4), contenders)
 
@@ -258,22 +245,21 @@ def _select(case: Case) -> Work:
 def _compact(case: Case) -> Work:
     def make(seed: int) -> Inputs:
         shape = (case.batch, case.kv_heads, case.slots)
-        return jnp.float32(0), jax.random.uniform(jax.random.key(seed), shape) < case.density
+        return (jax.random.uniform(jax.random.key(seed), shape) < case.density,)
 
     def error(inputs: Inputs, plan: Any) -> float:
-        chosen = np.flatnonzero(np.asarray(inputs[1][0, 0]))
+        chosen = np.flatnonzero(np.asarray(inputs[0][0, 0]))
         ids = np.asarray(plan.block_ids[0, 0, : int(plan.counts[0, 0])])
         return 0.0 if np.array_equal(ids, chosen) else 1.0
 
-    # The number is zero; with it, each call depends on the one before.
-    def call(name: Implementation, zero: jax.Array, mask: jax.Array) -> SelectionPlan:
-        return compact_blocks(mask ^ (zero > 0), block_size=1, implementation=name)
+    def call(name: Implementation, mask: jax.Array) -> SelectionPlan:
+        return compact_blocks(mask, block_size=1, implementation=name)
 
-    def by_sort(zero: jax.Array, mask: jax.Array) -> jax.Array:
-        return jnp.argsort(mask ^ (zero <= 0), axis=-1, stable=True)
+    def by_sort(mask: jax.Array) -> jax.Array:
+        return jnp.argsort(~mask, axis=-1, stable=True)
 
     contenders = {
-        str(name): Contender(functools.partial(call, name), make, (0,), error) for name in _backends("compact_blocks")
+        str(name): Contender(functools.partial(call, name), make, error) for name in _backends("compact_blocks")
     }
     contenders["stable argsort"] = Contender(by_sort, make)
     rows = case.batch * case.kv_heads
