@@ -21,6 +21,7 @@ SELECTION_OPS = ("top_p_threshold", "select_blocks", "compact_blocks")
 BACKEND_OPS: dict[str, tuple[str, ...]] = {
     "xla": ATTENTION_OPS + SELECTION_OPS,
     "pallas_triton": ATTENTION_OPS + SELECTION_OPS,
+    "pallas_mosaic_gpu": ATTENTION_OPS,
     "pallas_tpu": ATTENTION_OPS + SELECTION_OPS,
 }
 # Where the kernels of each run compiled; XLA runs everywhere, and on a CPU kernels are interpreted.

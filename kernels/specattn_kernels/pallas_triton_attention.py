@@ -2,7 +2,7 @@
 
 One program attends to one share of one kv head's entries, for all T * G query rows that use that head, so K and V are
 read once. The entries are the plan's slots (all past slots where there is no plan) followed by the T new tokens; each
-of the splits takes an equal part of them, whatever the lengths and counts, and `_merge` joins the partial results.
+of the splits takes an equal part of them, whatever the lengths and counts, and `merge_partials` joins the partial results.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
-from specattn_kernels.common import group_queries, interpreted, ungroup
+from specattn_kernels.common import LOG2_E, group_queries, interpreted, merge_partials, ungroup
 from specattn_kernels.dispatch import current_device
 from specattn_kernels.types import AttentionOutput, SelectionPlan
 
-LOG2_E = math.log2(math.e)
 # Programs that keep the largest GPUs busy: a few for each of about 132 multiprocessors. More make merging dearer.
 WANTED_PROGRAMS = 512
 MAX_SPLITS = 128
@@ -100,7 +99,7 @@ def _attention(
     queries = group_queries(q, kv_heads).reshape(batch, kv_heads, tokens * group, head_dim).astype(dtype)
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, tile.rows - tokens * group), (0, 0)))
     part, lse, logits = _attend_in_splits(queries, k, v, plan, lengths, scale, tokens, group, tile, return_scores)
-    out, lse = _merge(part, lse)
+    out, lse = merge_partials(part, lse)
 
     def public(x: jax.Array) -> jax.Array:
         """From [B, K, rows, ...] to [B, T, N, ...]."""
@@ -300,16 +299,3 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     dtype = jnp.promote_types(a.dtype, b.dtype)
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
     return jnp.dot(a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=jnp.float32)
-
-
-def _merge(
-    part: Float[Array, "B K splits rows H"], lse: Float[Array, "B K splits rows"]
-) -> tuple[Float[Array, "B K rows H"], Float[Array, "B K rows"]]:
-    """Attention over all splits and its log2-sum-exp."""
-    top = jnp.max(lse, axis=2)
-    shift = jnp.where(top == -jnp.inf, 0.0, top)
-    weights = jnp.exp2(lse - shift[:, :, None])
-    total = jnp.sum(weights, axis=2)
-    divisor = jnp.where(total > 0, total, 1.0)
-    out = jnp.einsum("bksr,bksrh->bkrh", weights, part, precision=lax.Precision.HIGHEST) / divisor[..., None]
-    return out, jnp.where(total > 0, shift + jnp.log2(divisor), -jnp.inf)
