@@ -462,4 +462,4 @@ def _product(a: Any, b_ref: Any, *, transposed: bool) -> Any:
         plgpu.wgmma(acc_ref, a, plgpu.transpose_ref(b_ref, (1, 0)) if transposed else b_ref)
         return acc_ref[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((rows, columns), jnp.float32))
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((rows, columns), jnp.float32))

@@ -2,7 +2,7 @@
 
 One program attends to one share of one kv head's entries, for all T * G query rows that use that head, so K and V are
 read once. The entries are the plan's slots (all past slots where there is no plan) followed by the T new tokens; each
-of the splits takes an equal part of them, whatever the lengths and counts, and `merge_partials` joins the partial results.
+of the splits takes an equal part of them, whatever the lengths and counts, and `merge_partials` joins what they give.
 """
 
 from __future__ import annotations
