@@ -350,7 +350,12 @@ def _produce(share: _Share, find: Any, source: Any, staged: Any, barriers: Any, 
         # The ids of the next tile are under way while this one's copies wait for room.
         return starts(index + 1)
 
+    def drain(index: Any, _: None) -> None:
+        plgpu.barrier_wait(used.at[lax.rem(index, jnp.int32(tile.stages))])
+
     lax.fori_loop(0, share.tiles, copy, starts(jnp.int32(0)))
+    # A thread that waits for a barrier has to see all of its phases, says the interpreter.
+    lax.fori_loop(jnp.maximum(share.tiles, tile.stages), share.tiles + tile.stages, drain, None)
 
 
 def _consume(share: _Share, step: Any, worker: Any, shape: tuple[int, int], tile: _Tile) -> tuple[Any, Any]:

@@ -18,7 +18,7 @@ SHAPES = [
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
-    monkeypatch.setattr(pallas_mosaic_gpu, "WANTED_PROGRAMS", 8)
+    monkeypatch.setattr(pallas_mosaic_gpu, "WANTED_PROGRAMS", 4)
 
 
 def assert_right(shape, seed, kind, dtype=jnp.float16, change=lambda plan: plan, tolerance=4e-3):
