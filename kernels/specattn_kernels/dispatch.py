@@ -21,6 +21,7 @@ SELECTION_OPS = ("top_p_threshold", "select_blocks", "compact_blocks")
 BACKEND_OPS: dict[str, tuple[str, ...]] = {
     "xla": ATTENTION_OPS + SELECTION_OPS,
     "pallas_triton": ATTENTION_OPS + SELECTION_OPS,
+    "pallas_mosaic_gpu": ATTENTION_OPS,
     "pallas_tpu": ATTENTION_OPS + SELECTION_OPS,
 }
 # Where the kernels of each run compiled; XLA runs everywhere, and on a CPU kernels are interpreted.
@@ -29,6 +30,8 @@ BACKEND_PLATFORMS = {"pallas_triton": "gpu", "pallas_mosaic_gpu": "gpu", "pallas
 CHECKED_OPS: tuple[str, ...] = ()
 # Pallas lowers through Triton up to here; it is deprecated upstream.
 _LAST_TRITON_JAX = (0, 12)
+# Hopper: later GPUs have other matrix instructions.
+_MOSAIC_CAPABILITY = (9, 0)
 # For which the compiled Triton attention kernels have been compared with float64 on a GPU: head dims from here to 256.
 _CHECKED_DTYPES = ("float32", "bfloat16")
 _CHECKED_HEAD_DIM = 64
@@ -129,6 +132,20 @@ def _triton_obstacle(device: Device, call: Call | None) -> str | None:
     return refusal(call.cache, call.query_rows)
 
 
+def _mosaic_obstacle(device: Device, _: Call | None) -> str | None:
+    """What keeps the Mosaic GPU kernel from running on a device that is no CPU; None if nothing does."""
+    if device.compute_capability == _MOSAIC_CAPABILITY:
+        # The shapes are looked at by the kernel, whether it is compiled or interpreted.
+        return None
+    this = f"a {device.platform.upper()}"
+    if device.compute_capability is not None:
+        this = "one of {}.{}".format(*device.compute_capability)
+    return f"it needs a GPU of compute capability 9.0 (Hopper), this is {this}"
+
+
+_OBSTACLES = {"pallas_triton": _triton_obstacle, "pallas_mosaic_gpu": _mosaic_obstacle}
+
+
 def load_backend(op: str, implementation: str | None, call: Call | None = None) -> ModuleType:
     """Finds the module that implements `op`; a backend that is named explicitly is never replaced by another.
 
@@ -143,10 +160,10 @@ def load_backend(op: str, implementation: str | None, call: Call | None = None) 
     """
     if implementation is None:
         implementation = choose_implementation(op, current_device(), call).name
-    elif implementation == "pallas_triton" and (device := current_device()).platform != "cpu":
-        obstacle = _triton_obstacle(device, call)
+    elif implementation in _OBSTACLES and (device := current_device()).platform != "cpu":
+        obstacle = _OBSTACLES[implementation](device, call)
         if obstacle is not None:
-            raise NotImplementedError(f"{op}: pallas_triton: {obstacle}; use implementation='xla', or None.")
+            raise NotImplementedError(f"{op}: {implementation}: {obstacle}; use implementation='xla', or None.")
     known = ", ".join(map(repr, IMPLEMENTATIONS))
     checks.require(
         implementation in IMPLEMENTATIONS, op, "implementation", repr(implementation), f"None or one of {known}"

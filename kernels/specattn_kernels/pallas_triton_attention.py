@@ -19,11 +19,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
-from specattn_kernels.common import interpreted, ungroup
+from specattn_kernels.common import LOG2_E, interpreted, ungroup
 from specattn_kernels.dispatch import current_device
 from specattn_kernels.types import AttentionOutput, SelectionPlan
 
-LOG2_E = math.log2(math.e)
 # What a multiprocessor's shared memory has room for at once: so all programs run together, and none waits for a place.
 PROGRAMS_PER_CORE = 2
 # Multiprocessors where the device does not tell.
