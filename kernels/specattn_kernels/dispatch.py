@@ -60,13 +60,13 @@ class Call(NamedTuple):
         cache: shape of `k` and `v`, [B, K, S, H].
         query_rows: T * G.
         dtype: of the cache.
-        block_size: slots per block of the plan; 1 where there is none.
+        block_size: slots per block of the plan; None where there is no plan.
     """
 
     cache: tuple[int, ...]
     query_rows: int
     dtype: DTypeLike
-    block_size: int = 1
+    block_size: int | None = None
 
 
 class Choice(NamedTuple):
@@ -111,7 +111,7 @@ def choose_implementation(op: str, device: Device, call: Call | None = None) -> 
     if call is not None and (jnp.dtype(call.dtype).name not in _CHECKED_DTYPES or call.cache[3] < _CHECKED_HEAD_DIM):
         what = f"{jnp.dtype(call.dtype).name} and head dim {call.cache[3]}"
         return Choice("xla", f"the Triton kernels have not been checked on a GPU for {what} yet")
-    granularity = "token" if call is None or call.block_size == 1 else f"{call.block_size}-slot block"
+    granularity = "token" if call is None or call.block_size in (None, 1) else f"{call.block_size}-slot block"
     return Choice("pallas_triton", f"reads each cache entry once, {granularity} granular")
 
 
@@ -132,18 +132,26 @@ def _triton_obstacle(device: Device, call: Call | None) -> str | None:
     return refusal(call.cache, call.query_rows)
 
 
-def _mosaic_obstacle(device: Device, _: Call | None) -> str | None:
+def _mosaic_obstacle(device: Device, call: Call | None) -> str | None:
     """What keeps the Mosaic GPU kernel from running on a device that is no CPU; None if nothing does."""
-    if device.compute_capability == _MOSAIC_CAPABILITY:
-        # The shapes are looked at by the kernel, whether it is compiled or interpreted.
+    if device.compute_capability != _MOSAIC_CAPABILITY:
+        this = f"a {device.platform.upper()}"
+        if device.compute_capability is not None:
+            this = "one of {}.{}".format(*device.compute_capability)
+        return f"it needs a GPU of compute capability 9.0 (Hopper), this is {this}"
+    if call is None:
         return None
-    this = f"a {device.platform.upper()}"
-    if device.compute_capability is not None:
-        this = "one of {}.{}".format(*device.compute_capability)
-    return f"it needs a GPU of compute capability 9.0 (Hopper), this is {this}"
+    from specattn_kernels.pallas_mosaic_gpu import refusal
+
+    return refusal(call.cache, call.query_rows, call.dtype, call.block_size)
 
 
 _OBSTACLES = {"pallas_triton": _triton_obstacle, "pallas_mosaic_gpu": _mosaic_obstacle}
+
+
+def find_obstacle(implementation: str, device: Device, call: Call | None = None) -> str | None:
+    """What keeps a backend from serving a call on a device that is no CPU; None if nothing is known to."""
+    return _OBSTACLES[implementation](device, call) if implementation in _OBSTACLES else None
 
 
 def load_backend(op: str, implementation: str | None, call: Call | None = None) -> ModuleType:
@@ -160,8 +168,8 @@ def load_backend(op: str, implementation: str | None, call: Call | None = None) 
     """
     if implementation is None:
         implementation = choose_implementation(op, current_device(), call).name
-    elif implementation in _OBSTACLES and (device := current_device()).platform != "cpu":
-        obstacle = _OBSTACLES[implementation](device, call)
+    elif (device := current_device()).platform != "cpu":
+        obstacle = find_obstacle(implementation, device, call)
         if obstacle is not None:
             raise NotImplementedError(f"{op}: {implementation}: {obstacle}; use implementation='xla', or None.")
     known = ", ".join(map(repr, IMPLEMENTATIONS))

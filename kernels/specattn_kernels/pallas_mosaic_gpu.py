@@ -121,9 +121,10 @@ def sparse_decode_attention(
     return _attention(q, k, v, plan, lengths, scale, return_lse)
 
 
-def refusal(cache: tuple[int, ...], query_rows: int, dtype: Any, block_size: int) -> str | None:
+def refusal(cache: tuple[int, ...], query_rows: int, dtype: Any, block_size: int | None) -> str | None:
     """Why the kernel cannot attend to a cache of shape [B, K, S, H] with T * G query rows; None if it can."""
     slots, head_dim = cache[2:]
+    block_size = block_size or TILE_SLOTS
     if block_size not in BLOCK_SIZES:
         return f"block_size {block_size}; expected block_size at least 16, one of {_listed(BLOCK_SIZES)}"
     if jnp.dtype(dtype).name not in DTYPES:
@@ -159,7 +160,7 @@ def _attention(
     batch, tokens, heads, head_dim = q.shape
     kv_heads = k.shape[1]
     rows = tokens * heads // kv_heads
-    refused = refusal(k.shape, rows, k.dtype, TILE_SLOTS if plan is None else plan.block_size)
+    refused = refusal(k.shape, rows, k.dtype, None if plan is None else plan.block_size)
     if refused is None and q.dtype != k.dtype:
         refused = f"queries in {q.dtype} over a cache in {k.dtype}; expected one dtype"
     if refused is not None:

@@ -11,15 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from specattn_kernels import (
+    Call,
     Implementation,
     SelectionPlan,
     compact_blocks,
+    current_device,
     decode_attention,
+    find_obstacle,
     select_blocks,
     sparse_decode_attention,
     top_p_threshold,
 )
-from specattn_kernels.dispatch import BACKEND_OPS, BACKEND_PLATFORMS
+from specattn_kernels.dispatch import ATTENTION_OPS, BACKEND_OPS, BACKEND_PLATFORMS
 
 from specattn_jax.bench.kernel_cases import Case
 
@@ -65,12 +68,20 @@ def make_work(case: Case) -> Work:
     return makers[case.op](case)
 
 
-def _backends(op: str) -> list[Implementation]:
-    here = jax.default_backend()
+def _backends(op: str, case: Case) -> list[Implementation]:
+    """Our backends that can serve the case on this device."""
+    device = current_device()
+    call = None
+    if op in ATTENTION_OPS:
+        cache = case.batch, case.kv_heads, case.slots, case.head_dim
+        block_size = case.block_size if op == "sparse_decode_attention" else None
+        call = Call(cache, case.tokens * case.group, case.dtype, block_size)
     return [
         cast(Implementation, name)
         for name, ops in BACKEND_OPS.items()
-        if op in ops and BACKEND_PLATFORMS.get(name, here) == here
+        if op in ops
+        and BACKEND_PLATFORMS.get(name, device.platform) == device.platform
+        and find_obstacle(name, device, call) is None
     ]
 
 
@@ -111,18 +122,23 @@ def _attention_error(inputs: Inputs, output: Any, block_size: int = 1) -> float:
 
 
 def _attention_contenders(
-    op: str, call: Callable[..., Any], make: Callable[[int], Inputs], block_size: int
+    op: str, case: Case, call: Callable[..., Any], make: Callable[[int], Inputs]
 ) -> dict[str, Contender]:
     """Our backends of an attention op."""
-    error = functools.partial(_attention_error, block_size=block_size)
-    return {str(name): Contender(functools.partial(call, implementation=name), make, error) for name in _backends(op)}
+    error = functools.partial(_attention_error, block_size=case.block_size)
+    return {
+        str(name): Contender(functools.partial(call, implementation=name), make, error) for name in _backends(op, case)
+    }
 
 
 def _dense(case: Case, scores: bool = False) -> Work:
     make = functools.partial(_attention_inputs, case)
     call = functools.partial(decode_attention, return_scores=scores)
-    contenders = _attention_contenders("decode_attention", call, make, 1)
-    if not scores:
+    contenders = _attention_contenders("decode_attention", case, call, make)
+    if scores:
+        # It has none.
+        contenders.pop("pallas_mosaic_gpu", None)
+    else:
         contenders |= _library_attention(case)
     nbytes = _attention_bytes(case, 1.0)
     if scores:
@@ -160,7 +176,7 @@ def _sparse(case: Case) -> Work:
         plan = SelectionPlan(ids, counts, case.block_size)
         return sparse_decode_attention(q, k, v, plan, lengths, implementation=implementation)
 
-    contenders = _attention_contenders("sparse_decode_attention", call, make, case.block_size)
+    contenders = _attention_contenders("sparse_decode_attention", case, call, make)
     ids_bytes = 4 * case.batch * case.kv_heads * capacity
     return Work(_attention_bytes(case, min(1.0, capacity * case.block_size / case.slots)) + ids_bytes, contenders)
 
@@ -204,7 +220,7 @@ def _threshold(case: Case) -> Work:
         return _sorted_threshold(share, scores)
 
     contenders = {
-        str(name): Contender(functools.partial(call, name), make, error) for name in _backends("top_p_threshold")
+        str(name): Contender(functools.partial(call, name), make, error) for name in _backends("top_p_threshold", case)
     }
     contenders["sort and cumsum"] = Contender(by_sort, make, error)
     rows = case.batch * case.kv_heads
@@ -234,7 +250,7 @@ def _select(case: Case) -> Work:
         return jnp.sort(jax.lax.top_k(block_scores(share, scores), max(1, blocks // 4))[1], axis=-1)
 
     contenders = {
-        str(name): Contender(functools.partial(call, name), make, error) for name in _backends("select_blocks")
+        str(name): Contender(functools.partial(call, name), make, error) for name in _backends("select_blocks", case)
     }
     contenders["sort and cumsum"] = Contender(by_sort, make, error)
     contenders["top_k of a quarter"] = Contender(by_top_k, make)
@@ -259,7 +275,7 @@ def _compact(case: Case) -> Work:
         return jnp.argsort(~mask, axis=-1, stable=True)
 
     contenders = {
-        str(name): Contender(functools.partial(call, name), make, error) for name in _backends("compact_blocks")
+        str(name): Contender(functools.partial(call, name), make, error) for name in _backends("compact_blocks", case)
     }
     contenders["stable argsort"] = Contender(by_sort, make)
     rows = case.batch * case.kv_heads
