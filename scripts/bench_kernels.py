@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 def main() -> None:
     """Runs the grid and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", choices=("tiny", "small", "full"), default="small")
+    parser.add_argument("--grid", choices=("tiny", "small", "precision", "full"), default="small")
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--only", help="the one contender to measure, such as pallas_triton")
     parser.add_argument("--out", type=Path)
