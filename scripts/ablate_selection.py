@@ -125,6 +125,7 @@ ROWS: dict[str, Row] = {
     "blocks of 16, sum": _with(grain="sum 16"),
     "blocks of 16, maximum": _with(grain="max 16"),
     "blocks of 16, token mask inside": _with(grain="inside 16"),
+    "mixture of the largest attention, one a window": _with(mix_last=True),
     "first draft step only": _with(steps=1),
     "selection reused for 2 windows": _with(reuse=2),
     "selection reused for 4 windows": _with(reuse=4),

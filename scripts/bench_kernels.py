@@ -22,8 +22,9 @@ RESULTS = Path(__file__).parent / "results"
 def main() -> None:
     """Runs the grid and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", choices=("tiny", "small", "full"), default="small")
+    parser.add_argument("--grid", choices=("tiny", "small", "precision", "full"), default="small")
     parser.add_argument("--minutes", type=float)
+    parser.add_argument("--only", help="the one contender to measure, such as pallas_triton")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     device = jax.devices()[0].device_kind.lower().replace(" ", "-")
@@ -33,7 +34,7 @@ def main() -> None:
     def show(_: str, done: int, total: int, what: str) -> None:
         print(f"{time.monotonic() - began:7.1f} s  {done}/{total}  {what}", flush=True)
 
-    run_kernel_benchmark(out, KernelSettings(options.grid, options.minutes), show)
+    run_kernel_benchmark(out, KernelSettings(options.grid, options.minutes, options.only), show)
     print((out / "kernels.md").read_text(encoding="utf-8"))
 
 

@@ -79,6 +79,7 @@ CASES = {
     "everything now and then": (Ingredients(dense_every=3), 2),
     "sparse in between": (Ingredients(dense_every=3), 3),
     "union": (Ingredients(union=True), 0),
+    "mixed last": (Ingredients(mix_last=True), 0),
 }
 
 
@@ -88,8 +89,11 @@ def test_masks(name):
     new, old, seen = peaked(0), peaked(1), peaked(2)
     united = [np.random.default_rng(seed).random(new.shape) < 0.2 for seed in (0, 1)]
 
+    sources = np.random.default_rng(3).dirichlet(np.full(SLOTS, 0.3), (2, DRAFT.num_layers * DRAFT.num_kv_heads))
+
     def steps(scores, union):
-        return StepScores(jnp.asarray(scores, jnp.float32), jnp.asarray(union), jnp.int32(5))
+        floats = (jnp.asarray(x, jnp.float32) for x in (scores, sources))
+        return StepScores(next(floats), jnp.asarray(union), next(floats), jnp.int32(5))
 
     before = PAST - 5
     ablation = make(
@@ -105,6 +109,9 @@ def test_masks(name):
 
     stale = windows % ingredients.reuse != 0
     scores = (1 - ingredients.blend) * (old if stale else new) + ingredients.blend * seen
+    if ingredients.mix_last:
+        per_source = np.asarray(ablation.weights).reshape(ROWS, -1, DRAFT.group_size).sum(-1)
+        scores = np.einsum("ar,brs->bas", per_source, sources)
     everything = name in ("everything now and then", "last verification, nothing seen")
     for b, row in np.ndindex(2, ROWS):
         length = PAST[b]
@@ -132,6 +139,8 @@ def test_only_the_first_steps_count():
             scores = ablation.update(scores, [jnp.asarray(heads, jnp.float32)], jnp.full((2,), SLOTS, jnp.int32))
         rows = np.einsum("ar,tbrs->tbas", np.asarray(ablation.weights, np.float64), observed)[:steps]
         np.testing.assert_allclose(scores.maximum, rows.max(0), atol=1e-6)
+        groups = np.reshape(observed, (3, 2, -1, DRAFT.group_size, SLOTS)).mean(3)[:steps]
+        np.testing.assert_allclose(scores.sources, groups.max(0), atol=1e-6)
         for b, row in np.ndindex(2, ROWS):
             want = [nucleus(one[b, row], 1 - float(ablation.left_out[row])) for one in rows]
             assert (np.asarray(scores.union[b, row]) == np.any(want, axis=0)).all()
@@ -160,7 +169,9 @@ class Drafted:
 
     @property
     def scores(self):
-        return StepScores(jnp.asarray(self.maximum), jnp.zeros(self.maximum.shape, bool), jnp.int32(5))
+        none = jnp.zeros(self.maximum.shape)
+        sources = none[:, : DRAFT.num_layers * DRAFT.num_kv_heads]
+        return StepScores(jnp.asarray(self.maximum), none.astype(bool), sources, jnp.int32(5))
 
 
 def test_centroids_stand_for_what_was_not_read():

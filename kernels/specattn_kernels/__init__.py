@@ -20,6 +20,7 @@ from specattn_kernels.dispatch import (
     Implementation,
     choose_implementation,
     current_device,
+    find_obstacle,
 )
 from specattn_kernels.types import AttentionOutput, SelectionPlan
 from specattn_kernels.xla import plan_slots
@@ -36,6 +37,7 @@ __all__ = [
     "compact_blocks",
     "current_device",
     "decode_attention",
+    "find_obstacle",
     "merge_states",
     "plan_slots",
     "select_blocks",

@@ -294,7 +294,7 @@ def merge_states(
     return xla.merge_states(out_a, lse_a.astype(jnp.float32), out_b, lse_b.astype(jnp.float32))
 
 
-def _call(q: jax.Array, k: jax.Array, block_size: int = 1) -> Call:
+def _call(q: jax.Array, k: jax.Array, block_size: int | None = None) -> Call:
     """The shapes of an attention call."""
     return Call(k.shape, q.shape[1] * (q.shape[2] // k.shape[1]), k.dtype, block_size)
 

@@ -21,6 +21,7 @@ SELECTION_OPS = ("top_p_threshold", "select_blocks", "compact_blocks")
 BACKEND_OPS: dict[str, tuple[str, ...]] = {
     "xla": ATTENTION_OPS + SELECTION_OPS,
     "pallas_triton": ATTENTION_OPS + SELECTION_OPS,
+    "pallas_mosaic_gpu": ATTENTION_OPS,
     "pallas_tpu": ATTENTION_OPS + SELECTION_OPS,
 }
 # Where the kernels of each run compiled; XLA runs everywhere, and on a CPU kernels are interpreted.
@@ -29,6 +30,8 @@ BACKEND_PLATFORMS = {"pallas_triton": "gpu", "pallas_mosaic_gpu": "gpu", "pallas
 CHECKED_OPS: tuple[str, ...] = ()
 # Pallas lowers through Triton up to here; it is deprecated upstream.
 _LAST_TRITON_JAX = (0, 12)
+# Hopper: later GPUs have other matrix instructions.
+_MOSAIC_CAPABILITY = (9, 0)
 # For which the compiled Triton attention kernels have been compared with float64 on a GPU: head dims from here to 256.
 _CHECKED_DTYPES = ("float32", "bfloat16")
 _CHECKED_HEAD_DIM = 64
@@ -41,11 +44,13 @@ class Device(NamedTuple):
         platform: "cpu", "gpu" or "tpu".
         compute_capability: of an NVIDIA GPU, e.g. (9, 0); None for all else.
         jax_version: major and minor.
+        cores: multiprocessors of a GPU; None where it is not known.
     """
 
     platform: str
     compute_capability: tuple[int, int] | None
     jax_version: tuple[int, int]
+    cores: int | None = None
 
 
 class Call(NamedTuple):
@@ -55,13 +60,13 @@ class Call(NamedTuple):
         cache: shape of `k` and `v`, [B, K, S, H].
         query_rows: T * G.
         dtype: of the cache.
-        block_size: slots per block of the plan; 1 where there is none.
+        block_size: slots per block of the plan; None where there is no plan.
     """
 
     cache: tuple[int, ...]
     query_rows: int
     dtype: DTypeLike
-    block_size: int = 1
+    block_size: int | None = None
 
 
 class Choice(NamedTuple):
@@ -81,7 +86,8 @@ def current_device() -> Device:
     if device.platform == "gpu" and major.isdecimal() and minor.isdecimal():
         capability = int(major), int(minor)
     version = jax.__version__.split(".")
-    return Device(device.platform, capability, (int(version[0]), int(version[1])))
+    cores = getattr(device, "core_count", None) if device.platform == "gpu" else None
+    return Device(device.platform, capability, (int(version[0]), int(version[1])), cores)
 
 
 def choose_implementation(op: str, device: Device, call: Call | None = None) -> Choice:
@@ -105,7 +111,7 @@ def choose_implementation(op: str, device: Device, call: Call | None = None) -> 
     if call is not None and (jnp.dtype(call.dtype).name not in _CHECKED_DTYPES or call.cache[3] < _CHECKED_HEAD_DIM):
         what = f"{jnp.dtype(call.dtype).name} and head dim {call.cache[3]}"
         return Choice("xla", f"the Triton kernels have not been checked on a GPU for {what} yet")
-    granularity = "token" if call is None or call.block_size == 1 else f"{call.block_size}-slot block"
+    granularity = "token" if call is None or call.block_size in (None, 1) else f"{call.block_size}-slot block"
     return Choice("pallas_triton", f"reads each cache entry once, {granularity} granular")
 
 
@@ -126,6 +132,28 @@ def _triton_obstacle(device: Device, call: Call | None) -> str | None:
     return refusal(call.cache, call.query_rows)
 
 
+def _mosaic_obstacle(device: Device, call: Call | None) -> str | None:
+    """What keeps the Mosaic GPU kernel from running on a device that is no CPU; None if nothing does."""
+    if device.compute_capability != _MOSAIC_CAPABILITY:
+        this = f"a {device.platform.upper()}"
+        if device.compute_capability is not None:
+            this = "one of {}.{}".format(*device.compute_capability)
+        return f"it needs a GPU of compute capability 9.0 (Hopper), this is {this}"
+    if call is None:
+        return None
+    from specattn_kernels.pallas_mosaic_gpu import refusal
+
+    return refusal(call.cache, call.query_rows, call.dtype, call.block_size)
+
+
+_OBSTACLES = {"pallas_triton": _triton_obstacle, "pallas_mosaic_gpu": _mosaic_obstacle}
+
+
+def find_obstacle(implementation: str, device: Device, call: Call | None = None) -> str | None:
+    """What keeps a backend from serving a call on a device that is no CPU; None if nothing is known to."""
+    return _OBSTACLES[implementation](device, call) if implementation in _OBSTACLES else None
+
+
 def load_backend(op: str, implementation: str | None, call: Call | None = None) -> ModuleType:
     """Finds the module that implements `op`; a backend that is named explicitly is never replaced by another.
 
@@ -140,10 +168,10 @@ def load_backend(op: str, implementation: str | None, call: Call | None = None) 
     """
     if implementation is None:
         implementation = choose_implementation(op, current_device(), call).name
-    elif implementation == "pallas_triton" and (device := current_device()).platform != "cpu":
-        obstacle = _triton_obstacle(device, call)
+    elif (device := current_device()).platform != "cpu":
+        obstacle = find_obstacle(implementation, device, call)
         if obstacle is not None:
-            raise NotImplementedError(f"{op}: pallas_triton: {obstacle}; use implementation='xla', or None.")
+            raise NotImplementedError(f"{op}: {implementation}: {obstacle}; use implementation='xla', or None.")
     known = ", ".join(map(repr, IMPLEMENTATIONS))
     checks.require(
         implementation in IMPLEMENTATIONS, op, "implementation", repr(implementation), f"None or one of {known}"

@@ -2,7 +2,8 @@
 
 One program attends to one share of one kv head's entries, for all T * G query rows that use that head, so K and V are
 read once. The entries are the plan's slots (all past slots where there is no plan) followed by the T new tokens; each
-of the splits takes an equal part of them, whatever the lengths and counts, and `_merge` joins the partial results.
+of the splits takes an equal part of them, whatever the lengths and counts. A second kernel joins the partial results
+and puts them into the public layout.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
-from specattn_kernels.common import group_queries, interpreted, ungroup
+from specattn_kernels.common import LOG2_E, interpreted, ungroup
 from specattn_kernels.dispatch import current_device
 from specattn_kernels.types import AttentionOutput, SelectionPlan
 
-LOG2_E = math.log2(math.e)
-# Programs that keep the largest GPUs busy: a few for each of about 132 multiprocessors. More make merging dearer.
-WANTED_PROGRAMS = 512
+# What a multiprocessor's shared memory has room for at once: so all programs run together, and none waits for a place.
+PROGRAMS_PER_CORE = 2
+# Multiprocessors where the device does not tell.
+USUAL_CORES = 132
 MAX_SPLITS = 128
-# K and V of one step, on GPUs with 227 KiB of shared memory per program; the others get half.
+# K and V of one step where they are contiguous, on GPUs with 227 KiB of shared memory per program; half where they are
+# gathered, which has one more step in flight, and half on other GPUs.
 STEP_BYTES = 1 << 16
 LARGE_MEMORY_CAPABILITIES = (9, 10)
 # Query rows of one program: T * G.
@@ -91,30 +94,21 @@ def _attention(
     return_scores: bool,
     return_lse: bool,
 ) -> AttentionOutput:
-    """Groups the queries by kv head, attends in splits, merges, and puts everything into the public layout."""
+    """Attends in splits and merges them."""
     batch, tokens, heads, head_dim = q.shape
     kv_heads, slots = k.shape[1:3]
-    group = heads // kv_heads
-    dtype = jnp.promote_types(q.dtype, k.dtype)
-    tile = _choose_tile(k, tokens * group, plan)
-    queries = group_queries(q, kv_heads).reshape(batch, kv_heads, tokens * group, head_dim).astype(dtype)
-    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, tile.rows - tokens * group), (0, 0)))
-    part, lse, logits = _attend_in_splits(queries, k, v, plan, lengths, scale, tokens, group, tile, return_scores)
-    out, lse = _merge(part, lse)
-
-    def public(x: jax.Array) -> jax.Array:
-        """From [B, K, rows, ...] to [B, T, N, ...]."""
-        return ungroup(x[:, :, : tokens * group].reshape(batch, kv_heads, tokens, group, *x.shape[3:]))
-
+    tile = _choose_tile(k, tokens * (heads // kv_heads), plan)
+    grouped = q.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
+    part, lse, logits = _attend_in_splits(grouped, k, v, plan, lengths, scale, tile, return_scores)
+    out, lse = _merge(part, lse, grouped, tile)
     scores = None
     if logits is not None:
         position = lengths[:, None] - tokens + jnp.arange(tokens)
         visible = (jnp.arange(slots) <= position[..., None])[:, :, None]
+        logits = ungroup(logits.reshape(batch, kv_heads, tokens, heads // kv_heads, slots))
         # Logits of slots that no program came to are not there; those of rows that see nothing are never read.
-        scores = jnp.where(visible, jnp.exp2(public(logits) - public(lse)[..., None]), 0.0)
-    return AttentionOutput(
-        out=public(out).astype(q.dtype), lse=public(lse) / LOG2_E if return_lse else None, scores=scores
-    )
+        scores = jnp.where(visible, jnp.exp2(logits - lse[..., None]), 0.0)
+    return AttentionOutput(out, lse / LOG2_E if return_lse else None, scores)
 
 
 def refusal(cache: tuple[int, ...], query_rows: int) -> str | None:
@@ -129,13 +123,6 @@ def refusal(cache: tuple[int, ...], query_rows: int) -> str | None:
     return None
 
 
-def _step_bytes() -> int:
-    """Bytes of K and V of one step on the GPU at hand."""
-    capability = current_device().compute_capability
-    small = capability is not None and capability[0] not in LARGE_MEMORY_CAPABILITIES
-    return STEP_BYTES // 2 if small else STEP_BYTES
-
-
 def _choose_tile(k: jax.Array, rows: int, plan: SelectionPlan | None) -> _Tile:
     """A tile for these shapes.
 
@@ -147,35 +134,43 @@ def _choose_tile(k: jax.Array, rows: int, plan: SelectionPlan | None) -> _Tile:
     refused = refusal(k.shape, rows)
     if refused is not None:
         raise NotImplementedError(f"pallas_triton: {refused}; use implementation='xla'.")
-    padded = max(16, 1 << (rows - 1).bit_length())
+    padded = max(16, _power_of_two(rows))
     parts, begin = [], 0
     for power in (256, 128, 64, 32, 16):
         while begin + power <= head_dim:
             parts.append((begin, power))
             begin += power
-    # As many entries as fit the shared memory twice, K and V, while one step is loaded and another is computed.
-    fitting = _step_bytes() // (2 * head_dim * k.dtype.itemsize)
-    block = max(16, min(128, 1 << (max(fitting, 1).bit_length() - 1)))
+    device = current_device()
+    capability = device.compute_capability
+    small = capability is not None and capability[0] not in LARGE_MEMORY_CAPABILITIES
+    # The step more is for the ids that tell where to gather.
+    stages, step_bytes, most = (2, STEP_BYTES, 128) if plan is None else (3, STEP_BYTES // 2, 64)
+    fitting = (step_bytes // 2 if small else step_bytes) // (2 * head_dim * k.dtype.itemsize)
+    block = max(16, min(most, 1 << (max(fitting, 1).bit_length() - 1)))
+    # A warp takes 16 rows; more warps than that have to share sums over the entries.
+    warps = max(4 if plan is None else 2, padded // 16)
     capacity = slots if plan is None else min(slots, plan.block_ids.shape[2] * plan.block_size)
-    splits = max(1, min(MAX_SPLITS, WANTED_PROGRAMS // (batch * kv_heads), -(-capacity // (2 * block))))
-    return _Tile(padded, tuple(parts), block, splits, warps=4, stages=2)
+    programs = PROGRAMS_PER_CORE * (device.cores or USUAL_CORES)
+    splits = max(1, min(MAX_SPLITS, programs // (batch * kv_heads), -(-capacity // (2 * block))))
+    return _Tile(padded, tuple(parts), block, splits, warps, stages)
 
 
 def _attend_in_splits(
-    queries: Float[Array, "B K rows H"],
+    q: Float[Array, "B T K G H"],
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
     plan: SelectionPlan | None,
     lengths: Int32[Array, " B"],
     scale: float | jax.Array,
-    tokens: int,
-    group: int,
     tile: _Tile,
     emit_logits: bool,
-) -> tuple[Float[Array, "B K splits rows H"], Float[Array, "B K splits rows"], Float[Array, "B K rows S"] | None]:
-    """Partial outputs and log2-sum-exps of every split, and the logits in powers of two if they are wanted."""
-    batch, kv_heads, slots, head_dim = k.shape
-    rows, splits = tile.rows, tile.splits
+) -> tuple[Float[Array, "B K splits rows H"], Float[Array, "B K splits rows"], Float[Array, "B K T*G S"] | None]:
+    """Partial outputs and log2-sum-exps of every split, and the logits in powers of two if they are wanted.
+
+    Rows beyond T * G, and splits beyond those of the tile, only have room: nothing writes or reads them.
+    """
+    batch, tokens, kv_heads, group, head_dim = q.shape
+    slots, rows = k.shape[2], tile.rows
 
     def per_head(*block: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, *block), lambda b, h, _: (b, h, *[0] * len(block)))
@@ -183,9 +178,9 @@ def _attend_in_splits(
     def per_split(*block: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, None, *block), lambda b, h, s: (b, h, s, *[0] * len(block)))
 
-    arrays = [queries, k, v, lengths[:, None], jnp.asarray(scale * LOG2_E, jnp.float32)[None]]
+    arrays = [q, k, v, lengths[:, None], jnp.asarray(scale * LOG2_E, jnp.float32)[None]]
     in_specs = [
-        per_head(rows, head_dim),
+        pl.BlockSpec((None, tokens, None, group, head_dim), lambda b, h, _: (b, 0, h, 0, 0)),
         per_head(slots, head_dim),
         per_head(slots, head_dim),
         pl.BlockSpec((None, 1), lambda b, *_: (b, 0)),
@@ -194,14 +189,15 @@ def _attend_in_splits(
     if plan is not None:
         arrays += [plan.block_ids, plan.counts[..., None]]
         in_specs += [per_head(plan.block_ids.shape[2]), per_head(1)]
+    room = _power_of_two(tile.splits)
     out_shape = [
-        jax.ShapeDtypeStruct((batch, kv_heads, splits, rows, head_dim), jnp.float32),
-        jax.ShapeDtypeStruct((batch, kv_heads, splits, rows), jnp.float32),
+        jax.ShapeDtypeStruct((batch, kv_heads, room, rows, head_dim), jnp.float32),
+        jax.ShapeDtypeStruct((batch, kv_heads, room, rows), jnp.float32),
     ]
     out_specs = [per_split(rows, head_dim), per_split(rows)]
     if emit_logits:
-        # Rows of padding have room, but are neither written nor read.
-        padded = -(-slots // tile.block) * tile.block
+        # Splits begin anywhere, so the last step may reach so far beyond the end.
+        padded = -(-slots // 16) * 16 + tile.block
         out_shape.append(jax.ShapeDtypeStruct((batch, kv_heads, rows, padded), jnp.float32))
         out_specs.append(per_head(rows, padded))
     kernel = functools.partial(
@@ -209,12 +205,13 @@ def _attend_in_splits(
         tile=tile,
         tokens=tokens,
         group=group,
+        dtype=jnp.promote_types(q.dtype, k.dtype),
         block_size=None if plan is None else plan.block_size,
         emit_logits=emit_logits,
     )
     part, lse, *logits = pl.pallas_call(
         kernel,
-        grid=(batch, kv_heads, splits),
+        grid=(batch, kv_heads, tile.splits),
         in_specs=in_specs,
         out_specs=out_specs,
         out_shape=out_shape,
@@ -222,7 +219,7 @@ def _attend_in_splits(
         interpret=interpreted(),
         name="sparse_decode" if plan is not None else "dense_decode",
     )(*arrays)
-    return part, lse, logits[0][..., :slots] if emit_logits else None
+    return part, lse, logits[0][:, :, : tokens * group, :slots] if emit_logits else None
 
 
 def _attend(
@@ -235,6 +232,7 @@ def _attend(
     tile: _Tile,
     tokens: int,
     group: int,
+    dtype: jnp.dtype,
     block_size: int | None,
     emit_logits: bool,
 ) -> None:
@@ -247,9 +245,13 @@ def _attend(
         ids_ref, count_ref = inputs
         past = count_ref[0] * block_size
         total = past + tokens
-    position = first_new + lax.broadcasted_iota(jnp.int32, (tile.rows,), 0) // group
-    # Each split takes the same number of whole steps; the last ones may find nothing left.
-    share = pl.cdiv(pl.cdiv(total, tile.splits), tile.block) * tile.block
+    row = lax.broadcasted_iota(jnp.int32, (tile.rows,), 0)
+    is_row = row < tokens * group
+    token, member = _place_of(jnp.where(is_row, row, 0), group)
+    position = first_new + token
+    queries = [q_ref[token, member, pl.ds(at, width)].astype(dtype) for at, width in tile.parts]
+    # As equal as alignment allows; the last splits may find nothing left.
+    share = pl.cdiv(pl.cdiv(total, tile.splits), 16) * 16
     begin = pl.program_id(2) * share
     end = jnp.minimum(begin + share, total)
 
@@ -267,11 +269,10 @@ def _attend(
         place = jnp.where(valid, slot, 0)
         keys = [k_ref[place, pl.ds(at, width)] for at, width in tile.parts]
         values = [v_ref[place, pl.ds(at, width)] for at, width in tile.parts]
-        logits = sum(_dot(q_ref[:, pl.ds(at, width)], key.T) for (at, width), key in zip(tile.parts, keys, strict=True))
+        logits = sum(_dot(query, key.T) for query, key in zip(queries, keys, strict=True))
         visible = valid[None] & (slot[None] <= position[:, None])
         logits = jnp.where(visible, logits * scale, -jnp.inf)
         if emit_logits:
-            is_row = lax.broadcasted_iota(jnp.int32, (tile.rows,), 0) < tokens * group
             here = outputs[2].at[:, pl.ds(begin + index * tile.block, tile.block)]
             plgpu.store(here, logits, mask=is_row[:, None] & valid[None])
         new_top = jnp.maximum(top, jnp.max(logits, axis=1))
@@ -280,8 +281,7 @@ def _attend(
         # Slots that are not valid may hold NaN, which a weight of zero would not silence.
         kept = [jnp.where(valid[:, None], value, 0) for value in values]
         acc = tuple(
-            part * fade[:, None] + _dot(chance.astype(q_ref.dtype), value)
-            for part, value in zip(acc, kept, strict=True)
+            part * fade[:, None] + _dot(chance.astype(dtype), value) for part, value in zip(acc, kept, strict=True)
         )
         return new_top, weight * fade + jnp.sum(chance, axis=1), acc
 
@@ -291,8 +291,8 @@ def _attend(
     top, weight, acc = lax.fori_loop(0, steps, step, start)
     divisor = jnp.where(weight > 0, weight, 1.0)
     for (at, width), part in zip(tile.parts, acc, strict=True):
-        outputs[0][:, pl.ds(at, width)] = part / divisor[:, None]
-    outputs[1][...] = jnp.where(weight > 0, top + jnp.log2(divisor), -jnp.inf)
+        plgpu.store(outputs[0].at[:, pl.ds(at, width)], part / divisor[:, None], mask=is_row[:, None])
+    plgpu.store(outputs[1].at[...], jnp.where(weight > 0, top + jnp.log2(divisor), -jnp.inf), mask=is_row)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -303,13 +303,61 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _merge(
-    part: Float[Array, "B K splits rows H"], lse: Float[Array, "B K splits rows"]
-) -> tuple[Float[Array, "B K rows H"], Float[Array, "B K rows"]]:
-    """Attention over all splits and its log2-sum-exp."""
-    top = jnp.max(lse, axis=2)
-    shift = jnp.where(top == -jnp.inf, 0.0, top)
-    weights = jnp.exp2(lse - shift[:, :, None])
-    total = jnp.sum(weights, axis=2)
+    part: Float[Array, "B K splits rows H"],
+    lse: Float[Array, "B K splits rows"],
+    q: Float[Array, "B T K G H"],
+    tile: _Tile,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Attention over all splits, in the dtype of the queries, and its log2-sum-exp."""
+    batch, tokens, kv_heads, group, head_dim = q.shape
+    room, rows = part.shape[2:4]
+    out, lse = pl.pallas_call(
+        functools.partial(_merge_row, tile=tile, group=group),
+        grid=(batch, kv_heads, tokens * group),
+        in_specs=[
+            pl.BlockSpec((None, None, room, rows, head_dim), lambda b, h, _: (b, h, 0, 0, 0)),
+            pl.BlockSpec((None, None, room, rows), lambda b, h, _: (b, h, 0, 0)),
+        ],
+        out_specs=[
+            pl.BlockSpec((None, tokens, None, group, head_dim), lambda b, h, _: (b, 0, h, 0, 0)),
+            pl.BlockSpec((None, tokens, None, group), lambda b, h, _: (b, 0, h, 0)),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32),
+        ],
+        compiler_params=plgpu.CompilerParams(num_warps=4 if room * head_dim >= 1 << 12 else 1),
+        interpret=interpreted(),
+        name="merge_splits",
+    )(part, lse)
+    heads = kv_heads * group
+    return out.reshape(batch, tokens, heads, head_dim), lse.reshape(batch, tokens, heads)
+
+
+def _merge_row(part_ref: Any, lse_ref: Any, out_ref: Any, total_ref: Any, *, tile: _Tile, group: int) -> None:
+    """One query row of one kv head."""
+    row = pl.program_id(2)
+    token, member = _place_of(row, group)
+    split = lax.broadcasted_iota(jnp.int32, (part_ref.shape[0],), 0)
+    lse = plgpu.load(lse_ref.at[:, row], mask=split < tile.splits, other=-jnp.inf)
+    top = jnp.max(lse)
+    weights = jnp.exp2(lse - jnp.where(top == -jnp.inf, 0.0, top))
+    total = jnp.sum(weights)
     divisor = jnp.where(total > 0, total, 1.0)
-    out = jnp.einsum("bksr,bksrh->bkrh", weights, part, precision=lax.Precision.HIGHEST) / divisor[..., None]
-    return out, jnp.where(total > 0, shift + jnp.log2(divisor), -jnp.inf)
+    for at, width in tile.parts:
+        # What an empty split wrote is zero; beyond the splits nothing was written.
+        here = part_ref.at[:, row, pl.ds(at, width)]
+        part = plgpu.load(here, mask=(split < tile.splits)[:, None], other=0.0)
+        out = jnp.sum(weights[:, None] * part, axis=0) / divisor
+        out_ref[token, member, pl.ds(at, width)] = out.astype(out_ref.dtype)
+    total_ref[token, member] = jnp.where(total > 0, top + jnp.log2(divisor), -jnp.inf)
+
+
+def _place_of(row: Any, group: int) -> tuple[Any, Any]:
+    """New token and member of the group of a query row."""
+    return row // group, row % group
+
+
+def _power_of_two(number: int) -> int:
+    """The next power of two."""
+    return 1 << (number - 1).bit_length()

@@ -1,15 +1,18 @@
 """Thresholds of rows that several programs share, as kernels of Pallas's Triton lowering.
 
-Every pass reads all scores: their sum (XLA), NARROWINGS passes that try WAYS - 1 thresholds at once and so leave
-1 / WAYS ** NARROWINGS of the bracket, and one that keeps the scores inside what is left, in practice a few in 100.
-A last launch, one program a row, halves the rest of the bracket over those. NARROWINGS + 2 launches beside the sums
-that XLA makes between them; 4 * (NARROWINGS + 2) bytes a slot, and as many as are kept, where scores are float32.
+Two passes read all scores: their sum (XLA), and one that keeps the scores inside a bracket around the threshold, in
+practice a few in 100, and adds up those above it. The bracket comes from a sample: what lies *below* a threshold are
+many small scores, so that a sample tells how much they have together; the few large ones that a sample misses only
+matter for the sum. A last launch, one program a row, halves the bracket over what was kept. A sample can mislead; then
+the mass above or in the bracket shows it, and the row's last program reads the whole row instead.
+8 bytes a slot, and as many as are kept or sampled, where scores are float32.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,26 +23,51 @@ from jaxtyping import Array, Float, Int32
 
 from specattn_kernels.common import FLOAT32_TINY, clean_scores, interpreted, row_sum
 from specattn_kernels.pallas_triton_tiles import (
-    LANES,
     bits_of,
+    clean,
     float_of,
     halve,
     in_lanes,
     load_clean,
     lower_bound,
-    padded,
-    places,
-    ranked,
-    tile_sum,
 )
 
-# Slots of one program.
-CHUNK_SLOTS = 1 << 13
-# Thresholds tried per pass, and passes: 15 of them take about as long to add up as a score to arrive.
-WAYS = 16
-NARROWINGS = 2
-# Kept scores of every chunk that the last launch looks at in one step.
-KEPT_COLUMNS = 512
+# Slots that one warp looks at: what it keeps it puts into order without waiting for others.
+GROUP_SLOTS = 1 << 10
+# Groups of one program.
+CHUNK_GROUPS = 8
+# The sample: so many scores of a row, a few in a place.
+SAMPLED = 1 << 12
+SAMPLED_TOGETHER = 4
+# Standard errors of the sample that the bracket is wide to either side, and bits to which it is worth finding its ends.
+DOUBT = 4.0
+BRACKET_BITS = 1 << 13
+# Kept scores that the last launch looks at in one step.
+KEPT_TOGETHER = 1 << 13
+
+
+class _Rows(NamedTuple):
+    """Rows of scores in groups, their valid slots, and how many slots a row has (static)."""
+
+    groups: Float[Array, "rows groups slots"]
+    lengths: Int32[Array, "rows 1"]
+    slots: int
+
+
+class _Kept(NamedTuple):
+    """What lies in the brackets, group by group; groups beyond the row keep nothing.
+
+    Attributes:
+        scores: those in the bracket at the beginning of each group.
+        counts: how many.
+        inside: their mass.
+        above: mass of the group's scores above the bracket.
+    """
+
+    scores: Float[Array, "rows room slots"]
+    counts: Int32[Array, "rows room"]
+    inside: Float[Array, "rows room"]
+    above: Float[Array, "rows room"]
 
 
 def threshold_of_long_rows(
@@ -50,178 +78,232 @@ def threshold_of_long_rows(
     total = row_sum(clean_scores(scores, lengths))
     # Where there is mass some is wanted, so that the largest score is in the nucleus whatever the share.
     wanted = jnp.maximum(shares * total, FLOAT32_TINY)
-    low = lower_bound(shares, total, slots)
     # No score is above their sum.
-    high = jnp.maximum(bits_of(total), low) + 1
-    above = jnp.zeros_like(total)
-    lanes = in_lanes(scores)
-    for _ in range(NARROWINGS):
-        low, high, above = _narrow(lanes, lengths, slots, low, high, above, wanted)
-    threshold = _finish(*_keep(lanes, lengths, slots, low, high), low, high, above, wanted)
+    ends = jnp.stack([lower_bound(shares, total, slots), bits_of(total) + 1], axis=1)
+    masses = jnp.stack([wanted, total], axis=1)
+    row = _Rows(in_lanes(scores, GROUP_SLOTS), lengths[:, None], slots)
+    bracket = _sample(row, ends, masses)
+    threshold = _finish(row, _keep(row, bracket), bracket, ends, masses)
     return jnp.where(shares >= 1.0, 0.0, threshold)
 
 
-def _chunk_call(kernel: Any, lanes: jax.Array, slots: int, name: str, warps: int) -> tuple[Any, dict[str, Any], int]:
-    """What the passes over long rows have in common: their kernel, options of the call, and the number of chunks."""
-    lines = min(CHUNK_SLOTS // LANES, padded(slots) // LANES)
-    chunks = -(-lanes.shape[1] // lines)
-    options = {
-        "grid": (lanes.shape[0], chunks),
-        "compiler_params": plgpu.CompilerParams(num_warps=warps),
-        "interpret": interpreted(),
-        "name": name,
-    }
-    return functools.partial(kernel, slots=slots, lines=lines), options, chunks
+def _sample(row: _Rows, ends: Int32[Array, "rows 2"], masses: Float[Array, "rows 2"]) -> Int32[Array, "rows 2"]:
+    """Bits between which the threshold is likely to lie, and within `ends` for certain."""
+    rows = row.groups.shape[0]
+    pair = pl.BlockSpec((None, 2), lambda r: (r, 0))
+    bracket: jax.Array = pl.pallas_call(
+        functools.partial(_sample_row, slots=row.slots),
+        grid=(rows,),
+        in_specs=[_whole_row(row), pl.BlockSpec((None, 1), lambda r: (r, 0)), pair, pair],
+        out_specs=pair,
+        out_shape=jax.ShapeDtypeStruct((rows, 2), jnp.int32),
+        compiler_params=plgpu.CompilerParams(num_warps=4),
+        interpret=interpreted(),
+        name="sample_bracket",
+    )(row.groups, row.lengths, ends, masses)
+    return bracket
 
 
-def _chunk_specs(lines: int, per_row: int) -> list[pl.BlockSpec]:
-    """A chunk of scores, the row's length and some numbers of the row."""
-    return [
-        pl.BlockSpec((None, lines, LANES), lambda r, c: (r, c, 0)),
-        pl.BlockSpec((None, 1), lambda r, _: (r, 0)),
-        pl.BlockSpec((None, per_row), lambda r, _: (r, 0)),
-    ]
+def _whole_row(row: _Rows) -> pl.BlockSpec:
+    """All scores of a program's row."""
+    return pl.BlockSpec((None, *row.groups.shape[1:]), lambda r: (r, 0, 0))
 
 
-def _narrow(
-    lanes: Float[Array, "rows lines 128"],
-    lengths: Int32[Array, " rows"],
-    slots: int,
-    low: Int32[Array, " rows"],
-    high: Int32[Array, " rows"],
-    above: Float[Array, " rows"],
-    wanted: Float[Array, " rows"],
-) -> tuple[Int32[Array, " rows"], Int32[Array, " rows"], Float[Array, " rows"]]:
-    """The part of each bracket, one of WAYS, where the mass falls below what is wanted, and the mass above that."""
-    kernel, options, chunks = _chunk_call(_mass_of_chunk, lanes, slots, "mass_above", warps=4)
-    step = (high - low + WAYS - 1) // WAYS
-    bounds = jnp.minimum(low[:, None] + step[:, None] * jnp.arange(1, WAYS), high[:, None])
-    partial = pl.pallas_call(
-        kernel,
-        in_specs=_chunk_specs(kernel.keywords["lines"], WAYS - 1),
-        out_specs=pl.BlockSpec((None, None, WAYS - 1, LANES), lambda r, c: (r, c, 0, 0)),
-        out_shape=jax.ShapeDtypeStruct((lanes.shape[0], chunks, WAYS - 1, LANES), jnp.float32),
-        **options,
-    )(lanes, lengths[:, None], bounds)
-    mass = partial.sum(axis=1).sum(axis=-1)
-    # Masses fall from bound to bound, so the bounds that reach what is wanted are the first so many.
-    reached = jnp.sum((mass >= wanted[:, None]) & (bounds < high[:, None]), axis=1, keepdims=True)
-    mass = jnp.where(bounds < high[:, None], mass, above[:, None])
-    edges = jnp.concatenate([low[:, None], bounds, high[:, None]], axis=1)
-    mass_at_upper_edge = jnp.concatenate([mass, above[:, None]], axis=1)
-
-    def pick(per_row: jax.Array, at: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(per_row, at, axis=1)[:, 0]
-
-    return pick(edges, reached), pick(edges, reached + 1), pick(mass_at_upper_edge, reached)
-
-
-def _mass_of_chunk(scores_ref: Any, length_ref: Any, bounds_ref: Any, mass_ref: Any, *, slots: int, lines: int) -> None:
-    """Column sums of one chunk's scores at or above each of the bounds."""
-    place = places(lines, pl.program_id(1) * (lines * LANES))
-    scores = load_clean(scores_ref, place, length_ref[0], slots)
+def _sample_row(
+    scores_ref: Any, length_ref: Any, ends_ref: Any, mass_ref: Any, bracket_ref: Any, *, slots: int
+) -> None:
+    """One row's bracket, by halving the bit patterns for either end of it."""
+    stride = -(-slots // (SAMPLED // SAMPLED_TOGETHER))
+    number = lax.broadcasted_iota(jnp.int32, (SAMPLED,), 0)
+    place = number // SAMPLED_TOGETHER * stride + number % SAMPLED_TOGETHER
+    inside = jnp.minimum(place, slots - 1)
+    scores = clean(scores_ref[inside // GROUP_SLOTS, inside % GROUP_SLOTS], place, length_ref[0], slots)
     bits = bits_of(scores)
-    for way in range(WAYS - 1):
-        mass_ref[way, :] = jnp.sum(jnp.where(bits >= bounds_ref[way], scores, 0.0), axis=0)
+    wanted, total = mass_ref[0], mass_ref[1]
+    # What a score stands for, as a share of all.
+    share = stride / SAMPLED_TOGETHER / jnp.maximum(total, FLOAT32_TINY)
+    below = (total - wanted) / jnp.maximum(total, FLOAT32_TINY)
+
+    def estimate(bound: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Share of the mass below a bound by the sample, and its error: all have that size at most, seen or not."""
+        mass, most = jnp.sum(jnp.where(bits < bound, scores, 0.0)) * share, float_of(bound) * share
+        return mass, DOUBT * jnp.sqrt(most * (mass + most))
+
+    def wide(ends: tuple[jax.Array, ...]) -> jax.Array:
+        return jnp.maximum(ends[1] - ends[0], ends[3] - ends[2]) > BRACKET_BITS
+
+    def step(ends: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        from_low, to_low, from_high, to_high = ends
+        low, high = from_low + (to_low - from_low) // 2, from_high + (to_high - from_high) // 2
+        mass, error = estimate(low)
+        is_low = mass + error <= below
+        mass, error = estimate(high)
+        is_high = mass - error >= below
+        return (
+            jnp.where(is_low, low, from_low),
+            jnp.where(is_low, to_low, low),
+            jnp.where(is_high, from_high, high),
+            jnp.where(is_high, high, to_high),
+        )
+
+    start: tuple[jax.Array, ...] = (ends_ref[0], ends_ref[1], ends_ref[0], ends_ref[1])
+    low, _, _, high = lax.while_loop(wide, step, start)
+    bracket_ref[0] = low
+    bracket_ref[1] = jnp.maximum(high, low + 1)
 
 
-def _keep(
-    lanes: Float[Array, "rows lines 128"],
-    lengths: Int32[Array, " rows"],
-    slots: int,
-    low: Int32[Array, " rows"],
-    high: Int32[Array, " rows"],
-) -> tuple[Float[Array, "rows chunks chunk"], Int32[Array, "rows chunks"]]:
-    """Scores within the bracket, at the beginning of each chunk, and how many there are."""
-    kernel, options, chunks = _chunk_call(_keep_of_chunk, lanes, slots, "keep_bracket", warps=8)
-    rows, lines = lanes.shape[0], kernel.keywords["lines"]
-    # As many chunks as a tile of the next launch has; those that do not exist keep nothing.
-    room = 1 << (chunks - 1).bit_length()
-    kept, counts = pl.pallas_call(
-        kernel,
-        in_specs=_chunk_specs(lines, 2),
-        out_specs=[
-            pl.BlockSpec((None, None, lines * LANES), lambda r, c: (r, c, 0)),
-            pl.BlockSpec((None, None, 1), lambda r, c: (r, c, 0)),
+def _keep(row: _Rows, bracket: Int32[Array, "rows 2"]) -> _Kept:
+    """Scores within the brackets, several programs a row."""
+    rows, groups = row.groups.shape[:2]
+    # A power of two, as the next launch has them all in one tile.
+    room = max(CHUNK_GROUPS, 1 << (groups - 1).bit_length())
+    per_chunk = pl.BlockSpec((None, CHUNK_GROUPS), lambda r, c: (r, c))
+    chunk = pl.BlockSpec((None, CHUNK_GROUPS, GROUP_SLOTS), lambda r, c: (r, c, 0))
+    kept = pl.pallas_call(
+        functools.partial(_keep_of_chunk, slots=row.slots),
+        grid=(rows, room // CHUNK_GROUPS),
+        in_specs=[
+            chunk,
+            pl.BlockSpec((None, 1), lambda r, _: (r, 0)),
+            pl.BlockSpec((None, 2), lambda r, _: (r, 0)),
         ],
+        out_specs=[chunk, per_chunk, per_chunk, per_chunk],
         out_shape=[
-            jax.ShapeDtypeStruct((rows, room, lines * LANES), jnp.float32),
-            jax.ShapeDtypeStruct((rows, chunks, 1), jnp.int32),
+            jax.ShapeDtypeStruct((rows, room, GROUP_SLOTS), jnp.float32),
+            *(jax.ShapeDtypeStruct((rows, room), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32)),
         ],
-        **options,
-    )(lanes, lengths[:, None], jnp.stack([low, high], axis=1))
-    return kept, jnp.pad(counts[..., 0], ((0, 0), (0, room - chunks)))
+        compiler_params=plgpu.CompilerParams(num_warps=CHUNK_GROUPS),
+        interpret=interpreted(),
+        name="keep_bracket",
+    )(row.groups, row.lengths, bracket)
+    return _Kept(*kept)
 
 
 def _keep_of_chunk(
-    scores_ref: Any, length_ref: Any, bracket_ref: Any, kept_ref: Any, count_ref: Any, *, slots: int, lines: int
+    scores_ref: Any,
+    length_ref: Any,
+    bracket_ref: Any,
+    kept_ref: Any,
+    count_ref: Any,
+    inside_ref: Any,
+    above_ref: Any,
+    *,
+    slots: int,
 ) -> None:
-    """One chunk's scores within the bracket, in their order; zeros never matter."""
-    place = places(lines, pl.program_id(1) * (lines * LANES))
+    """Each group's scores within the bracket, in their order; zeros never matter."""
+    group, slot = (lax.broadcasted_iota(jnp.int32, scores_ref.shape, axis) for axis in (0, 1))
+    place = (pl.program_id(1) * CHUNK_GROUPS + group) * GROUP_SLOTS + slot
     scores = load_clean(scores_ref, place, length_ref[0], slots)
     bits = bits_of(scores)
-    keep = (bits >= jnp.maximum(bracket_ref[0], 1)) & (bits < bracket_ref[1])
-    count = tile_sum(keep.astype(jnp.int32))
-    plgpu.store(kept_ref.at[ranked(keep, places(lines), jnp.int32(0), count)], scores, mask=keep)
-    count_ref[0] = count
+    above = bits >= bracket_ref[1]
+    keep = (bits >= jnp.maximum(bracket_ref[0], 1)) & ~above
+    flags = keep.astype(jnp.int32)
+    count, rank = jnp.sum(flags, axis=1), jnp.cumsum(flags, axis=1)
+    # What is not kept has places of its own behind the rest, to which nothing is written.
+    target = jnp.where(keep, rank - 1, count[:, None] + slot - rank)
+    plgpu.store(kept_ref.at[group, target], scores, mask=keep)
+    count_ref[...] = count
+    inside_ref[...] = jnp.sum(jnp.where(keep, scores, 0.0), axis=1)
+    above_ref[...] = jnp.sum(jnp.where(above, scores, 0.0), axis=1)
 
 
 def _finish(
-    kept: Float[Array, "rows chunks chunk"],
-    counts: Int32[Array, "rows chunks"],
-    low: Int32[Array, " rows"],
-    high: Int32[Array, " rows"],
-    above: Float[Array, " rows"],
-    wanted: Float[Array, " rows"],
+    row: _Rows,
+    kept: _Kept,
+    bracket: Int32[Array, "rows 2"],
+    ends: Int32[Array, "rows 2"],
+    masses: Float[Array, "rows 2"],
 ) -> Float[Array, " rows"]:
-    """Halves what is left of the brackets over the scores inside them, one program a row."""
-    rows, chunks, chunk = kept.shape
-    columns = min(KEPT_COLUMNS, chunk)
-    pair = pl.BlockSpec((None, 2), lambda r: (r, 0))
+    """Halves the brackets over the scores inside them, one program a row."""
+    rows, room = kept.counts.shape
+    per_group, pair = pl.BlockSpec((None, room), lambda r: (r, 0)), pl.BlockSpec((None, 2), lambda r: (r, 0))
     threshold = pl.pallas_call(
-        functools.partial(_finish_row, columns=columns),
+        functools.partial(_finish_row, slots=row.slots),
         grid=(rows,),
         in_specs=[
-            pl.BlockSpec((None, chunks, chunk), lambda r: (r, 0, 0)),
-            pl.BlockSpec((None, chunks), lambda r: (r, 0)),
-            pair,
-            pair,
+            _whole_row(row),
+            pl.BlockSpec((None, 1), lambda r: (r, 0)),
+            pl.BlockSpec((None, room, GROUP_SLOTS), lambda r: (r, 0, 0)),
+            *(per_group, per_group, per_group, pair, pair, pair),
         ],
         out_specs=pl.BlockSpec((None, 1), lambda r: (r, 0)),
         out_shape=jax.ShapeDtypeStruct((rows, 1), jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=8),
         interpret=interpreted(),
         name="finish_threshold",
-    )(kept, counts, jnp.stack([low, high], axis=1), jnp.stack([above, wanted], axis=1))
+    )(row.groups, row.lengths, kept.scores, kept.counts, kept.inside, kept.above, bracket, ends, masses)
     return threshold[:, 0]
 
 
-def _finish_row(kept_ref: Any, counts_ref: Any, bracket_ref: Any, mass_ref: Any, out_ref: Any, *, columns: int) -> None:
-    """One row's kept scores, some columns of all chunks at a time."""
-    counts = counts_ref[...]
-    chunks = counts.shape[0]
-    steps = pl.cdiv(jnp.max(counts), columns)
-    above, wanted = mass_ref[0], mass_ref[1]
+def _finish_row(
+    scores_ref: Any,
+    length_ref: Any,
+    kept_ref: Any,
+    counts_ref: Any,
+    inside_ref: Any,
+    above_ref: Any,
+    bracket_ref: Any,
+    ends_ref: Any,
+    mass_ref: Any,
+    out_ref: Any,
+    *,
+    slots: int,
+) -> None:
+    """One row's threshold, from what was kept of it if the bracket holds, otherwise from all of it."""
+    counts, above = counts_ref[...], jnp.sum(above_ref[...])
+    room = counts.shape[0]
+    columns = max(1, min(KEPT_TOGETHER // room, GROUP_SLOTS))
+    wanted, total = mass_ref[0], mass_ref[1]
 
-    def load(step: jax.Array) -> jax.Array:
-        column = step * columns + lax.broadcasted_iota(jnp.int32, (chunks, columns), 1)
-        here = column < counts[:, None]
-        return plgpu.load(kept_ref.at[:, pl.ds(step * columns, columns)], mask=here, other=0.0)
+    def load_kept(step: Any) -> jax.Array:
+        column = step * columns + lax.broadcasted_iota(jnp.int32, (room, columns), 1)
+        here = kept_ref.at[:, pl.ds(step * columns, columns)]
+        return plgpu.load(here, mask=column < counts[:, None], other=0.0)
+
+    def load_any(step: Any) -> jax.Array:
+        place = step * GROUP_SLOTS + lax.broadcasted_iota(jnp.int32, (1, GROUP_SLOTS), 1)
+        return load_clean(scores_ref.at[pl.ds(step, 1)], place, length_ref[0], slots)
+
+    def from_kept() -> jax.Array:
+        steps = pl.cdiv(jnp.max(counts), columns)
+        return _halve_over(load_kept, steps, bracket_ref[0], bracket_ref[1], wanted, total, above)
+
+    def from_all() -> jax.Array:
+        return _halve_over(load_any, scores_ref.shape[0], ends_ref[0], ends_ref[1], wanted, total, jnp.float32(0))
+
+    holds = (above < wanted) & (above + jnp.sum(inside_ref[...]) >= wanted)
+    out_ref[0] = lax.cond(holds, from_kept, from_all)
+
+
+def _halve_over(
+    load: Callable[[Any], jax.Array],
+    steps: Any,
+    low: jax.Array,
+    high: jax.Array,
+    wanted: jax.Array,
+    total: jax.Array,
+    above: jax.Array,
+) -> jax.Array:
+    """The smallest score of the nucleus within a bracket; `load` gives tiles, step by step.
+
+    In practice there is one, which stays where it is.
+    """
+    first = load(0)
 
     def mass(bound: jax.Array) -> jax.Array:
-        def add(step: jax.Array, so_far: jax.Array) -> jax.Array:
-            scores = load(step)
-            return so_far + jnp.sum(jnp.where(bits_of(scores) >= bound, scores, 0.0), axis=0)
+        def part(scores: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.where(bits_of(scores) >= bound, scores, 0.0), axis=0)
 
-        return above + jnp.sum(lax.fori_loop(0, steps, add, jnp.zeros((columns,), jnp.float32)))
+        return above + jnp.sum(lax.fori_loop(1, steps, lambda step, so_far: so_far + part(load(step)), part(first)))
 
-    enough_at = halve(bracket_ref[0], bracket_ref[1], lambda bound: mass(bound) >= wanted)
+    enough_at = halve(low, high, mass, wanted, total, above)
 
-    def least(step: jax.Array, so_far: jax.Array) -> jax.Array:
-        scores = load(step)
+    def least(scores: jax.Array) -> jax.Array:
         inside = bits_of(scores) >= jnp.maximum(enough_at, 1)
-        return jnp.minimum(so_far, jnp.min(jnp.where(inside, scores, jnp.inf), axis=0))
+        return jnp.min(jnp.where(inside, scores, jnp.inf), axis=0)
 
     # The smallest score that is chosen, in place of a bound that may lie between two.
-    smallest = jnp.min(lax.fori_loop(0, steps, least, jnp.full((columns,), jnp.inf, jnp.float32)))
-    out_ref[0] = jnp.where(smallest == jnp.inf, float_of(enough_at), smallest)
+    smallest = jnp.min(
+        lax.fori_loop(1, steps, lambda step, so_far: jnp.minimum(so_far, least(load(step))), least(first))
+    )
+    return jnp.where(smallest == jnp.inf, float_of(enough_at), smallest)

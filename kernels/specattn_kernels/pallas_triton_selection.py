@@ -1,8 +1,8 @@
 """Top-p selection and compaction to block ids, as kernels of Pallas's Triton lowering.
 
-Rows of at most ROW_SLOTS blocks: one launch, one program a row. It holds the row in registers, halves the bracket of
-the threshold's bit pattern at most 31 times there, then goes over the row again, which is in the L2 cache by now, and
-writes the ids. Device memory sees each score once and each id once: 8 bytes a block with float32 scores.
+Rows of at most ROW_SLOTS blocks: one program a row holds the row in registers, halves the bracket of the threshold's
+bit pattern there until a single score is left in it, and counts what is chosen. A second launch, several programs a
+row, writes the ids. 12 bytes a block with float32 scores.
 
 Longer rows take several programs each for the threshold (see `pallas_triton_long_rows`: 16 bytes a slot). Then XLA
 turns the choice into a mask and the mask becomes ids: 11 bytes more.
@@ -13,7 +13,7 @@ With blocks of more than one slot XLA adds up the blocks first: 4 bytes a slot m
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ from specattn_kernels.pallas_triton_tiles import (
 )
 from specattn_kernels.types import SelectionPlan
 
-# Longest row that one program holds: 64 numbers in each of 512 threads.
+# Longest row that one program holds: 128 numbers in each of 256 threads.
 ROW_SLOTS = 1 << 15
 # Slots whose ids are written in one step.
 TILE_SLOTS = 1 << 12
@@ -151,6 +151,39 @@ def _write_tile(flags_ref: Any, before_ref: Any, count_ref: Any, ids_ref: Any) -
     ids_ref[ranked(chosen, place, before_ref[0], count_ref[0])] = place
 
 
+class _Row(NamedTuple):
+    """What turns scores of a row into a choice; all but the numbers of the row are static.
+
+    Attributes:
+        threshold: of the nucleus.
+        length: valid slots.
+        blocks: in the row.
+        block_size: slots of a block.
+        num_sink: slots at the beginning that are always chosen.
+        num_recent: slots at the end that are.
+    """
+
+    threshold: Any
+    length: Any
+    blocks: int
+    block_size: int
+    num_sink: int
+    num_recent: int
+
+    def choose(self, scores: jax.Array, place: jax.Array) -> jax.Array:
+        """Which blocks of a tile the plan has."""
+        start = place * self.block_size
+        chosen = (scores >= self.threshold) | (start < self.num_sink)
+        if self.num_recent:
+            chosen |= start + self.block_size > self.length - self.num_recent
+        return chosen & (start < self.length) & (place < self.blocks)
+
+    @property
+    def valid(self) -> Any:
+        """Blocks with valid slots."""
+        return (self.length + self.block_size - 1) // self.block_size
+
+
 def _select_in_rows(
     scores: Float[Array, "rows P"],
     shares: Float[Array, " rows"],
@@ -159,30 +192,31 @@ def _select_in_rows(
 ) -> tuple[Array, ...]:
     """Thresholds [rows], and with `forced` (block size, sinks, recent) also ids [rows, >= P] and counts [rows].
 
-    One program a row.
+    One program a row finds the threshold.
     """
     rows, blocks = scores.shape
     width = padded(blocks)
     lines = width // LANES
+    lanes, lengths = in_lanes(scores), lengths[:, None]
     one = pl.BlockSpec((None, 1), lambda r: (r, 0))
     out_specs, out_shape = [one], [jax.ShapeDtypeStruct((rows, 1), jnp.float32)]
     if forced is not None:
-        out_specs += [pl.BlockSpec((None, width), lambda r: (r, 0)), one]
-        out_shape += [jax.ShapeDtypeStruct((rows, width), jnp.int32), jax.ShapeDtypeStruct((rows, 1), jnp.int32)]
-    threshold, *plan = pl.pallas_call(
+        out_specs.append(pl.BlockSpec((None, lines), lambda r: (r, 0)))
+        out_shape.append(jax.ShapeDtypeStruct((rows, lines), jnp.int32))
+    threshold, *in_line = pl.pallas_call(
         functools.partial(_select_in_row, blocks=blocks, lines=lines, forced=forced),
         grid=(rows,),
         in_specs=[pl.BlockSpec((None, lines, LANES), lambda r: (r, 0, 0)), one, one],
         out_specs=out_specs,
         out_shape=out_shape,
-        compiler_params=plgpu.CompilerParams(num_warps=max(4, min(16, width // 1024))),
+        compiler_params=plgpu.CompilerParams(num_warps=max(4, min(8, width // 1024))),
         interpret=interpreted(),
         name="select_in_rows",
-    )(in_lanes(scores), shares[:, None], lengths[:, None])
+    )(lanes, shares[:, None], lengths)
     if forced is None:
         return (threshold[:, 0],)
-    ids, counts = plan
-    return threshold[:, 0], ids, counts[:, 0]
+    ids, counts = _write_chosen(lanes, threshold, lengths, in_line[0], blocks, forced)
+    return threshold[:, 0], ids, counts
 
 
 def _select_in_row(
@@ -190,46 +224,82 @@ def _select_in_row(
     share_ref: Any,
     length_ref: Any,
     threshold_ref: Any,
-    *plan_refs: Any,
+    *count_refs: Any,
     blocks: int,
     lines: int,
     forced: dict[str, int] | None,
 ) -> None:
-    """One whole row: the threshold, then what it chooses."""
+    """One whole row: the threshold, then how many blocks of each line it chooses."""
     share, length = share_ref[0], length_ref[0]
-    block_size = 1 if forced is None else forced["block_size"]
-    valid = (length + block_size - 1) // block_size
-    scores = load_clean(scores_ref, places(lines), valid, blocks)
+    plain = {"block_size": 1, "num_sink": 0, "num_recent": 0}
+    row = _Row(None, length, blocks, **(plain if forced is None else forced))
+    scores = load_clean(scores_ref, places(lines), row.valid, blocks)
     bits = bits_of(scores)
     total = tile_sum(scores)
     low = lower_bound(share, total, blocks)
     high = jnp.maximum(jnp.max(jnp.max(bits, axis=0)), low) + 1
     wanted = share * total
-    enough_at = halve(low, high, lambda bound: tile_sum(jnp.where(bits >= bound, scores, 0.0)) >= wanted)
+    enough_at = halve(low, high, lambda bound: tile_sum(jnp.where(bits >= bound, scores, 0.0)), wanted, total)
     # The smallest score that is chosen, in place of a bound that may lie between two.
     smallest = jnp.min(jnp.min(jnp.where(bits >= enough_at, scores, jnp.inf), axis=0))
     threshold = jnp.where((share >= 1.0) | (smallest == jnp.inf), 0.0, smallest)
     threshold_ref[0] = threshold
-    if forced is None:
-        return
+    if forced is not None:
+        chosen = row._replace(threshold=threshold).choose(scores, places(lines))
+        count_refs[0][...] = jnp.sum(chosen.astype(jnp.int32), axis=1)
 
-    def choose(part: jax.Array, place: jax.Array) -> jax.Array:
-        start = place * block_size
-        chosen = (part >= threshold) | (start < forced["num_sink"])
-        if forced["num_recent"]:
-            chosen |= start + block_size > length - forced["num_recent"]
-        return chosen & (start < length) & (place < blocks)
 
-    ids_ref, count_ref = plan_refs
-    count = tile_sum(choose(scores, places(lines)).astype(jnp.int32))
-    count_ref[0] = count
+def _write_chosen(
+    lanes: Float[Array, "rows lines 128"],
+    threshold: Float[Array, "rows 1"],
+    lengths: Int32[Array, "rows 1"],
+    in_line: Int32[Array, "rows lines"],
+    blocks: int,
+    forced: dict[str, int],
+) -> tuple[Int32[Array, "rows width"], Int32[Array, " rows"]]:
+    """Ids and counts of what the thresholds choose, several programs a row."""
+    rows, lines = in_line.shape
     step_lines = min(lines, TILE_SLOTS // LANES)
+    one = pl.BlockSpec((None, 1), lambda r, _: (r, 0))
+    ids, counts = pl.pallas_call(
+        functools.partial(_write_chosen_tile, blocks=blocks, forced=forced),
+        grid=(rows, lines // step_lines),
+        in_specs=[
+            pl.BlockSpec((None, step_lines, LANES), lambda r, t: (r, t, 0)),
+            one,
+            one,
+            pl.BlockSpec((None, lines), lambda r, _: (r, 0)),
+        ],
+        out_specs=[pl.BlockSpec((None, lines * LANES), lambda r, _: (r, 0)), one],
+        out_shape=[
+            jax.ShapeDtypeStruct((rows, lines * LANES), jnp.int32),
+            jax.ShapeDtypeStruct((rows, 1), jnp.int32),
+        ],
+        compiler_params=plgpu.CompilerParams(num_warps=4),
+        interpret=interpreted(),
+        name="write_chosen",
+    )(lanes, threshold, lengths, in_line)
+    return ids, counts[:, 0]
 
-    def write(step: jax.Array, before: jax.Array) -> jax.Array:
-        place = places(step_lines, step * (step_lines * LANES))
-        part = load_clean(scores_ref.at[pl.ds(step * step_lines, step_lines)], place, valid, blocks)
-        chosen = choose(part, place)
-        ids_ref[ranked(chosen, place, before, count)] = place
-        return before + tile_sum(chosen.astype(jnp.int32))
 
-    lax.fori_loop(0, lines // step_lines, write, jnp.int32(0))
+def _write_chosen_tile(
+    scores_ref: Any,
+    threshold_ref: Any,
+    length_ref: Any,
+    in_line_ref: Any,
+    ids_ref: Any,
+    count_ref: Any,
+    *,
+    blocks: int,
+    forced: dict[str, int],
+) -> None:
+    """One tile of a row; every program of the row writes the same count."""
+    lines, tile = scores_ref.shape[0], pl.program_id(1)
+    row = _Row(threshold_ref[0], length_ref[0], blocks, **forced)
+    in_line = in_line_ref[...]
+    line = lax.broadcasted_iota(jnp.int32, in_line.shape, 0)
+    count, before = jnp.sum(in_line), jnp.sum(jnp.where(line < tile * lines, in_line, 0))
+    place = places(lines, tile * (lines * LANES))
+    chosen = row.choose(load_clean(scores_ref, place, row.valid, blocks), place)
+    ids_ref[ranked(chosen, place, before, count)] = place
+    count_ref[0] = count

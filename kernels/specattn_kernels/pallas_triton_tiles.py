@@ -18,6 +18,8 @@ from specattn_kernels.common import FLOAT32_MAX, FLOAT32_TINY
 LANES = 128
 # Nuclei above this share leave too little for a lower bound of their threshold to be safe from rounding.
 BOUNDED_SHARE = 1 - 1e-4
+# Error of a sum of a row's scores, relative to the sum of all.
+ROUNDING = 1e-6
 
 
 def padded(slots: int) -> int:
@@ -25,13 +27,13 @@ def padded(slots: int) -> int:
     return max(8 * LANES, 1 << (slots - 1).bit_length())
 
 
-def in_lanes(scores: Float[Array, "rows S"]) -> Float[Array, "rows lines 128"]:
+def in_lanes(scores: Float[Array, "rows S"], lanes: int = LANES) -> Float[Array, "rows lines lanes"]:
     """Rows as lines of lanes; copied only if their length is no multiple of a line."""
     rows, slots = scores.shape
-    padding = -slots % LANES
+    padding = -slots % lanes
     if padding:
         scores = jnp.pad(scores, ((0, 0), (0, padding)))
-    return scores.reshape(rows, (slots + padding) // LANES, LANES)
+    return scores.reshape(rows, (slots + padding) // lanes, lanes)
 
 
 def places(lines: int, first: Any = 0) -> jax.Array:
@@ -42,7 +44,12 @@ def places(lines: int, first: Any = 0) -> jax.Array:
 
 def load_clean(ref: Any, place: jax.Array, valid: Any, slots: int) -> jax.Array:
     """As `clean_scores`, of a tile; what lies beyond the row is not read."""
-    scores = plgpu.load(ref, mask=place < slots, other=0.0).astype(jnp.float32)
+    return clean(plgpu.load(ref, mask=place < slots, other=0.0), place, valid, slots)
+
+
+def clean(scores: jax.Array, place: jax.Array, valid: Any, slots: int) -> jax.Array:
+    """As `clean_scores`, of a tile with the places of its scores."""
+    scores = scores.astype(jnp.float32)
     keep = (scores >= FLOAT32_TINY) & (place < jnp.minimum(valid, slots))
     return jnp.where(keep, jnp.minimum(scores, FLOAT32_MAX / 2 / slots), 0.0)
 
@@ -68,18 +75,47 @@ def lower_bound(share: jax.Array, total: jax.Array, slots: int) -> jax.Array:
     return bits_of(rest * total * (0.5 / slots))
 
 
-def halve(low: jax.Array, high: jax.Array, reaches: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The largest bit pattern in [low, high) that `reaches` holds for, if it does for `low` and not for `high`."""
+def halve(
+    low: jax.Array,
+    high: jax.Array,
+    mass: Callable[[jax.Array], jax.Array],
+    wanted: jax.Array,
+    total: jax.Array,
+    above: Any = 0.0,
+) -> jax.Array:
+    """A bit pattern in [low, high) at or above which lies the smallest set of scores whose mass reaches what is wanted.
 
-    def step(_: jax.Array, bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        enough_at, too_high = bracket
+    Halving ends as soon as the mass left in the bracket is less than two of its scores can have, up to the rounding of
+    sums: then it holds one, and the set is minimal.
+
+    Args:
+        low: bits of a bound that reaches it.
+        high: bits of a bound that does not.
+        mass: of the scores at or above bits.
+        wanted: mass.
+        total: mass of all scores.
+        above: mass at or above `high`.
+    """
+
+    def crowded(bracket: tuple[jax.Array, ...]) -> jax.Array:
+        enough_at, too_high, reached, missed = bracket
+        inside = reached - missed + ROUNDING * total
+        return (too_high - enough_at > 1) & (inside >= 2 * float_of(enough_at))
+
+    def step(bracket: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        enough_at, too_high, reached, missed = bracket
         middle = enough_at + (too_high - enough_at) // 2
-        enough = reaches(middle)
-        return jnp.where(enough, middle, enough_at), jnp.where(enough, too_high, middle)
+        here = mass(middle)
+        enough = here >= wanted
+        return (
+            jnp.where(enough, middle, enough_at),
+            jnp.where(enough, too_high, middle),
+            jnp.where(enough, here, reached),
+            jnp.where(enough, missed, here),
+        )
 
-    # The exponent of the width: it takes as many halvings as the width has digits, and none is left over beyond that.
-    digits = (bits_of((high - low).astype(jnp.float32)) >> 23) - 126
-    return lax.fori_loop(0, jnp.clip(digits, 0, 31), step, (low, high))[0]
+    start: tuple[jax.Array, ...] = low, high, total, jnp.asarray(above, jnp.float32)
+    return lax.while_loop(crowded, step, start)[0]
 
 
 def ranked(chosen: jax.Array, place: jax.Array, before: jax.Array, count: jax.Array) -> jax.Array:

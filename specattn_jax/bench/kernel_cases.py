@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from typing import Literal, TypeAlias
 
-Grid: TypeAlias = Literal["tiny", "small", "full"]
+Grid: TypeAlias = Literal["tiny", "small", "precision", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,26 +71,34 @@ def _selection(rows: tuple[tuple[int, int, int], ...], ps: tuple[float, ...], bl
 
 
 def make_grid(grid: Grid) -> list[Case]:
-    """The cases of a grid: `tiny` runs anywhere in seconds, `small` has the main points, `full` all of them."""
+    """The cases of a grid.
+
+    `tiny` runs anywhere in seconds, `small` has the main points, `precision` all dtypes and head dims, `full` these and
+    many more.
+    """
     if grid == "tiny":
         return [
             *_attention((2, 2, 2, 256), (0.25,), (1, 16), head_dim=64, dtype="float32"),
             *_selection(((2, 3, 512),), (0.95,), (1, 16)),
+            Case("select_blocks", 1, 2, 40_000, dtype="float32", p=0.95),
         ]
     if grid == "small":
         return [
-            *_attention((8, 8, 4, 32768), (0.25, 0.1), (1, 16)),
-            *_attention((1, 8, 4, 131072), (0.25, 0.1), (1, 16)),
+            *_attention((8, 8, 4, 32768), (0.25, 0.1), (1, 16, 64)),
+            *_attention((1, 8, 4, 131072), (0.25, 0.1), (1, 16, 64)),
             *_selection(((1, 110, 8192), (1, 110, 32768), (1, 110, 131072), (8, 128, 32768)), (0.95,), (1, 16)),
         ]
+    precision = itertools.chain.from_iterable(
+        _attention((4, 8, 4, 8192), (0.25,), (1, 32), head_dim, dtype)
+        for head_dim, dtype in itertools.product((64, 96, 128, 256), ("bfloat16", "float16", "float32"))
+    )
+    if grid == "precision":
+        return list(precision)
     shapes = ((8, 8, 4, 32768), (1, 8, 4, 131072), (1, 32, 1, 32768), (1, 32, 1, 2048), (8, 8, 4, 8192))
     densities, blocks = (1.0, 0.5, 0.25, 0.1, 0.05), (1, 16, 64)
     rows = tuple((1, 110, slots) for slots in (2048, 8192, 32768, 65536, 131072))
     return [
         *itertools.chain.from_iterable(_attention(shape, densities, blocks) for shape in shapes),
-        *itertools.chain.from_iterable(
-            _attention((4, 8, 4, 8192), (0.25,), (1, 32), head_dim, dtype)
-            for head_dim, dtype in itertools.product((64, 96, 128, 256), ("bfloat16", "float16", "float32"))
-        ),
+        *precision,
         *_selection((*rows, (8, 128, 32768), (8, 256, 8192)), (0.5, 0.95), (1, 16)),
     ]

@@ -11,20 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from specattn_kernels import (
+    Call,
     Implementation,
     SelectionPlan,
     compact_blocks,
+    current_device,
     decode_attention,
+    find_obstacle,
     select_blocks,
     sparse_decode_attention,
     top_p_threshold,
 )
-from specattn_kernels.dispatch import BACKEND_OPS, BACKEND_PLATFORMS
+from specattn_kernels.dispatch import ATTENTION_OPS, BACKEND_OPS, BACKEND_PLATFORMS
 
 from specattn_jax.bench.kernel_cases import Case
-
-# Shares and lengths.
-_SELECTION = (0, 2)
 
 Inputs = tuple[jax.Array, ...]
 
@@ -35,13 +35,11 @@ class Contender(NamedTuple):
     Attributes:
         call: takes the arrays of `make`.
         make: inputs from a seed.
-        chained: inputs that are to depend on the call before, see `time_calls`.
         error: relative error of the outputs for the inputs, against float64; None where it is another function.
     """
 
     call: Callable[..., Any]
     make: Callable[[int], Inputs]
-    chained: tuple[int, ...] = (0,)
     error: Callable[[Inputs, Any], float] | None = None
 
 
@@ -70,12 +68,20 @@ def make_work(case: Case) -> Work:
     return makers[case.op](case)
 
 
-def _backends(op: str) -> list[Implementation]:
-    here = jax.default_backend()
+def _backends(op: str, case: Case) -> list[Implementation]:
+    """Our backends that can serve the case on this device."""
+    device = current_device()
+    call = None
+    if op in ATTENTION_OPS:
+        cache = case.batch, case.kv_heads, case.slots, case.head_dim
+        block_size = case.block_size if op == "sparse_decode_attention" else None
+        call = Call(cache, case.tokens * case.group, case.dtype, block_size)
     return [
         cast(Implementation, name)
         for name, ops in BACKEND_OPS.items()
-        if op in ops and BACKEND_PLATFORMS.get(name, here) == here
+        if op in ops
+        and BACKEND_PLATFORMS.get(name, device.platform) == device.platform
+        and find_obstacle(name, device, call) is None
     ]
 
 
@@ -98,14 +104,14 @@ def _attention_bytes(case: Case, share: float) -> int:
 
 def _attention_error(inputs: Inputs, output: Any, block_size: int = 1) -> float:
     """Of the first sequence and kv head: norm of the difference over the norm."""
-    q, k, v, _, *ids = inputs
+    q, k, v, _, *plan = inputs
     tokens, heads = q.shape[1:3]
     group, slots = heads // k.shape[1], k.shape[2]
     queries = np.asarray(q[0, :, :group].astype(jnp.float32), np.float64)
     keys, values = (np.asarray(x[0, 0].astype(jnp.float32), np.float64) for x in (k, v))
     seen = np.arange(slots) <= (slots - tokens + np.arange(tokens))[:, None]
-    if ids:
-        chosen = np.isin(np.arange(slots) // block_size, np.asarray(ids[0][0, 0]))
+    if plan:
+        chosen = np.isin(np.arange(slots) // block_size, np.asarray(plan[0][0, 0]))
         seen &= chosen | (np.arange(slots) >= slots - tokens)
     logits = np.einsum("tgh,sh->tgs", queries, keys) * queries.shape[-1] ** -0.5
     logits = np.where(seen[:, None], logits, -np.inf)
@@ -116,23 +122,23 @@ def _attention_error(inputs: Inputs, output: Any, block_size: int = 1) -> float:
 
 
 def _attention_contenders(
-    op: str, call: Callable[..., Any], make: Callable[[int], Inputs], block_size: int
+    op: str, case: Case, call: Callable[..., Any], make: Callable[[int], Inputs]
 ) -> dict[str, Contender]:
-    """Our backends of an attention op; XLA masks values by length, which it must do anew each time."""
-    error = functools.partial(_attention_error, block_size=block_size)
+    """Our backends of an attention op."""
+    error = functools.partial(_attention_error, block_size=case.block_size)
     return {
-        str(name): Contender(
-            functools.partial(call, implementation=name), make, (0, 3) if name == "xla" else (0,), error
-        )
-        for name in _backends(op)
+        str(name): Contender(functools.partial(call, implementation=name), make, error) for name in _backends(op, case)
     }
 
 
 def _dense(case: Case, scores: bool = False) -> Work:
     make = functools.partial(_attention_inputs, case)
     call = functools.partial(decode_attention, return_scores=scores)
-    contenders = _attention_contenders("decode_attention", call, make, 1)
-    if not scores:
+    contenders = _attention_contenders("decode_attention", case, call, make)
+    if scores:
+        # It has none.
+        contenders.pop("pallas_mosaic_gpu", None)
+    else:
         contenders |= _library_attention(case)
     nbytes = _attention_bytes(case, 1.0)
     if scores:
@@ -163,14 +169,14 @@ def _sparse(case: Case) -> Work:
     def make(seed: int) -> Inputs:
         order = jax.random.uniform(jax.random.key(seed + 1000), (case.batch, case.kv_heads, blocks))
         ids = jnp.sort(jnp.argsort(order, axis=-1)[..., :capacity], axis=-1).astype(jnp.int32)
-        return *_attention_inputs(case, seed), ids
+        return *_attention_inputs(case, seed), ids, jnp.full(ids.shape[:2], capacity, jnp.int32)
 
     def call(*inputs: jax.Array, implementation: Implementation) -> Any:
-        q, k, v, lengths, ids = inputs
-        plan = SelectionPlan(ids, jnp.full(ids.shape[:2], capacity, jnp.int32), case.block_size)
+        q, k, v, lengths, ids, counts = inputs
+        plan = SelectionPlan(ids, counts, case.block_size)
         return sparse_decode_attention(q, k, v, plan, lengths, implementation=implementation)
 
-    contenders = _attention_contenders("sparse_decode_attention", call, make, case.block_size)
+    contenders = _attention_contenders("sparse_decode_attention", case, call, make)
     ids_bytes = 4 * case.batch * case.kv_heads * capacity
     return Work(_attention_bytes(case, min(1.0, capacity * case.block_size / case.slots)) + ids_bytes, contenders)
 
@@ -211,13 +217,12 @@ def _threshold(case: Case) -> Work:
         return top_p_threshold(scores, share, lengths=lengths[:, None], implementation=name)
 
     def by_sort(share: jax.Array, scores: jax.Array, _: jax.Array) -> jax.Array:
-        return _sorted_threshold(share, scores + 0 * share[..., None])
+        return _sorted_threshold(share, scores)
 
     contenders = {
-        str(name): Contender(functools.partial(call, name), make, _SELECTION, error)
-        for name in _backends("top_p_threshold")
+        str(name): Contender(functools.partial(call, name), make, error) for name in _backends("top_p_threshold", case)
     }
-    contenders["sort and cumsum"] = Contender(by_sort, make, _SELECTION, error)
+    contenders["sort and cumsum"] = Contender(by_sort, make, error)
     rows = case.batch * case.kv_heads
     return Work(rows * (case.slots * jnp.dtype(case.dtype).itemsize + 4), contenders)
 
@@ -233,9 +238,8 @@ def _select(case: Case) -> Work:
         return select_blocks(scores, share, lengths, block_size=case.block_size, implementation=name)
 
     def block_scores(share: jax.Array, scores: jax.Array) -> jax.Array:
-        # The share is in, so that each call depends on the one before.
         padded = jnp.pad(scores, ((0, 0), (0, 0), (0, blocks * case.block_size - case.slots)))
-        return padded.reshape(*scores.shape[:2], blocks, case.block_size).sum(axis=-1) + 0 * share[..., None]
+        return padded.reshape(*scores.shape[:2], blocks, case.block_size).sum(axis=-1)
 
     def by_sort(share: jax.Array, scores: jax.Array, _: jax.Array) -> SelectionPlan:
         sums = block_scores(share, scores)
@@ -246,11 +250,10 @@ def _select(case: Case) -> Work:
         return jnp.sort(jax.lax.top_k(block_scores(share, scores), max(1, blocks // 4))[1], axis=-1)
 
     contenders = {
-        str(name): Contender(functools.partial(call, name), make, _SELECTION, error)
-        for name in _backends("select_blocks")
+        str(name): Contender(functools.partial(call, name), make, error) for name in _backends("select_blocks", case)
     }
-    contenders["sort and cumsum"] = Contender(by_sort, make, _SELECTION, error)
-    contenders["top_k of a quarter"] = Contender(by_top_k, make, _SELECTION)
+    contenders["sort and cumsum"] = Contender(by_sort, make, error)
+    contenders["top_k of a quarter"] = Contender(by_top_k, make)
     rows = case.batch * case.kv_heads
     return Work(rows * (case.slots * jnp.dtype(case.dtype).itemsize + 4 * blocks + 4), contenders)
 
@@ -258,22 +261,21 @@ def _select(case: Case) -> Work:
 def _compact(case: Case) -> Work:
     def make(seed: int) -> Inputs:
         shape = (case.batch, case.kv_heads, case.slots)
-        return jnp.float32(0), jax.random.uniform(jax.random.key(seed), shape) < case.density
+        return (jax.random.uniform(jax.random.key(seed), shape) < case.density,)
 
     def error(inputs: Inputs, plan: Any) -> float:
-        chosen = np.flatnonzero(np.asarray(inputs[1][0, 0]))
+        chosen = np.flatnonzero(np.asarray(inputs[0][0, 0]))
         ids = np.asarray(plan.block_ids[0, 0, : int(plan.counts[0, 0])])
         return 0.0 if np.array_equal(ids, chosen) else 1.0
 
-    # The number is zero; with it, each call depends on the one before.
-    def call(name: Implementation, zero: jax.Array, mask: jax.Array) -> SelectionPlan:
-        return compact_blocks(mask ^ (zero > 0), block_size=1, implementation=name)
+    def call(name: Implementation, mask: jax.Array) -> SelectionPlan:
+        return compact_blocks(mask, block_size=1, implementation=name)
 
-    def by_sort(zero: jax.Array, mask: jax.Array) -> jax.Array:
-        return jnp.argsort(mask ^ (zero <= 0), axis=-1, stable=True)
+    def by_sort(mask: jax.Array) -> jax.Array:
+        return jnp.argsort(~mask, axis=-1, stable=True)
 
     contenders = {
-        str(name): Contender(functools.partial(call, name), make, (0,), error) for name in _backends("compact_blocks")
+        str(name): Contender(functools.partial(call, name), make, error) for name in _backends("compact_blocks", case)
     }
     contenders["stable argsort"] = Contender(by_sort, make)
     rows = case.batch * case.kv_heads

@@ -30,10 +30,12 @@ class KernelSettings(NamedTuple):
     Attributes:
         grid: which cases.
         minutes: when to stop, whatever is left; None is never.
+        only: the one contender to measure, such as "pallas_triton"; None is all.
     """
 
     grid: Grid = "small"
     minutes: float | None = None
+    only: str | None = None
 
     @property
     def timing(self) -> TimingSettings:
@@ -66,7 +68,7 @@ def run_kernel_benchmark(
         (case, name)
         for case in make_grid(settings.grid)
         for name in make_work(case).contenders
-        if _key(dataclasses.asdict(case), name) not in done
+        if _key(dataclasses.asdict(case), name) not in done and settings.only in (None, name)
     ]
     report["complete"] = False
     for index, (case, name) in enumerate(todo):
@@ -119,7 +121,7 @@ def _measure(case: Case, name: str, timing: TimingSettings, copy: float) -> dict
     try:
         work = make_work(case)
         contender = work.contenders[name]
-        measured = time_calls(contender.call, contender.make, work.nbytes, timing, contender.chained)
+        measured = time_calls(contender.call, contender.make, work.nbytes, timing)
         point |= {
             "seconds": measured.seconds,
             "spread": measured.spread,

@@ -55,7 +55,6 @@ def time_calls(
     make: Callable[[int], tuple[jax.Array, ...]],
     nbytes: int,
     settings: TimingSettings,
-    chained: tuple[int, ...] = (0,),
 ) -> Timing:
     """Times a function of arrays.
 
@@ -64,14 +63,12 @@ def time_calls(
         make: inputs from a seed.
         nbytes: bytes that one call moves, which decide how many calls and input sets there are.
         settings: how long to measure.
-        chained: which inputs depend on the result of the call before. They should be small, as each costs an addition,
-            and nothing that the function computes may do without all of them: the compiler would do that only once.
     """
     sets = min(_MAX_SETS, -(-settings.rotate // nbytes) + 1)
     wanted = settings.seconds * _ASSUMED_BANDWIDTH[jax.default_backend()] / nbytes
     rounds = max(1, min(_MAX_CALLS, round(wanted)) // sets)
     inputs = [make(seed) for seed in range(sets)]
-    loop = jax.jit(functools.partial(_loop, call, rounds, chained))
+    loop = jax.jit(functools.partial(_loop, call, rounds))
     measured = []
     jax.block_until_ready(loop(inputs))
     for _ in range(settings.repeats):
@@ -82,39 +79,30 @@ def time_calls(
     return Timing(median, (max(measured) - min(measured)) / median, rounds * sets, sets)
 
 
-def _loop(
-    call: Callable[..., Any], rounds: int, chained: tuple[int, ...], inputs: Sequence[tuple[jax.Array, ...]]
-) -> Any:
+def _loop(call: Callable[..., Any], rounds: int, inputs: Sequence[tuple[jax.Array, ...]]) -> Any:
     """Every input set in turn, `rounds` times; each call waits for the one before.
 
-    All results are carried along, or XLA would compute no more of them than is looked at.
+    The barrier makes the compiler believe that inputs depend on the results before, at no cost on the device. All
+    results are carried along, or XLA would compute no more of them than is looked at.
     """
-
-    def step(before: jax.Array, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, Any]:
-        results = call(*(x + before.astype(x.dtype) if index in chained else x for index, x in enumerate(arrays)))
-        number = jax.tree.leaves(results)[0].reshape(-1)[0].astype(jnp.float32)
-        # Zero, but not for the compiler.
-        return jnp.minimum(jnp.abs(number), 0.0), results
-
-    def body(_: jax.Array, carry: tuple[jax.Array, list[Any]]) -> tuple[jax.Array, list[Any]]:
-        before, results = carry[0], []
-        for arrays in inputs:
-            before, result = step(before, arrays)
-            results.append(result)
-        return before, results
-
     shapes = [jax.eval_shape(call, *arrays) for arrays in inputs]
+
+    def body(_: jax.Array, results: list[Any]) -> list[Any]:
+        previous, results = results[-1], []
+        for arrays in inputs:
+            waiting, _ = lax.optimization_barrier((arrays, previous))
+            previous = call(*waiting)
+            results.append(previous)
+        return results
+
     empty = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-    return lax.fori_loop(0, rounds, body, (jnp.float32(0), empty))
+    return lax.fori_loop(0, rounds, body, empty)
 
 
 def copy_bandwidth(settings: TimingSettings, nbytes: int) -> float:
     """Bytes read and written per second while an array of `nbytes` is copied on the device: the practical ceiling."""
 
-    def copy(offset: jax.Array, source: jax.Array) -> jax.Array:
-        return source + offset
+    def make(seed: int) -> tuple[jax.Array]:
+        return (jax.random.uniform(jax.random.key(seed), (nbytes // 4,)),)
 
-    def make(seed: int) -> tuple[jax.Array, jax.Array]:
-        return jnp.zeros((), jnp.float32), jax.random.uniform(jax.random.key(seed), (nbytes // 4,))
-
-    return 2 * nbytes / time_calls(copy, make, 2 * nbytes, settings).seconds
+    return 2 * nbytes / time_calls(jnp.negative, make, 2 * nbytes, settings).seconds

@@ -12,7 +12,7 @@ from specattn_jax.cli.process import importing
 from specattn_jax.cli.terminal import print_json, print_table, stage_bar
 from specattn_jax.errors import UserError
 
-GRIDS = ("tiny", "small", "full")
+GRIDS = ("tiny", "small", "precision", "full")
 
 bench = typer.Typer(help="Measure how fast the parts are on this machine.", no_args_is_help=True)
 

@@ -47,11 +47,13 @@ class StepScores(DraftScores):
     Attributes:
         maximum: largest predicted attention over the steps, one row per target kv head.
         union: slots in the nucleus of any step.
+        sources: largest attention of every draft kv head (the mean of its query heads) over the steps.
         step: steps so far.
     """
 
     maximum: Float[Array, "B rows S"]
     union: Bool[Array, "B rows S"]
+    sources: Float[Array, "B M*K S"]
     step: Int32[Array, ""]
 
 
@@ -85,6 +87,8 @@ class Ingredients(NamedTuple):
         union: unite the nuclei of the steps, instead of one nucleus of their maximum.
         linear: published bisection, where nuclei are united.
         steps: draft steps that count.
+        mix_last: predict from the largest attention of the draft's kv heads over the steps, which takes one mixture a
+            window, instead of the largest prediction.
         grain: how slots become a selection.
         num_sink: first slots that are always read.
         num_recent: last slots that are always read.
@@ -99,6 +103,7 @@ class Ingredients(NamedTuple):
     union: bool = False
     linear: bool = False
     steps: int = 64
+    mix_last: bool = False
     grain: Grain = "slot"
     num_sink: int = 4
     num_recent: int = 16
@@ -182,7 +187,8 @@ class Ablation:
     def start(self, batch: int, num_slots: int) -> StepScores:
         """Scores before the first draft step."""
         shape = (batch, len(self.weights), num_slots)
-        return StepScores(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.bool_), jnp.zeros((), jnp.int32))
+        sources = jnp.zeros((batch, self.draft.num_layers * self.draft.num_kv_heads, num_slots), jnp.float32)
+        return StepScores(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.bool_), sources, jnp.zeros((), jnp.int32))
 
     @property
     def _remembered(self) -> Memory:
@@ -218,7 +224,9 @@ class Ablation:
     ) -> StepScores:
         """Adds one draft step, if it counts."""
         assert isinstance(scores, StepScores)
-        rows = jnp.einsum("ar,brs->bas", self.weights, jnp.concatenate(observed, axis=1))
+        heads = jnp.concatenate(observed, axis=1)
+        rows = jnp.einsum("ar,brs->bas", self.weights, heads)
+        groups = jnp.mean(heads.reshape(heads.shape[0], -1, self.draft.group_size, heads.shape[-1]), axis=2)
         p = self._p()
 
         def nucleus(method: Literal["exact", "linear"]) -> Callable[[], Bool[Array, "B rows S"]]:
@@ -230,7 +238,8 @@ class Ablation:
         counts = scores.step < self.numbers["steps"]
         union = jax.lax.cond(self.numbers["union"] & counts, united, lambda: scores.union)
         maximum = jnp.where(counts, jnp.maximum(scores.maximum, rows), scores.maximum)
-        return StepScores(maximum, union, scores.step + 1)
+        sources = jnp.where(counts, jnp.maximum(scores.sources, groups), scores.sources)
+        return StepScores(maximum, union, sources, scores.step + 1)
 
     def _current(self, scores: StepScores, past: Int32[Array, " B"]) -> tuple[StepScores, Int32[Array, " B"]]:
         """The scores for which is selected, and the past when they were made."""
@@ -252,7 +261,13 @@ class Ablation:
         blend, p = self.numbers["blend"], self._p()
         slot, end = jnp.arange(current.maximum.shape[-1]), past[:, None, None]
         inside = slot < end
-        mixed = (1.0 - blend) * current.maximum + blend * self._remembered.attention
+        per_source = jnp.sum(self.weights.reshape(len(self.weights), -1, self.draft.group_size), axis=2)
+        predicted = jax.lax.cond(
+            self.numbers["mix_last"],
+            lambda: jnp.einsum("ar,brs->bas", per_source, current.sources),
+            lambda: current.maximum,
+        )
+        mixed = (1.0 - blend) * predicted + blend * self._remembered.attention
         chosen = jax.lax.cond(
             self.numbers["union"],
             lambda: current.union,

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.optimised
 TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 3e-2, jnp.float16: 4e-3}
 SMALL_TILES = (
     (pallas_triton_selection, {"ROW_SLOTS": 1024, "TILE_SLOTS": 1024}),
-    (pallas_triton_long_rows, {"CHUNK_SLOTS": 1024, "KEPT_COLUMNS": 128}),
+    (pallas_triton_long_rows, {"GROUP_SLOTS": 128, "KEPT_TOGETHER": 1024, "SAMPLED": 64}),
 )
 
 
@@ -36,7 +36,7 @@ class TestAttention:
         results = []
         for step_bytes, programs in ((1, 1 << 10), (1 << 20, 1)):
             monkeypatch.setattr(pallas_triton_attention, "STEP_BYTES", step_bytes)
-            monkeypatch.setattr(pallas_triton_attention, "WANTED_PROGRAMS", programs)
+            monkeypatch.setattr(pallas_triton_attention, "USUAL_CORES", programs)
             # Compiled anew: the settings are read while tracing.
             op = jax.jit(lambda *args: kernels.sparse_decode_attention(*args, implementation="pallas_triton").out)
             results.append(op(q, k, v, plan, lengths))
@@ -161,6 +161,17 @@ class TestLongRows:
                 near = np.isclose(row, thresholds[b, h], rtol=1e-3) & (row > 0)
                 assert (chosen == (row >= thresholds[b, h]) | forced)[~near].all()
             assert p < 1 or chosen.all()
+
+    @pytest.mark.parametrize("sampled", [0.0, 1e-6, 1.0])
+    def test_a_sample_that_misleads(self, small_tiles, sampled):
+        rng = np.random.default_rng(9)
+        scores = np.exp(rng.normal(size=(3, 5000))).astype(np.float32)
+        stride = -(-5000 // (pallas_triton_long_rows.SAMPLED // pallas_triton_long_rows.SAMPLED_TOGETHER))
+        is_sampled = np.arange(5000) % stride < pallas_triton_long_rows.SAMPLED_TOGETHER
+        scores *= np.where(is_sampled, sampled, 1.0 if sampled < 1 else 1e-5)
+        for p in (0.5, 0.95):
+            thresholds = np.asarray(small_tiles[0](scores, jnp.full(3, p), jnp.full(3, 5000)))
+            assert all(is_the_nucleus(row, threshold, p) for row, threshold in zip(scores, thresholds, strict=True))
 
     def test_ends_of_the_range(self, small_tiles):
         rows = np.zeros((6, 5000), np.float32)
@@ -289,5 +300,5 @@ class TestLowering:
         )
         wanted = ["select_in_rows"]
         if slots // block_size > pallas_triton_selection.ROW_SLOTS:
-            wanted = ["mass_above", "keep_bracket", "finish_threshold", "compact_blocks"]
+            wanted = ["sample_bracket", "keep_bracket", "finish_threshold", "compact_blocks"]
         assert all(name in text for name in wanted)
