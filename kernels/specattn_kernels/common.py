@@ -7,7 +7,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 LOG2_E = math.log2(math.e)
@@ -85,16 +84,3 @@ def mask_blocks(
     if num_recent:
         chosen |= start + block_size > length - num_recent
     return chosen & (start < length)
-
-
-def merge_partials(
-    part: Float[Array, "B K splits rows H"], lse: Float[Array, "B K splits rows"]
-) -> tuple[Float[Array, "B K rows H"], Float[Array, "B K rows"]]:
-    """Attention over all splits and its log2-sum-exp."""
-    top = jnp.max(lse, axis=2)
-    shift = jnp.where(top == -jnp.inf, 0.0, top)
-    weights = jnp.exp2(lse - shift[:, :, None])
-    total = jnp.sum(weights, axis=2)
-    divisor = jnp.where(total > 0, total, 1.0)
-    out = jnp.einsum("bksr,bksrh->bkrh", weights, part, precision=lax.Precision.HIGHEST) / divisor[..., None]
-    return out, jnp.where(total > 0, shift + jnp.log2(divisor), -jnp.inf)

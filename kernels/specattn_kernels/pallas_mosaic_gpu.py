@@ -21,8 +21,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from specattn_kernels.common import LOG2_E, group_queries, interpreted, merge_partials, ungroup
+from specattn_kernels.common import LOG2_E, group_queries, interpreted
 from specattn_kernels.compat import mosaic_gpu_interpreter
+from specattn_kernels.pallas_triton_merge import merge_splits, power_of_two
 from specattn_kernels.types import AttentionOutput, SelectionPlan
 
 BLOCK_SIZES = (16, 32, 64, 128)
@@ -169,13 +170,9 @@ def _attention(
     queries = group_queries(q, kv_heads).reshape(batch, kv_heads, rows, head_dim)
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, QUERY_ROWS - rows), (0, 0)))
     part, lse = _attend_in_splits(queries, k, v, plan, lengths, scale, tokens, heads // kv_heads, tile)
-    out, lse = merge_partials(part[:, :, :, :rows], lse[:, :, :, :rows])
-
-    def public(x: jax.Array) -> jax.Array:
-        """From [B, K, T * G, ...] to [B, T, N, ...]."""
-        return ungroup(x.reshape(batch, kv_heads, tokens, heads // kv_heads, *x.shape[3:]))
-
-    return AttentionOutput(out=public(out).astype(q.dtype), lse=public(lse) / LOG2_E if return_lse else None)
+    grouped = q.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
+    out, lse = merge_splits(part, lse, grouped, tile.splits * tile.consumers)
+    return AttentionOutput(out, lse / LOG2_E if return_lse else None)
 
 
 def _choose_tile(k: jax.Array, plan: SelectionPlan | None) -> _Tile:
@@ -205,7 +202,8 @@ def _attend_in_splits(
 ) -> tuple[Float[Array, "B K parts rows H"], Float[Array, "B K parts 64"]]:
     """Partial outputs and log2-sum-exps of every consumer of every split; of the outputs only rows that count."""
     batch, kv_heads, _, head_dim = k.shape
-    parts, rows = tile.splits * tile.consumers, -(-tokens * group // ALIGNMENT) * ALIGNMENT
+    # As many parts as merging has room for.
+    parts, rows = power_of_two(tile.splits * tile.consumers), -(-tokens * group // ALIGNMENT) * ALIGNMENT
     arrays = [queries, k, v, lengths, jnp.asarray(scale * LOG2_E, jnp.float32)[None]]
     if plan is not None:
         # Something to point at, even if nothing is ever selected.

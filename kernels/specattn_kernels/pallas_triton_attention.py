@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int32
 
 from specattn_kernels.common import LOG2_E, interpreted, ungroup
 from specattn_kernels.dispatch import current_device
+from specattn_kernels.pallas_triton_merge import merge_splits, parts_of, place_of, power_of_two
 from specattn_kernels.types import AttentionOutput, SelectionPlan
 
 # What a multiprocessor's shared memory has room for at once: so all programs run together, and none waits for a place.
@@ -100,7 +101,7 @@ def _attention(
     tile = _choose_tile(k, tokens * (heads // kv_heads), plan)
     grouped = q.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
     part, lse, logits = _attend_in_splits(grouped, k, v, plan, lengths, scale, tile, return_scores)
-    out, lse = _merge(part, lse, grouped, tile)
+    out, lse = merge_splits(part, lse, grouped, tile.splits)
     scores = None
     if logits is not None:
         position = lengths[:, None] - tokens + jnp.arange(tokens)
@@ -134,12 +135,7 @@ def _choose_tile(k: jax.Array, rows: int, plan: SelectionPlan | None) -> _Tile:
     refused = refusal(k.shape, rows)
     if refused is not None:
         raise NotImplementedError(f"pallas_triton: {refused}; use implementation='xla'.")
-    padded = max(16, _power_of_two(rows))
-    parts, begin = [], 0
-    for power in (256, 128, 64, 32, 16):
-        while begin + power <= head_dim:
-            parts.append((begin, power))
-            begin += power
+    padded = max(16, power_of_two(rows))
     device = current_device()
     capability = device.compute_capability
     small = capability is not None and capability[0] not in LARGE_MEMORY_CAPABILITIES
@@ -152,7 +148,7 @@ def _choose_tile(k: jax.Array, rows: int, plan: SelectionPlan | None) -> _Tile:
     capacity = slots if plan is None else min(slots, plan.block_ids.shape[2] * plan.block_size)
     programs = PROGRAMS_PER_CORE * (device.cores or USUAL_CORES)
     splits = max(1, min(MAX_SPLITS, programs // (batch * kv_heads), -(-capacity // (2 * block))))
-    return _Tile(padded, tuple(parts), block, splits, warps, stages)
+    return _Tile(padded, parts_of(head_dim), block, splits, warps, stages)
 
 
 def _attend_in_splits(
@@ -189,7 +185,7 @@ def _attend_in_splits(
     if plan is not None:
         arrays += [plan.block_ids, plan.counts[..., None]]
         in_specs += [per_head(plan.block_ids.shape[2]), per_head(1)]
-    room = _power_of_two(tile.splits)
+    room = power_of_two(tile.splits)
     out_shape = [
         jax.ShapeDtypeStruct((batch, kv_heads, room, rows, head_dim), jnp.float32),
         jax.ShapeDtypeStruct((batch, kv_heads, room, rows), jnp.float32),
@@ -247,7 +243,7 @@ def _attend(
         total = past + tokens
     row = lax.broadcasted_iota(jnp.int32, (tile.rows,), 0)
     is_row = row < tokens * group
-    token, member = _place_of(jnp.where(is_row, row, 0), group)
+    token, member = place_of(jnp.where(is_row, row, 0), group)
     position = first_new + token
     queries = [q_ref[token, member, pl.ds(at, width)].astype(dtype) for at, width in tile.parts]
     # As equal as alignment allows; the last splits may find nothing left.
@@ -300,64 +296,3 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     dtype = jnp.promote_types(a.dtype, b.dtype)
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
     return jnp.dot(a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=jnp.float32)
-
-
-def _merge(
-    part: Float[Array, "B K splits rows H"],
-    lse: Float[Array, "B K splits rows"],
-    q: Float[Array, "B T K G H"],
-    tile: _Tile,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """Attention over all splits, in the dtype of the queries, and its log2-sum-exp."""
-    batch, tokens, kv_heads, group, head_dim = q.shape
-    room, rows = part.shape[2:4]
-    out, lse = pl.pallas_call(
-        functools.partial(_merge_row, tile=tile, group=group),
-        grid=(batch, kv_heads, tokens * group),
-        in_specs=[
-            pl.BlockSpec((None, None, room, rows, head_dim), lambda b, h, _: (b, h, 0, 0, 0)),
-            pl.BlockSpec((None, None, room, rows), lambda b, h, _: (b, h, 0, 0)),
-        ],
-        out_specs=[
-            pl.BlockSpec((None, tokens, None, group, head_dim), lambda b, h, _: (b, 0, h, 0, 0)),
-            pl.BlockSpec((None, tokens, None, group), lambda b, h, _: (b, 0, h, 0)),
-        ],
-        out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32),
-        ],
-        compiler_params=plgpu.CompilerParams(num_warps=4 if room * head_dim >= 1 << 12 else 1),
-        interpret=interpreted(),
-        name="merge_splits",
-    )(part, lse)
-    heads = kv_heads * group
-    return out.reshape(batch, tokens, heads, head_dim), lse.reshape(batch, tokens, heads)
-
-
-def _merge_row(part_ref: Any, lse_ref: Any, out_ref: Any, total_ref: Any, *, tile: _Tile, group: int) -> None:
-    """One query row of one kv head."""
-    row = pl.program_id(2)
-    token, member = _place_of(row, group)
-    split = lax.broadcasted_iota(jnp.int32, (part_ref.shape[0],), 0)
-    lse = plgpu.load(lse_ref.at[:, row], mask=split < tile.splits, other=-jnp.inf)
-    top = jnp.max(lse)
-    weights = jnp.exp2(lse - jnp.where(top == -jnp.inf, 0.0, top))
-    total = jnp.sum(weights)
-    divisor = jnp.where(total > 0, total, 1.0)
-    for at, width in tile.parts:
-        # What an empty split wrote is zero; beyond the splits nothing was written.
-        here = part_ref.at[:, row, pl.ds(at, width)]
-        part = plgpu.load(here, mask=(split < tile.splits)[:, None], other=0.0)
-        out = jnp.sum(weights[:, None] * part, axis=0) / divisor
-        out_ref[token, member, pl.ds(at, width)] = out.astype(out_ref.dtype)
-    total_ref[token, member] = jnp.where(total > 0, top + jnp.log2(divisor), -jnp.inf)
-
-
-def _place_of(row: Any, group: int) -> tuple[Any, Any]:
-    """New token and member of the group of a query row."""
-    return row // group, row % group
-
-
-def _power_of_two(number: int) -> int:
-    """The next power of two."""
-    return 1 << (number - 1).bit_length()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import specattn_kernels as kernels
 from cases import Shape, draw_attention, draw_plan, jitted
-from specattn_kernels import Device, SelectionPlan, dispatch, pallas_mosaic_gpu, reference
+from specattn_kernels import Device, SelectionPlan, dispatch, pallas_mosaic_gpu, pallas_triton_merge, reference
 
 # Several tiles for every consumer of every split, and lengths that are no multiple of anything.
 SHAPES = [
@@ -31,18 +31,21 @@ def assert_right(shape, seed, kind, dtype=jnp.float16, change=lambda plan: plan,
     return got
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=["32", "64", "16"])
 def test_matches_reference(shape):
     for seed, kind in enumerate(["random", "full", "single", "empty"]):
         assert_right(shape, seed + 10, kind)
 
 
+@pytest.mark.slow
 def test_bfloat16_and_same_bits_twice():
     first, second = (assert_right(SHAPES[1], 3, "full", jnp.bfloat16, tolerance=3e-2) for _ in range(2))
     assert (first.out == second.out).all()
     assert (first.lse == second.lse).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [-1, 10**6])
 def test_ids_outside_the_cache_are_not_read(wrong):
     def change(plan):
@@ -62,6 +65,7 @@ def test_ids_outside_the_cache_are_not_read(wrong):
     )
 
 
+@pytest.mark.slow
 def test_dense():
     arguments = draw_attention(5, SHAPES[0], dtype=jnp.float16)
     op = jitted(kernels.decode_attention, return_lse=True, implementation="pallas_mosaic_gpu")
@@ -110,7 +114,8 @@ def test_other_gpus_are_refused(monkeypatch):
 @pytest.mark.parametrize("block_size", [None, 16, 32, 64, 128])
 def test_lowers_for_a_gpu(monkeypatch, head_dim, dtype, block_size):
     """Through Pallas and the inference of layouts; what the GPU makes of it is not known here."""
-    monkeypatch.setattr(pallas_mosaic_gpu, "interpreted", lambda: False)
+    for module in (pallas_mosaic_gpu, pallas_triton_merge):
+        monkeypatch.setattr(module, "interpreted", lambda: False)
     q = jax.ShapeDtypeStruct((2, 6, 8, head_dim), dtype)
     cache = jax.ShapeDtypeStruct((2, 2, 1000, head_dim), dtype)
     lengths = jax.ShapeDtypeStruct((2,), jnp.int32)

@@ -16,6 +16,7 @@ from specattn_kernels import (
     pallas_triton,
     pallas_triton_attention,
     pallas_triton_long_rows,
+    pallas_triton_merge,
     pallas_triton_selection,
 )
 
@@ -238,7 +239,7 @@ def test_what_selection_cannot_do():
 @pytest.fixture
 def lower_for_a_gpu(monkeypatch):
     """Lowers a function as far as a machine without a GPU can: through Pallas to the text that XLA compiles."""
-    for module in (pallas_triton_attention, pallas_triton_selection, pallas_triton_long_rows):
+    for module in (pallas_triton_attention, pallas_triton_merge, pallas_triton_selection, pallas_triton_long_rows):
         monkeypatch.setattr(module, "interpreted", lambda: False)
 
     def lower(function, *arguments):
