@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from specattn_jax.cli.bench import bench
 from specattn_jax.cli.calibrate import calibrate_command
+from specattn_jax.cli.estimate import estimate_command
 from specattn_jax.cli.generate import generate_command
 from specattn_jax.cli.models import convert_command, fetch_command, info_command
 from specattn_jax.cli.perplexity import perplexity_command
@@ -40,4 +41,5 @@ app.command("train-draft")(train_draft_command)
 app.command("fetch")(fetch_command)
 app.command("convert")(convert_command)
 app.command("info")(info_command)
+app.command("estimate")(estimate_command)
 app.add_typer(bench, name="bench")

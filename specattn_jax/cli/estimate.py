@@ -1,0 +1,78 @@
+"""`specattn estimate`: what reading less can bring for a pair of models, before anything is measured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from specattn_jax.cli import options
+from specattn_jax.cli.process import importing
+from specattn_jax.cli.terminal import print_json, print_table, size, stage_bar
+from specattn_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from specattn_jax.config import ModelConfig
+
+_SHAPE = "a shape from configs/shapes.toml, such as llama-3.1-8b, or any model reference"
+
+
+def estimate_command(
+    target: Annotated[str, typer.Option(help=f"The target: {_SHAPE}.", metavar="REF", show_default=False)],
+    draft: Annotated[str, typer.Option(help=f"The draft: {_SHAPE}.", metavar="REF", show_default=False)],
+    context: Annotated[
+        str, typer.Option(help="Entries in the cache of each sequence.", metavar="N,...")
+    ] = "2048,8192,32768,131072",
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    kv_reduction: Annotated[float, typer.Option(help="Share of the target's cache reads that is saved.")] = 0.75,
+    accepted: Annotated[float, typer.Option(help="Drafted tokens accepted per window.")] = 3.5,
+    window: options.Window = 5,
+    as_json: options.Json = False,
+) -> None:
+    """Estimate, from the bytes that decoding in bfloat16 has to read and write, how the three modes compare.
+
+    Ratios of tokens per second that memory allows; whatever else takes time is left out.
+    """
+    with importing():
+        from specattn_jax.cost import Scenario, estimate
+
+    contexts = [_whole_number(part) for part in context.split(",") if part.strip()]
+    if not contexts:
+        raise UserError(f"--context is {context!r}; expected whole numbers separated by commas.")
+    scenario = Scenario(_shape(target), _shape(draft), batch, contexts[0], window, accepted, kv_reduction)
+    rows = [estimate(scenario._replace(context=entries)) for entries in contexts]
+    if as_json:
+        print_json({"target": target, "draft": draft, **_plain(scenario), "rows": rows})
+        return
+    for row in rows:
+        print_table(
+            [
+                ("context", f"{row['context']:,} tokens, {batch} at a time"),
+                ("target reads", f"{size(row['target_weights'])} of weights, {size(row['target_cache'])} of cache"),
+                ("speculative", f"{row['speculative_over_autoregressive']:.2f} x autoregressive"),
+                ("specattn", f"{row['specattn_over_autoregressive']:.2f} x autoregressive"),
+                ("", f"{row['specattn_over_speculative']:.2f} x speculative"),
+            ]
+        )
+
+
+def _whole_number(part: str) -> int:
+    try:
+        return int(part)
+    except ValueError as error:
+        raise UserError(f"--context names {part.strip()!r}; expected whole numbers, such as 8192,32768.") from error
+
+
+def _shape(reference: str) -> ModelConfig:
+    """A known shape, or that of a model; its weights are not read."""
+    from specattn_jax.cost import load_shape, shape_names
+    from specattn_jax.loading import resolve
+
+    if reference in shape_names():
+        return load_shape(reference)
+    with stage_bar() as bar:
+        return resolve(reference, bar.bytes).config
+
+
+def _plain(scenario: Any) -> dict[str, Any]:
+    return {name: value for name, value in scenario._asdict().items() if name not in ("target", "draft", "context")}

@@ -1,0 +1,107 @@
+"""The cost model against counts by hand, and the table of the README against the cost model."""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import pytest
+from command import mistake, run
+
+from specattn_jax.cost import Scenario, load_shape, shape_names, speedup, tokens_per_window, weights_read, window_bytes
+from specattn_jax.errors import UserError
+from specattn_jax.loading import draft_reference, resolve
+from specattn_jax.model import abstract_model
+
+LLAMA = Scenario(load_shape("llama-3.1-8b"), load_shape("llama-3.2-1b"), batch=8)
+README = Path(__file__).parents[1] / "README.md"
+PAIRS = {
+    "Llama-3.2-1B / 3.1-8B": ("llama-3.1-8b", "llama-3.2-1b"),
+    "TinyLlama-1.1B / Llama-2-7B": ("llama-2-7b", "tinyllama-1.1b"),
+    "SmolLM2-135M, our draft": ("smollm2-135m", "smollm2-draft"),
+}
+
+
+@pytest.mark.parametrize("name", shape_names())
+def test_shapes_have_the_weights_that_the_model_has(name):
+    config = load_shape(name)
+    leaves = jax.tree.leaves(abstract_model(config, "bfloat16").params)
+    assert sum(leaf.size for leaf in leaves) == config.parameter_count()
+    wanted = {
+        "llama-3.1-8b": 8.03,
+        "llama-3.2-1b": 1.236,
+        "llama-2-7b": 6.738,
+        "tinyllama-1.1b": 1.1,
+        "smollm2-135m": 0.1345,
+    }
+    if name in wanted:
+        assert config.parameter_count() / 1e9 == pytest.approx(wanted[name], rel=2e-3)
+
+
+@pytest.mark.smollm2
+def test_the_shapes_of_the_embedded_pair_are_its_own():
+    assert load_shape("smollm2-135m") == resolve("smollm2").config
+    assert load_shape("smollm2-draft") == resolve(draft_reference("default", "smollm2")).config
+
+
+def test_bytes_by_hand():
+    dense = window_bytes(LLAMA, "speculative")
+    assert dense.target_cache == 2 * 32 * 8 * 8 * 32768 * 128 * 2
+    assert dense.draft_cache == 5 * 2 * 16 * 8 * 8 * 32768 * 64 * 2
+    assert dense.target_weights == 2 * (8030261248 - 128256 * 4096)
+    assert dense.draft_weights == 5 * 2 * weights_read(LLAMA.draft)
+    assert weights_read(LLAMA.draft) == LLAMA.draft.parameter_count()
+    sparse = window_bytes(LLAMA, "specattn")
+    assert sparse.target_cache == dense.target_cache / 4
+    assert sparse.selection == 8 * 32768 * (5 * 8 * (16 * 32 + 16 * 8 + 32 * 8) + 8 * 32 * 8)
+    assert window_bytes(LLAMA, "autoregressive")._replace(target_weights=0, target_cache=0).total == 0
+    assert speedup(LLAMA, "specattn", over="speculative") == pytest.approx(dense.total / sparse.total)
+    assert tokens_per_window(LLAMA, "specattn") == 4.5
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"batch": 0}, "batch is 0"),
+        ({"accepted": 6.0}, "accepted is 6.0; expected 0 to the window's 5"),
+        ({"kv_reduction": 1.5}, "kv_reduction is 1.5"),
+    ],
+)
+def test_numbers_that_mean_nothing(change, said):
+    with pytest.raises(UserError, match=said):
+        window_bytes(LLAMA._replace(**change), "specattn")
+
+
+def test_names_that_are_not_known():
+    with pytest.raises(UserError, match=r"shape is 'gpt'; expected one of llama-3\.1-8b"):
+        load_shape("gpt")
+    with pytest.raises(UserError, match="mode is 'fast'"):
+        window_bytes(LLAMA, "fast")
+
+
+def test_the_table_of_the_readme():
+    """Each row: pair, batch, context, then specattn over dense speculative and over autoregressive decoding."""
+    rows = re.findall(
+        r"^\| (.+?) \| (\d+) \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", README.read_text(), re.M
+    )
+    assert len(rows) >= 10
+    for pair, batch, context, *ratios in rows:
+        target, draft = (load_shape(name) for name in PAIRS[pair])
+        scenario = Scenario(target, draft, int(batch), int(context.replace(",", "")))
+        want = [
+            speedup(scenario, "speculative", over="autoregressive"),
+            speedup(scenario, "specattn", over="speculative"),
+            speedup(scenario, "specattn", over="autoregressive"),
+        ]
+        assert ratios == [f"{ratio:.2f}" for ratio in want]
+
+
+def test_command():
+    given = ("estimate", "--target", "llama-3.1-8b", "--draft", "llama-3.2-1b", "--batch", "8")
+    report = json.loads(run(*given, "--context", "2048,32768", "--json").stdout)
+    assert [row["context"] for row in report["rows"]] == [2048, 32768]
+    assert report["rows"][1]["specattn_over_speculative"] == pytest.approx(
+        speedup(LLAMA, "specattn", over="speculative")
+    )
+    assert "whole numbers" in mistake(*given, "--context", "8k")
+    assert "accepted is 9" in mistake(*given, "--accepted", "9")
