@@ -34,9 +34,9 @@ from specattn_jax.evaluation.ablations import Ablation, Ingredients, head_weight
 from specattn_jax.evaluation.baselines import Quest, Streaming
 from specattn_jax.evaluation.documents import cut_documents
 from specattn_jax.evaluation.forced import Reading, read_documents, read_together
-from specattn_jax.evaluation.provenance import commit, hardware, versions
 from specattn_jax.files import atomic_file, exists, read_json, write_json
 from specattn_jax.pair import ModelPair, load_pair
+from specattn_jax.provenance import commit, hardware, versions
 from specattn_jax.selection import Selection, Selector, load_policy
 from specattn_jax.texts import read_text, shipped_books
 

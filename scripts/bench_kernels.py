@@ -1,14 +1,13 @@
-"""Times every op with every backend; the same as `specattn bench kernels`, with the commit in the results' name.
+"""Times every op with every backend; the same as `specattn bench kernels`, with the device in the results' name.
 
     python scripts/bench_kernels.py --grid full --minutes 9
 
-writes scripts/results/kernels-DEVICE-COMMIT/. The same command again goes on where the time ran out.
+writes scripts/results/kernels-DEVICE/. The same command again goes on where the time ran out.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import time
 from pathlib import Path
 
@@ -28,7 +27,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     device = jax.devices()[0].device_kind.lower().replace(" ", "-")
-    out = options.out or RESULTS / f"kernels-{device}-{_commit()}"
+    out = options.out or RESULTS / f"kernels-{device}"
     began = time.monotonic()
 
     def show(_: str, done: int, total: int, what: str) -> None:
@@ -36,12 +35,6 @@ def main() -> None:
 
     run_kernel_benchmark(out, KernelSettings(options.grid, options.minutes, options.only), show)
     print((out / "kernels.md").read_text(encoding="utf-8"))
-
-
-def _commit() -> str:
-    """The commit that is measured; a copy of the tree without its history says so."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() if found.returncode == 0 else "unknown"
 
 
 if __name__ == "__main__":

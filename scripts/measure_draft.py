@@ -13,10 +13,10 @@ import numpy as np
 
 from specattn_jax.alignment import NucleusMass
 from specattn_jax.evaluation.forced import read_documents
-from specattn_jax.evaluation.provenance import commit
 from specattn_jax.generation import generate
 from specattn_jax.model import likeliest_next
 from specattn_jax.pair import ModelPair, load_pair
+from specattn_jax.provenance import commit
 from specattn_jax.selection import Selector, load_policy
 from specattn_jax.texts import read_text, shipped_books
 

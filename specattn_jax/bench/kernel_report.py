@@ -14,7 +14,8 @@ _COLUMNS = ("op", "shape", "point", "contender", "us", "GB/s", "of copy", "speed
 def kernel_table(report: dict[str, Any]) -> str:
     """The points as Markdown: time, bandwidth achieved, share of a copy's, speed-up over the best baseline, error."""
     head = (
-        f"Device {report['device']}, jax {report['jax']}, copy {report['copy_bytes_per_second'] / 1e9:.0f} GB/s. "
+        f"Device {report['device']}, jax {report['versions']['jax']}, commit {report['commit'][:7]}, copy "
+        f"{report['copy_bytes_per_second'] / 1e9:.0f} GB/s. "
         "Bytes are those that have to be moved; the speed-up is over the best baseline of the same run (of sparse "
         "attention: dense attention); the error is relative, against float64."
     )

@@ -17,6 +17,7 @@ from specattn_jax.bench.kernel_report import draw, kernel_table
 from specattn_jax.bench.timing import TimingSettings, copy_bandwidth, time_calls
 from specattn_jax.errors import UserError
 from specattn_jax.files import atomic_file, first_line, read_json, write_json
+from specattn_jax.provenance import commit, versions
 
 RESULTS = "kernels.json"
 _COPY_BYTES = {"cpu": 1 << 22}
@@ -51,7 +52,7 @@ def run_kernel_benchmark(
     Writes kernels.json, and at the end kernels.md and three plots. A point that fails is kept with its error.
 
     Args:
-        out: folder; with results of the same device and versions the run goes on where they end.
+        out: folder; with results of the same device, commit and versions the run goes on where they end.
         settings: what to measure.
         progress: told the stage, points done and to do, and the point at hand.
 
@@ -59,7 +60,7 @@ def run_kernel_benchmark(
         What kernels.json holds: `complete`, facts of the run, and `points`.
 
     Raises:
-        UserError: `out` holds results of another device or other versions, or cannot be written.
+        UserError: `out` holds results of another device, commit or other versions, or cannot be written.
     """
     began = time.monotonic()
     report = _begin(out / RESULTS, settings)
@@ -93,7 +94,8 @@ def _begin(path: Path, settings: KernelSettings) -> dict[str, Any]:
     facts = {
         "device": jax.devices()[0].device_kind,
         "platform": jax.default_backend(),
-        "jax": jax.__version__,
+        "commit": commit(),
+        "versions": versions(),
     }
     if path.exists():
         report = read_json(path)

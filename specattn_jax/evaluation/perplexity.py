@@ -17,12 +17,12 @@ from jaxtyping import Float
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.forced import Reading, read_documents
 from specattn_jax.evaluation.methods import FULL, Case, make_selection
-from specattn_jax.evaluation.provenance import alignment_digest, documents_digest, model_digest
 from specattn_jax.evaluation.search import find_left_out
 from specattn_jax.evaluation.store import Store
 from specattn_jax.evaluation.tables import Measured, Row, make_row, markdown
 from specattn_jax.files import atomic_file
 from specattn_jax.pair import ModelPair
+from specattn_jax.provenance import alignment_digest, documents_digest, model_digest
 from specattn_jax.selection import Selection
 
 TABLE, MARKDOWN = "table.json", "table.md"

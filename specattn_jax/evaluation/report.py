@@ -15,12 +15,12 @@ from specattn_jax.evaluation.drift import drift_row, measure_drift
 from specattn_jax.evaluation.methods import FULL, SPECATTN, VEGAS, Case, make_selection
 from specattn_jax.evaluation.perplexity import Evaluation, EvaluationSettings, Progress, open_store, write_tables
 from specattn_jax.evaluation.pictures import drift_curves, pareto, selection_picture, slots_read
-from specattn_jax.evaluation.provenance import commit, hardware, versions
 from specattn_jax.evaluation.store import Store
 from specattn_jax.evaluation.tables import Row
 from specattn_jax.files import atomic_file
 from specattn_jax.pair import ModelPair
 from specattn_jax.plots import mixture_heatmap, short_name
+from specattn_jax.provenance import commit, hardware, versions
 
 RUN, PARETO, ALIGNMENT, SELECTION = "run.json", "pareto.png", "alignment.png", "selection.png"
 DRIFT, DRIFT_PICTURE = "drift.json", "drift.png"
