@@ -39,6 +39,8 @@ class SelectionPolicy:
             `mixture` predicts each target kv head from a calibrated mixture of the draft's heads.
         combine: over the W steps of a window, `union` of the nuclei of the steps (published) or one nucleus of the
             running `maximum`.
+        mixing: with a mixture and a maximum, mix at every `step` and keep the largest prediction, or once a `window`
+            from the largest attention of each source, which moves fewer bytes.
         threshold: `exact` minimal nucleus, or `linear` bisection that over-selects (published).
         steps: halvings of the linear bisection.
         dense_layers: leading target layers that read everything.
@@ -49,6 +51,7 @@ class SelectionPolicy:
 
     prediction: Literal["layer_map", "mixture"]
     combine: Literal["union", "maximum"]
+    mixing: Literal["step", "window"] = "step"
     threshold: Literal["exact", "linear"] = "exact"
     steps: int = 10
     dense_layers: int = 0
@@ -77,7 +80,8 @@ class DraftScores:
 
     Attributes:
         maximum: largest predicted attention over the steps, one row per target kv head (`mixture`) or mapped draft
-            layer (`layer_map`); None when steps are united instead.
+            layer (`layer_map`), or, where it is mixed once a window, largest attention of every source; None when steps
+            are united instead.
         union: slots that were in the nucleus of any step; None when the maximum is kept.
     """
 
@@ -157,9 +161,15 @@ class Selector:
             return self.target.num_layers * self.target.num_kv_heads
         return len(self.observed_layers)
 
+    @property
+    def _mixes_last(self) -> bool:
+        """Whether scores are of the sources until the plan is made."""
+        policy = self.policy
+        return policy.prediction == "mixture" and policy.combine == "maximum" and policy.mixing == "window"
+
     def start(self, batch: int, num_slots: int) -> DraftScores:
         """Scores before the first draft step."""
-        shape = (batch, self._rows, num_slots)
+        shape = (batch, self.alignment.weights.shape[1] if self._mixes_last else self._rows, num_slots)
         if self.policy.combine == "maximum":
             return DraftScores(maximum=jnp.zeros(shape, jnp.float32), union=None)
         return DraftScores(maximum=None, union=jnp.zeros(shape, jnp.bool_))
@@ -169,8 +179,8 @@ class Selector:
     ) -> DraftScores:
         """Adds one draft step, made with `lengths` entries in the draft's cache."""
         rows = jnp.concatenate(observed, axis=1)
-        if self.policy.prediction == "mixture":
-            rows = jnp.einsum("ar,brs->bas", self.alignment.weights, rows)
+        if self.policy.prediction == "mixture" and not self._mixes_last:
+            rows = self._mix(self.alignment.weights, rows)
         if scores.maximum is not None:
             return DraftScores(jnp.maximum(scores.maximum, rows), None)
         if scores.union is None:
@@ -184,6 +194,10 @@ class Selector:
             implementation=self.implementation,
         )
         return DraftScores(None, scores.union | (rows >= threshold[..., None]))
+
+    def _mix(self, weights: Float[Array, "rows R"], sources: Float[Array, "B R S"]) -> Float[Array, "B rows S"]:
+        """Predicted attention of target kv heads."""
+        return jnp.einsum("ar,brs->bas", weights, sources)
 
     def _row_p(
         self,
@@ -232,7 +246,7 @@ class Selector:
         )
 
     def _select(
-        self, scores: Float[Array, "B rows S"], p: Float[Array, "B rows"], past: Int32[Array, " B"]
+        self, scores: Float[Array, "B any S"], p: Float[Array, "B rows"], past: Int32[Array, " B"]
     ) -> SelectionPlan:
         """Plans of all rows, in groups along a new first axis.
 
@@ -243,7 +257,11 @@ class Selector:
         size = unit * max(count for count in range(1, _LAYERS_AT_ONCE + 1) if units % count == 0)
 
         def select(first: Int32[Array, ""]) -> SelectionPlan:
-            part, share = (jax.lax.dynamic_slice_in_dim(x, first, size, axis=1) for x in (scores, p))
+            share = jax.lax.dynamic_slice_in_dim(p, first, size, axis=1)
+            if self._mixes_last:
+                part = self._mix(jax.lax.dynamic_slice_in_dim(self.alignment.weights, first, size), scores)
+            else:
+                part = jax.lax.dynamic_slice_in_dim(scores, first, size, axis=1)
             return select_blocks(
                 part,
                 share,

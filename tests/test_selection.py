@@ -80,10 +80,14 @@ def nucleus(row: np.ndarray, p: float) -> set[int]:
     return {int(slot) for slot in order[: int(np.searchsorted(mass, p * mass[-1] * (1 - 1e-9))) + 1]}
 
 
+@pytest.mark.parametrize("mixing", ["step", "window"])
 @pytest.mark.parametrize("p", [0.3, 0.8, 0.97, "its own for each kv head"])
-def test_default_is_one_nucleus_of_the_maximum_of_the_mixture(p):
+def test_default_is_one_nucleus_of_the_maximum_of_the_mixture(p, mixing):
     masses = np.linspace(0.3, 0.97, 8) if isinstance(p, str) else np.full(8, p)
-    attention, selector = draft_attention(0), make_selector("default", masses[0], num_sink=2, num_recent=3)
+    attention, selector = (
+        draft_attention(0),
+        make_selector("default", masses[0], mixing=mixing, num_sink=2, num_recent=3),
+    )
     if isinstance(p, str):
         left_out = jnp.asarray(1 - masses, jnp.float32)
         selector = dataclasses.replace(selector, mass=dataclasses.replace(selector.mass, left_out=left_out))
@@ -91,7 +95,10 @@ def test_default_is_one_nucleus_of_the_maximum_of_the_mixture(p):
     weights = np.asarray(selector.alignment.weights, np.float64)
     sources = attention.astype(np.float64).reshape(STEPS, 3, BATCH, 2, 2, SLOTS).mean(4)
     sources = np.moveaxis(sources, 2, 1).reshape(STEPS, BATCH, 6, SLOTS)
-    predicted = np.einsum("ar,wbrs->wbas", weights, sources).max(0)
+    if mixing == "step":
+        predicted = np.einsum("ar,wbrs->wbas", weights, sources).max(0)
+    else:
+        predicted = np.einsum("ar,brs->bas", weights, sources.max(0))
     for layer in range(4):
         for row in range(BATCH):
             for head in range(2):
@@ -145,7 +152,7 @@ def test_p_of_one_reads_everything(policy):
             assert all(slots == set(range(PAST[row])) for slots in heads)
 
 
-@pytest.mark.parametrize("changes", [{}, {"prediction": "layer_map"}, {"combine": "union"}])
+@pytest.mark.parametrize("changes", [{}, {"mixing": "window"}, {"prediction": "layer_map"}, {"combine": "union"}])
 def test_how_many_layers_are_selected_at_a_time_does_not_matter(monkeypatch, changes):
     results = []
     for layers in (1, 2, 8):

@@ -87,8 +87,7 @@ class Ingredients(NamedTuple):
         union: unite the nuclei of the steps, instead of one nucleus of their maximum.
         linear: published bisection, where nuclei are united.
         steps: draft steps that count.
-        mix_last: predict from the largest attention of the draft's kv heads over the steps, which takes one mixture a
-            window, instead of the largest prediction.
+        mix_last: mix once a window, from the largest attention of the draft's kv heads over the steps.
         grain: how slots become a selection.
         num_sink: first slots that are always read.
         num_recent: last slots that are always read.
