@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -19,6 +20,13 @@ from specattn_jax.examples import byte_tokenizer
 from specattn_jax.loading import get_preset, is_cached, save_hf
 from specattn_jax.model import init_model
 from specattn_jax.pair import ModelPair, load_pair
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_what_was_compiled() -> Iterator[None]:
+    """Compiled functions take several memory maps each, of which Linux gives a process 65,530."""
+    yield
+    jax.clear_caches()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
