@@ -55,6 +55,7 @@ class Row(NamedTuple):
         weights: how the draft predicts the target.
         budgets: the fitted masses, or the same in every layer.
         dense_layers: leading layers that read everything.
+        draft_reads: of the shipped policy, share of its cache that the draft reads; None is the policy's own.
         ingredients: the rest.
     """
 
@@ -63,6 +64,7 @@ class Row(NamedTuple):
     weights: Weights = "mixture"
     budgets: bool = True
     dense_layers: int = 0
+    draft_reads: float | None = None
     ingredients: Ingredients = Ingredients()
 
 
@@ -108,6 +110,7 @@ ROWS: dict[str, Row] = {
     "mixture per target kv head, dl0": PLAIN,
     "default": Row(),
     "default as shipped": Row("policy"),
+    **{f"draft reads {share:.0%}": Row("policy", draft_reads=share) for share in (1.0, 0.5, 0.25, 0.15, 0.1, 0.05)},
     "oracle, dl2": _with(PLAIN, oracle=True)._replace(dense_layers=2),
     "oracle, dl0": _with(PLAIN, oracle=True),
     "oracle, budgets": _with(oracle=True),
@@ -161,7 +164,10 @@ def make_selection(row: Row, saving: float, pair: ModelPair, alignments: dict[st
         return Quest(wanted, target, dense_layers=row.dense_layers)
     alignment = alignments[row.alignment]
     if row.kind == "policy":
-        return Selector(alignment, alignment.mass_for_saving(saving), load_policy("default"), target, draft)
+        policy = load_policy("default")
+        if row.draft_reads is not None:
+            policy = dataclasses.replace(policy, draft_reads=row.draft_reads)
+        return Selector(alignment, alignment.mass_for_saving(saving), policy, target, draft)
     rows = target.num_layers * target.num_kv_heads
     # Steering only needs a start that is about right: that of the saving where reads can be saved.
     sparse = 1.0 - row.dense_layers / target.num_layers

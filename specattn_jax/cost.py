@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 from specattn_jax.config import ModelConfig
 from specattn_jax.errors import UserError
+from specattn_jax.selection import LEAST_DRAFT_ENTRIES
 from specattn_jax.speculative import MODES, Mode
 
-_SCORE_BYTES, _ID_BYTES = 4, 4
+# Largest and mixed attention is kept in 16 bits; ids are int32.
+_SCORE_BYTES, _ID_BYTES = 2, 4
 
 
 class Scenario(NamedTuple):
@@ -30,6 +32,7 @@ class Scenario(NamedTuple):
         accepted: drafted tokens accepted per window, on average.
         kv_reduction: share of the target's cache reads that mode `specattn` saves.
         itemsize: bytes of a weight and of a cache number.
+        draft_reads: share of its own cache that the draft reads in mode `specattn`, but not of very short ones.
     """
 
     target: ModelConfig
@@ -40,6 +43,12 @@ class Scenario(NamedTuple):
     accepted: float = 3.5
     kv_reduction: float = 0.75
     itemsize: int = 2
+    draft_reads: float = 1.0
+
+    @property
+    def draft_share(self) -> float:
+        """Share of its own cache that the draft does read in mode `specattn`."""
+        return min(1.0, max(self.draft_reads, LEAST_DRAFT_ENTRIES / self.context))
 
     def check(self) -> None:
         """Raises UserError for numbers that mean nothing."""
@@ -50,6 +59,8 @@ class Scenario(NamedTuple):
             raise UserError(f"accepted is {self.accepted}; expected 0 to the window's {self.window} drafted tokens.")
         if not 0 <= self.kv_reduction <= 1:
             raise UserError(f"kv_reduction is {self.kv_reduction}; expected a share from 0 to 1.")
+        if not 0 < self.draft_reads <= 1:
+            raise UserError(f"draft_reads is {self.draft_reads}; expected a share above 0, of at most 1.")
 
 
 class WindowBytes(NamedTuple):
@@ -58,7 +69,7 @@ class WindowBytes(NamedTuple):
     Attributes:
         draft_weights: weights of the draft, once a drafted token.
         draft_cache: its cache, likewise.
-        selection: scores of the draft's attention, their mixture, and the ids of what is selected.
+        selection: the draft's keys once more, scores, their mixture, and the ids of what is selected.
         target_weights: weights of the target, once.
         target_cache: what is read of its cache.
     """
@@ -95,18 +106,43 @@ def window_bytes(scenario: Scenario, mode: Mode) -> WindowBytes:
     )
     if mode == "speculative":
         return drafted
-    return drafted._replace(selection=_selection_bytes(scenario), target_cache=cache * (1 - scenario.kv_reduction))
+    return drafted._replace(
+        draft_cache=steps * draft_cache * scenario.draft_share,
+        selection=selection_bytes(scenario),
+        target_cache=cache * (1 - scenario.kv_reduction),
+    )
 
 
-def _selection_bytes(scenario: Scenario) -> float:
-    """Of the `default` policy with kv-head sources: every array is written by one kernel and read by the next."""
-    target, draft = scenario.target, scenario.draft
-    logits = draft.num_layers * draft.num_heads
-    sources = draft.num_layers * draft.num_kv_heads
-    rows = target.num_layers * target.num_kv_heads
-    per_step = _SCORE_BYTES * 2 * (logits + sources + rows)
-    once = rows * (_SCORE_BYTES + _ID_BYTES)
-    return float(scenario.batch * scenario.context * (scenario.window * per_step + once))
+def selection_bytes(scenario: Scenario) -> float:
+    """What choosing costs with the kernels of the `default` policy, which scores and mixes once a window.
+
+    Every array is written by one kernel and read by the next.
+    """
+    return scored_bytes(scenario) + scoring_bytes(scenario) + planning_bytes(scenario)
+
+
+def scored_bytes(scenario: Scenario) -> float:
+    """Those of `selection_bytes` that are the draft's keys, all of them read once for the queries of all steps."""
+    return scenario.draft.cache_bytes(scenario.batch, scenario.context, scenario.itemsize) / 2
+
+
+def scoring_bytes(scenario: Scenario) -> float:
+    """Those that belong to drafting too: the scores, and the choice of what the draft itself reads."""
+    sources, share = scenario.draft.num_layers * scenario.draft.num_kv_heads, scenario.draft_share
+    # Written layer by layer, then put together.
+    scores = 3 * _SCORE_BYTES
+    # Read twice; ids are written once and read by every step.
+    narrow = 2 * _SCORE_BYTES + share * (1 + scenario.window) * _ID_BYTES if scenario.draft_reads < 1 else 0.0
+    return scenario.batch * scenario.context * sources * (scores + narrow)
+
+
+def planning_bytes(scenario: Scenario) -> float:
+    """Those of the choice of what the target reads: scores are mixed, the mixtures selected from, the ids read."""
+    sources = scenario.draft.num_layers * scenario.draft.num_kv_heads
+    rows = scenario.target.num_layers * scenario.target.num_kv_heads
+    mix = (sources + rows) * _SCORE_BYTES
+    select = rows * (2 * _SCORE_BYTES + (1 - scenario.kv_reduction) * 2 * _ID_BYTES)
+    return scenario.batch * scenario.context * (mix + select)
 
 
 def weights_read(config: ModelConfig) -> float:

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Int
 
 from specattn_jax.alignment import NucleusMass
-from specattn_jax.cache import init_cache
 from specattn_jax.display import Picture
 from specattn_jax.errors import UserError
-from specattn_jax.loading.memory import check_memory
-from specattn_jax.loading.tokenizer import TextStream, Tokenizer
-from specattn_jax.model import LanguageModel, prefill
+from specattn_jax.gating import WINDOWS, Decide, Decision, Plan, Situation, make_gate, prior_acceptance
+from specattn_jax.model import LanguageModel
 from specattn_jax.pair import ModelPair
 from specattn_jax.sampling import Sampling
+from specattn_jax.segments import Decoded, Decoding, Writer, new_tokens
 from specattn_jax.selection import Selector, load_policy
 from specattn_jax.shading import SelectionRecord, shade_window
-from specattn_jax.speculative import DecodeSettings, DecodeState, Mode, decode, start_decoding, watched_step
+from specattn_jax.speculative import MODES, DecodeSettings, DecodeState, Mode, prepare_windows, watched_step
+from specattn_jax.starting import Clock, check_lengths, encode_prompt, prefill_both
 
 DEFAULT_KV_REDUCTION = 0.75
 DEFAULT_P = 0.95
+DEFAULT_WINDOW = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +37,13 @@ class Generation:
         text: the new text, stop tokens left out.
         tokens: the new token ids, a stop token at the end included.
         prompt_tokens: length of the prompt.
-        mode: how it was generated.
+        mode: how it was generated; where that changed, how most tokens were.
         windows: verification passes of the target.
         accepted_per_window: mean number of drafted tokens accepted (0 to W), the target's own token not counted.
         kv_reduction: share of the target's cache reads saved, averaged over layers, heads and windows.
         layer_reads: share of the cache that each target layer read, averaged over windows.
         selection: which tokens each window read; None unless `generate` was asked to keep it.
+        window: drafted tokens per window, in most of that mode's windows; None in mode `autoregressive`.
     """
 
     text: str
@@ -54,9 +55,10 @@ class Generation:
     kv_reduction: float
     layer_reads: list[float]
     selection: SelectionRecord | None = None
+    window: int | None = None
 
     @property
-    def stats(self) -> dict[str, float | int | str]:
+    def stats(self) -> dict[str, float | int | str | None]:
         """The numbers, by name.
 
         Example:
@@ -89,7 +91,9 @@ class Generation:
 
         Example:
             >>> from specattn_jax.examples import tiny_pair
-            >>> run = generate(tiny_pair(), ["Call me Ishmael."], max_new_tokens=8, p=0.8, keep_selection=True)
+            >>> run = generate(
+            ...     tiny_pair(), ["Call me Ishmael."], mode="specattn", max_new_tokens=8, p=0.8, keep_selection=True
+            ... )
             >>> picture = run.results[0].plot_selection(window=0)  # in a notebook, shown as it is
             >>> picture.html.startswith("<div")
             True
@@ -112,10 +116,17 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Generations:
-    """The results of one call, prompt by prompt, and its timing (shared by the batch)."""
+    """The results of one call.
+
+    Attributes:
+        results: prompt by prompt.
+        timing: shared by the batch.
+        decisions: in mode `auto`, each choice of mode and window with its reason, the first one included.
+    """
 
     results: list[Generation]
     timing: Timing
+    decisions: list[Decision] = dataclasses.field(default_factory=list)
 
     @property
     def tokens_per_s(self) -> float:
@@ -152,11 +163,15 @@ def make_selector(
             raise UserError(f"kv_reduction is {kv_reduction}, but policy {policy} has no budgets; give p instead.")
         p = DEFAULT_P if p is None else p
     if p is None:
-        mass = pair.alignment.mass_for_saving(DEFAULT_KV_REDUCTION if kv_reduction is None else kv_reduction)
+        saving = DEFAULT_KV_REDUCTION if kv_reduction is None else kv_reduction
+        mass = pair.alignment.mass_for_saving(saving)
     else:
         if not 0.0 < p <= 1.0:
             raise UserError(f"p is {p}; expected a number in (0, 1].")
         mass = NucleusMass.uniform(p, pair.target.config.num_layers)
+    # Of sources that are not kv heads, what the draft should read cannot be told.
+    if pair.alignment.granularity != "kv_head":
+        chosen = dataclasses.replace(chosen, draft_reads=1.0)
     return Selector(
         alignment=pair.alignment,
         mass=mass,
@@ -171,8 +186,8 @@ def generate(
     prompts: Sequence[str | Sequence[int]],
     *,
     max_new_tokens: int = 128,
-    mode: Mode = "specattn",
-    window: int = 5,
+    mode: Mode | Literal["auto"] = "auto",
+    window: int | None = None,
     policy: str = "default",
     p: float | None = None,
     kv_reduction: float | None = None,
@@ -184,18 +199,25 @@ def generate(
     prefill_chunk: int = 512,
     windows_per_call: int = 4,
     keep_selection: bool = False,
+    lossless: bool = False,
     on_text: Callable[[int, str], None] | None = None,
     on_prefill: Callable[[int, int], None] | None = None,
+    on_decision: Callable[[Decision], None] | None = None,
+    decide: Decide | None = None,
 ) -> Generations:
     """Continues a batch of prompts of any lengths.
+
+    Mode `auto` predicts which of the others, with how many drafted tokens, is the fastest on this device, for these
+    models, this batch and context; it looks again once some tokens were accepted or refused, and whenever the context
+    has doubled. It takes `specattn`, which is approximate, only where the pair has an alignment and `lossless` is off.
 
     Args:
         pair: target, draft, tokenizer and alignment, from `load_pair`.
         prompts: texts, or lists of token ids.
         max_new_tokens: most new tokens per prompt.
-        mode: `autoregressive`, `speculative` (dense verification) or `specattn` (sparse verification).
-        window: drafted tokens per window.
-        policy: selection policy of mode `specattn`.
+        mode: `auto`, `autoregressive`, `speculative` (dense verification) or `specattn` (sparse verification).
+        window: drafted tokens per window; without it mode `auto` chooses, and the others take 5.
+        policy: selection policy of mode `specattn`, which `auto` may choose or not; likewise
         p: nucleus mass in every layer, or
         kv_reduction: wanted share of cache reads saved (see `make_selector`).
         temperature: 0 is greedy.
@@ -207,9 +229,12 @@ def generate(
         windows_per_call: windows per jitted call when streaming.
         keep_selection: whether to keep which tokens each window read, for `Generation.plot_selection`; the host then
             sees every window, which costs time.
+        lossless: whether `auto` leaves `specattn` out.
         on_text: receives the index of a prompt and what was added to its text, whole characters only, after each call;
             without it one call does everything.
         on_prefill: receives positions read and positions to read.
+        on_decision: receives each decision of mode `auto` when it is made.
+        decide: decides in mode `auto` in place of the library.
 
     Returns:
         One `Generation` per prompt, and timings.
@@ -223,6 +248,7 @@ def generate(
         >>> run = generate(
         ...     tiny_pair(),
         ...     ["Call me Ishmael.", "Once upon a time"],
+        ...     mode="specattn",
         ...     kv_reduction=0.75,
         ...     max_new_tokens=8,
         ...     on_text=lambda index, text: pieces.append((index, text)),
@@ -237,40 +263,86 @@ def generate(
     for name, value in {"prefill_chunk": prefill_chunk, "windows_per_call": windows_per_call}.items():
         if value < 1:
             raise UserError(f"{name} is {value}; expected at least 1.")
-    settings = DecodeSettings(
-        mode=mode,
-        window=window,
+    selector = _choose_selector(pair, mode, policy, p, kv_reduction, keep_selection, lossless)
+    base = DecodeSettings(
+        mode="speculative" if mode == "auto" else mode,
+        # Caches and output have room for the longest window.
+        window=window if window is not None else max(WINDOWS) if mode == "auto" else DEFAULT_WINDOW,
         sampling=Sampling(temperature, top_k, top_p),
         stop_tokens=pair.tokenizer.eos_ids if stop_at_eos else (),
     )
-    selector = make_selector(pair, policy=policy, p=p, kv_reduction=kv_reduction) if mode == "specattn" else None
-    if keep_selection and selector is None:
-        raise UserError(f"keep_selection is set, but mode {mode} selects nothing; use mode='specattn'.")
-    draft = None if mode == "autoregressive" else pair.draft
-    encoded = [_encode(pair, prompt, index) for index, prompt in enumerate(prompts)]
-    _check_lengths(pair, encoded, max_new_tokens)
-
-    clock = _Clock()
-    state = _prefill_both(pair.target, draft, encoded, max_new_tokens, settings, seed, prefill_chunk, clock, on_prefill)
-    writer = _Writer(pair.tokenizer, len(encoded), on_text or (lambda index, text: None))
-    if keep_selection and draft is not None and selector is not None:
-        state, watched = _decode_watched(pair.target, draft, selector, state, settings, writer)
+    encoded = [encode_prompt(pair, prompt, index) for index, prompt in enumerate(prompts)]
+    check_lengths(pair, encoded, max_new_tokens)
+    prior = prior_acceptance(pair)
+    if mode == "auto":
+        if decide is None:
+            windows = WINDOWS if window is None else (window,)
+            decide = make_gate(pair, len(encoded), selector, windows=windows)
+        first = decide(Situation(sum(map(len, encoded)) // len(encoded), max_new_tokens, prior))
+        if on_decision is not None:
+            on_decision(first)
     else:
-        state = decode(pair.target, draft, selector, state, jnp.int32(0), settings=settings)
-        clock.lap("compile", state)
-        steps, watched = max_new_tokens if on_text is None else windows_per_call, None
-        while not bool(jnp.all(state.done)):
-            state = decode(pair.target, draft, selector, state, jnp.int32(steps), settings=settings)
-            writer.show(_new_tokens(state))
-    clock.lap("decode", state)
-    writer.finish(_new_tokens(state))
-    results = _results(pair, encoded, state, mode)
+        first, decide = Decision(mode, base.window), None
+    draft = None if first.mode == "autoregressive" else pair.draft
+
+    clock = Clock()
+    state = prefill_both(pair.target, draft, encoded, max_new_tokens, base, seed, prefill_chunk, clock, on_prefill)
+    writer = Writer(pair.tokenizer, len(encoded), on_text or (lambda index, text: None))
+    if keep_selection and draft is not None and selector is not None:
+        state, watched = _decode_watched(pair.target, draft, selector, state, base, writer)
+        clock.lap("decode", state)
+        decoded = Decoded(state, first.plan, [])
+    else:
+        per_call = None if on_text is None else windows_per_call
+        decoding = Decoding(pair, selector, base, clock, writer, per_call, decide, on_decision)
+        decoded, watched = decoding.run(state, first, prior), None
+    state = decoded.state
+    writer.finish(new_tokens(state))
+    results = _results(pair, encoded, state, decoded.plan)
     if watched is not None:
         results = [
             dataclasses.replace(result, selection=_record(pair, prompt, result.tokens, watched, index))
             for index, (prompt, result) in enumerate(zip(encoded, results, strict=True))
         ]
-    return Generations(results, Timing(**clock.seconds))
+    return Generations(results, Timing(**clock.seconds), decoded.decisions)
+
+
+def check_mode(mode: str) -> Mode | Literal["auto"]:
+    """The mode of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if mode == "auto":
+        return "auto"
+    for known in MODES:
+        if mode == known:
+            return known
+    raise UserError(f"mode is {mode!r}; expected one of auto, {', '.join(MODES)}.")
+
+
+def _choose_selector(
+    pair: ModelPair,
+    mode: str,
+    policy: str,
+    p: float | None,
+    kv_reduction: float | None,
+    keep_selection: bool,
+    lossless: bool,
+) -> Selector | None:
+    """What the target will read if mode `specattn` runs; None where it cannot."""
+    check_mode(mode)
+    if keep_selection and mode != "specattn":
+        may = "may select nothing" if mode == "auto" else "selects nothing"
+        raise UserError(f"keep_selection is set, but mode {mode} {may}; use mode='specattn'.")
+    if lossless and mode == "specattn":
+        raise UserError("lossless is set, but mode specattn is approximate; use mode auto or speculative.")
+    if lossless or mode in ("autoregressive", "speculative"):
+        return None
+    # Who says how much to read wants to know that it cannot be had.
+    if mode == "auto" and pair.alignment is None and p is None and kv_reduction is None:
+        return None
+    return make_selector(pair, policy=policy, p=p, kv_reduction=kv_reduction)
 
 
 class _Window(NamedTuple):
@@ -287,15 +359,16 @@ def _decode_watched(
     selector: Selector,
     state: DecodeState,
     settings: DecodeSettings,
-    writer: _Writer,
+    writer: Writer,
 ) -> tuple[DecodeState, list[_Window]]:
     """Decodes window by window, keeping what each of them read."""
     windows = []
+    state = prepare_windows(draft, selector, state, settings=settings)
     while not bool(jnp.all(state.done)):
         past, active = jax.device_get((state.target_cache.lengths, ~state.done))
         state, readers = watched_step(target, draft, selector, state, settings=settings)
         windows.append(_Window(past, active, np.asarray(readers)))
-        writer.show(_new_tokens(state))
+        writer.show(new_tokens(state))
     return state, windows
 
 
@@ -314,144 +387,11 @@ def _record(
     )
 
 
-class _Clock:
-    """Sums wall time by kind, waiting for the device at each lap."""
-
-    def __init__(self) -> None:
-        self.seconds = {"compile_s": 0.0, "prefill_s": 0.0, "decode_s": 0.0}
-        self._last = time.perf_counter()
-
-    def lap(self, kind: str, value: object = None) -> None:
-        jax.block_until_ready(value)
-        now = time.perf_counter()
-        self.seconds[f"{kind}_s"] += now - self._last
-        self._last = now
-
-
-class _Writer:
-    """Tells the text of each prompt's new tokens as they arrive."""
-
-    def __init__(self, tokenizer: Tokenizer, count: int, on_text: Callable[[int, str], None]) -> None:
-        self._streams = [TextStream(tokenizer) for _ in range(count)]
-        self._shown = [0] * count
-        self._on_text = on_text
-
-    def show(self, tokens: list[list[int]]) -> None:
-        """Tells what is new in `tokens`, which are all new tokens so far."""
-        for index, (stream, ids) in enumerate(zip(self._streams, tokens, strict=True)):
-            self._tell(index, stream.push(ids[self._shown[index] :]))
-            self._shown[index] = len(ids)
-
-    def finish(self, tokens: list[list[int]]) -> None:
-        """Tells what is left, unfinished characters included."""
-        self.show(tokens)
-        for index, stream in enumerate(self._streams):
-            self._tell(index, stream.flush())
-
-    def _tell(self, index: int, text: str) -> None:
-        if text:
-            self._on_text(index, text)
-
-
-def _encode(pair: ModelPair, prompt: str | Sequence[int], index: int) -> list[int]:
-    """Token ids of one prompt."""
-    tokens = pair.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
-    if not tokens:
-        raise UserError(f"prompt {index + 1} is empty; expected at least one token.")
-    size = pair.target.config.vocab_size
-    if not all(0 <= token < size for token in tokens):
-        raise UserError(f"prompt {index + 1} has a token id outside the vocabulary; expected ids from 0 to {size - 1}.")
-    return tokens
-
-
-def _check_lengths(pair: ModelPair, encoded: list[list[int]], max_new_tokens: int) -> None:
-    """Refuses what cannot fit either model's context."""
-    if not encoded:
-        raise UserError("prompts is empty; expected at least one prompt.")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}; expected at least 1.")
-    context = min(pair.target.config.max_context, pair.draft.config.max_context)
-    longest = max(len(tokens) for tokens in encoded)
-    if longest >= context:
-        raise UserError(f"The prompt has {longest} tokens, but the context of {pair.name} is {context}; shorten it.")
-    if longest + max_new_tokens > context:
-        raise UserError(
-            f"max_new_tokens is {max_new_tokens}, but after a prompt of {longest} tokens the context of {pair.name}, "
-            f"{context}, leaves room for {context - longest}; ask for fewer tokens."
-        )
-
-
-def _prefill_both(
-    target: LanguageModel,
-    draft: LanguageModel | None,
-    encoded: list[list[int]],
-    max_new_tokens: int,
-    settings: DecodeSettings,
-    seed: int,
-    chunk: int,
-    clock: _Clock,
-    on_prefill: Callable[[int, int], None] | None,
-) -> DecodeState:
-    """Reads the prompts with both models and returns the state in which decoding starts."""
-    lengths = np.array([len(tokens) for tokens in encoded], np.int32)
-    batch, longest = len(encoded), max(map(len, encoded))
-    chunk = min(chunk, _round_up(longest, 64))
-    padded = _round_up(longest, chunk)
-    # A window may write W + 1 entries beyond the last token that is kept.
-    slots = _round_up(max(padded, longest + max_new_tokens + settings.tokens_per_window), 128)
-    tokens = np.zeros((batch, padded), np.int32)
-    for row, prompt in zip(tokens, encoded, strict=True):
-        row[: len(prompt)] = prompt
-    models = {"target": target} | ({} if draft is None else {"draft": draft})
-    check_memory(
-        {
-            f"the KV cache of the {role}": model.config.cache_bytes(batch, slots, model.dtype.itemsize)
-            for role, model in models.items()
-        }
-    )
-
-    def read(model: LanguageModel, offset: int) -> tuple[Float[Array, "B D"], object]:
-        def progress(position: int) -> None:
-            clock.lap("compile" if position == 0 else "prefill")
-            if on_prefill is not None:
-                on_prefill(offset + position, padded * len(models))
-
-        cache = init_cache(model.config, batch, slots, model.dtype)
-        return prefill(model, jnp.asarray(tokens), jnp.asarray(lengths), cache, chunk=chunk, progress=progress)
-
-    hidden, target_cache = read(target, 0)
-    draft_cache = None if draft is None else read(draft, padded)[1]
-    key = jax.random.key(seed)
-    state = start_decoding(
-        target,
-        hidden,
-        target_cache,
-        draft_cache,
-        jnp.asarray([prompt[-1] for prompt in encoded], jnp.int32),
-        jnp.full((batch,), max_new_tokens, jnp.int32),
-        jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(batch)),
-        settings=settings,
-        room=max_new_tokens,
-    )
-    clock.lap("prefill", state)
-    return state
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-def _new_tokens(state: DecodeState) -> list[list[int]]:
-    """The new tokens of every sequence so far."""
-    output, emitted = jax.device_get((state.output, state.emitted))
-    return [row[:count].tolist() for row, count in zip(output, emitted, strict=True)]
-
-
-def _results(pair: ModelPair, encoded: list[list[int]], state: DecodeState, mode: Mode) -> list[Generation]:
+def _results(pair: ModelPair, encoded: list[list[int]], state: DecodeState, plan: Plan) -> list[Generation]:
     """What a finished state says, per prompt."""
     counts = jax.device_get(state.statistics)
     results = []
-    for index, tokens in enumerate(_new_tokens(state)):
+    for index, tokens in enumerate(new_tokens(state)):
         windows = int(counts.windows[index])
         reads = counts.read[index] / max(windows, 1)
         results.append(
@@ -459,7 +399,8 @@ def _results(pair: ModelPair, encoded: list[list[int]], state: DecodeState, mode
                 text=pair.tokenizer.decode(tokens),
                 tokens=tokens,
                 prompt_tokens=len(encoded[index]),
-                mode=mode,
+                mode=plan.mode,
+                window=plan.window or None,
                 windows=windows,
                 accepted_per_window=float(counts.accepted[index]) / max(windows, 1),
                 kv_reduction=1.0 - float(reads.mean()) if windows else 0.0,

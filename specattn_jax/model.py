@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32, PRNGKeyArray
-from specattn_kernels import Implementation, SelectionPlan, decode_attention, sparse_decode_attention
+from specattn_kernels import Implementation, Scores, SelectionPlan, decode_attention, sparse_decode_attention
 
 from specattn_jax.cache import KVCache, append
 from specattn_jax.config import ModelConfig
@@ -129,6 +129,13 @@ LayerReader: TypeAlias = Callable[
 ]
 
 
+class Look(NamedTuple):
+    """How a layer's tokens looked at the cache: their queries, and the log-sum-exp of their scaled logits."""
+
+    q: Float[Array, "B T N H"]
+    lse: Float[Array, "B T N"]
+
+
 class ForwardOutput(NamedTuple):
     """What one cached forward returns.
 
@@ -138,6 +145,7 @@ class ForwardOutput(NamedTuple):
         observed: what `observe` returned, one value per observed layer, in the order of the layers.
         plans: what each layer read; None is everything. Empty if no layer was given a choice.
         kept: what `reader` kept, one value per layer; empty without a reader.
+        looks: how each layer's tokens looked at what they read; empty unless wanted.
     """
 
     hidden: Float[Array, "B T D"]
@@ -145,6 +153,7 @@ class ForwardOutput(NamedTuple):
     observed: tuple[Array, ...]
     plans: tuple[SelectionPlan | None, ...]
     kept: tuple[Any, ...]
+    looks: tuple[Look, ...]
 
 
 def forward(
@@ -154,8 +163,9 @@ def forward(
     *,
     plans: Sequence[LayerChoice] | None = None,
     observe_layers: tuple[int, ...] = (),
-    observe: Callable[[Float[Array, "B T N S"]], Array] | None = None,
+    observe: Callable[[Float[Array, "B 1 N S"]], Array] | None = None,
     reader: LayerReader | None = None,
+    keep_looks: bool = False,
     implementation: Implementation | None = None,
 ) -> ForwardOutput:
     """Reads T more tokens: appends their keys and values, attends to the cache, returns hidden states.
@@ -166,9 +176,10 @@ def forward(
         cache: what was read so far.
         plans: one choice per layer. Without it every layer is dense.
         observe_layers: dense layers whose softmax weights are shown to `observe`.
-        observe: receives `[B, T, N, S]` float32 softmax weights and returns what to keep of them; reducing here keeps
-            them from piling up over layers.
+        observe: receives the newest token's softmax weights `[B, 1, N, S]` in float32, and returns what to keep of
+            them; reducing here keeps them from piling up over layers.
         reader: attends in the place of the model's own attention, for evaluation; nothing is observed then.
+        keep_looks: whether to keep how the tokens looked at what they read.
         implementation: backend of the attention ops; None lets the library choose.
 
     Returns:
@@ -183,6 +194,7 @@ def forward(
     observed: list[Array] = []
     used: list[SelectionPlan | None] = []
     kept: list[Any] = []
+    looks: list[Look] = []
 
     def attend(
         layer: int, q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
@@ -198,9 +210,12 @@ def forward(
             kept.append(rest)
             return out
         if plan is not None:
-            return attend_to_plan(q, keys[layer], values[layer], plan, lengths).out
-        watched = observe is not None and layer in observe_layers
-        result = attend_to_all(q, keys[layer], values[layer], lengths, return_scores=watched)
+            result = attend_to_plan(q, keys[layer], values[layer], plan, lengths, return_lse=keep_looks)
+        else:
+            watched: Scores = "newest" if observe is not None and layer in observe_layers else False
+            result = attend_to_all(q, keys[layer], values[layer], lengths, return_scores=watched, return_lse=keep_looks)
+        if result.lse is not None:
+            looks.append(Look(q, result.lse))
         if observe is not None and result.scores is not None:
             observed.append(observe(result.scores))
         return result.out
@@ -208,7 +223,7 @@ def forward(
     positions = starts[:, None] + jnp.arange(num_new, dtype=jnp.int32)
     hidden = module(tokens, rotation(config, positions), attend)
     grown = KVCache(tuple(keys), tuple(values), lengths)
-    return ForwardOutput(hidden, grown, tuple(observed), tuple(used), tuple(kept))
+    return ForwardOutput(hidden, grown, tuple(observed), tuple(used), tuple(kept), tuple(looks))
 
 
 @functools.partial(jax.jit, static_argnames=("chunk",), donate_argnames=("cache", "last"))

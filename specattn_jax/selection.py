@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
+import math
 import tomllib
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, DTypeLike, Float, Int32
 from specattn_kernels import (
     Implementation,
     SelectionPlan,
+    choose_implementation,
     compact_blocks,
+    current_device,
     plan_slots,
+    score_cache,
     select_blocks,
     top_p_threshold,
 )
 
 from specattn_jax.alignment import Alignment, NucleusMass, reduce_heads
+from specattn_jax.cache import KVCache
 from specattn_jax.config import ModelConfig
 from specattn_jax.errors import UserError
-from specattn_jax.model import LayerChoice
+from specattn_jax.model import LayerChoice, Look
 
-# Layers for which is selected at a time.
+# Layers for which is selected at a time where there are no kernels.
 _LAYERS_AT_ONCE = 8
+# A draft that reads sparsely reads at least so many entries.
+LEAST_DRAFT_ENTRIES = 256
 _NO_SCORES = "scores hold neither a maximum nor a union."
 
 
@@ -40,7 +47,11 @@ class SelectionPolicy:
         combine: over the W steps of a window, `union` of the nuclei of the steps (published) or one nucleus of the
             running `maximum`.
         mixing: with a mixture and a maximum, mix at every `step` and keep the largest prediction, or once a `window`
-            from the largest attention of each source, which moves fewer bytes.
+            from the largest attention of each source. With sources that are kv heads the draft's cache is then scored
+            once a window, for the queries of all its steps, and no step has to write out its attention.
+        draft_reads: share of its own cache that the draft reads: for each of its kv heads the entries that the window
+            before looked at most, sinks and recent window besides. 1 is all. What the target reads does not depend
+            on it but through the draft's queries, as its whole cache is scored in any case.
         threshold: `exact` minimal nucleus, or `linear` bisection that over-selects (published).
         steps: halvings of the linear bisection.
         dense_layers: leading target layers that read everything.
@@ -52,12 +63,27 @@ class SelectionPolicy:
     prediction: Literal["layer_map", "mixture"]
     combine: Literal["union", "maximum"]
     mixing: Literal["step", "window"] = "step"
+    draft_reads: float = 1.0
     threshold: Literal["exact", "linear"] = "exact"
     steps: int = 10
     dense_layers: int = 0
     num_sink: int = 0
     num_recent: int = 0
     block_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.draft_reads <= 1.0:
+            raise UserError(f"draft_reads is {self.draft_reads}; expected a share in (0, 1].")
+        if self.draft_reads < 1.0 and not self.mixes_last:
+            raise UserError(
+                f"draft_reads is {self.draft_reads}, but the cache of a sparse draft is scored once a window: expected "
+                "prediction 'mixture', combine 'maximum' and mixing 'window'."
+            )
+
+    @property
+    def mixes_last(self) -> bool:
+        """Whether scores are of the sources until the plan is made."""
+        return self.prediction == "mixture" and self.combine == "maximum" and self.mixing == "window"
 
 
 def load_policy(name: str) -> SelectionPolicy:
@@ -97,18 +123,38 @@ class Selection(Protocol):
         """Draft layers whose attention is needed."""
         ...
 
-    def observe(self, scores: Float[Array, "B T N S"]) -> Float[Array, "B r S"]:
+    def observe(self, scores: Float[Array, "B 1 N S"]) -> Float[Array, "B r S"]:
         """Keeps of one draft layer's softmax weights what is needed."""
         ...
 
-    def start(self, batch: int, num_slots: int) -> DraftScores:
-        """Scores before the first draft step."""
+    def start(self, batch: int, num_slots: int, dtype: DTypeLike = jnp.float32) -> DraftScores:
+        """Scores before the first draft step; `dtype` is that of the draft."""
         ...
 
     def update(
         self, scores: DraftScores, observed: Sequence[Float[Array, "B r S"]], lengths: Int32[Array, " B"]
     ) -> DraftScores:
         """Adds one draft step."""
+        ...
+
+    @property
+    def scores_windows(self) -> bool:
+        """Whether scores are made once a window, from how the draft looked at its cache, and not step by step."""
+        ...
+
+    @property
+    def drafts_sparsely(self) -> bool:
+        """Whether the draft reads only a part of its cache."""
+        ...
+
+    def score(
+        self, looks: Sequence[Look], cache: KVCache, past: Int32[Array, " B"], implementation: Implementation | None
+    ) -> DraftScores:
+        """Scores of a window from the looks of all its steps, one per draft layer."""
+        ...
+
+    def draft_plan(self, scores: DraftScores, past: Int32[Array, " B"], window: int) -> SelectionPlan | None:
+        """What the draft reads in the next window, kv head by kv head of all its layers; None is everything."""
         ...
 
     def plan(
@@ -143,14 +189,23 @@ class Selector:
     draft: ModelConfig = dataclasses.field(metadata={"static": True})
     implementation: Implementation | None = dataclasses.field(default=None, metadata={"static": True})
 
+    def __post_init__(self) -> None:
+        if self.policy.draft_reads < 1.0 and not self.scores_windows:
+            raise UserError(
+                f"draft_reads is below 1, but the alignment's sources are of granularity {self.alignment.granularity}; "
+                "only kv heads can be scored once a window, so calibrate with granularity kv_head."
+            )
+
     @property
     def observed_layers(self) -> tuple[int, ...]:
-        """Draft layers whose attention is needed."""
+        """Draft layers whose attention is needed, step by step."""
+        if self.scores_windows:
+            return ()
         if self.policy.prediction == "mixture":
             return tuple(range(self.draft.num_layers))
         return tuple(sorted(set(self.alignment.layer_map[self.policy.dense_layers :])))
 
-    def observe(self, scores: Float[Array, "B T N S"]) -> Float[Array, "B r S"]:
+    def observe(self, scores: Float[Array, "B 1 N S"]) -> Float[Array, "B r S"]:
         """Keeps of one draft layer's softmax weights what the prediction uses, for the newest token."""
         granularity = self.alignment.granularity if self.policy.prediction == "mixture" else "layer"
         return reduce_heads(scores[:, -1], granularity, self.draft.num_kv_heads)
@@ -161,28 +216,24 @@ class Selector:
             return self.target.num_layers * self.target.num_kv_heads
         return len(self.observed_layers)
 
-    @property
-    def _mixes_last(self) -> bool:
-        """Whether scores are of the sources until the plan is made."""
-        policy = self.policy
-        return policy.prediction == "mixture" and policy.combine == "maximum" and policy.mixing == "window"
-
-    def start(self, batch: int, num_slots: int) -> DraftScores:
-        """Scores before the first draft step."""
-        shape = (batch, self.alignment.weights.shape[1] if self._mixes_last else self._rows, num_slots)
+    def start(self, batch: int, num_slots: int, dtype: DTypeLike = jnp.float32) -> DraftScores:
+        """Scores before the first draft step. They are kept in the draft's dtype: they only put entries in order."""
+        shape = (batch, self.alignment.weights.shape[1] if self.policy.mixes_last else self._rows, num_slots)
         if self.policy.combine == "maximum":
-            return DraftScores(maximum=jnp.zeros(shape, jnp.float32), union=None)
+            return DraftScores(maximum=jnp.zeros(shape, dtype), union=None)
         return DraftScores(maximum=None, union=jnp.zeros(shape, jnp.bool_))
 
     def update(
         self, scores: DraftScores, observed: Sequence[Float[Array, "B r S"]], lengths: Int32[Array, " B"]
     ) -> DraftScores:
         """Adds one draft step, made with `lengths` entries in the draft's cache."""
+        if self.scores_windows:
+            return scores
         rows = jnp.concatenate(observed, axis=1)
-        if self.policy.prediction == "mixture" and not self._mixes_last:
+        if self.policy.prediction == "mixture" and not self.policy.mixes_last:
             rows = self._mix(self.alignment.weights, rows)
         if scores.maximum is not None:
-            return DraftScores(jnp.maximum(scores.maximum, rows), None)
+            return DraftScores(jnp.maximum(scores.maximum, rows.astype(scores.maximum.dtype)), None)
         if scores.union is None:
             raise ValueError(_NO_SCORES)
         threshold = top_p_threshold(
@@ -195,9 +246,72 @@ class Selector:
         )
         return DraftScores(None, scores.union | (rows >= threshold[..., None]))
 
+    @property
+    def scores_windows(self) -> bool:
+        """Whether the draft's cache is scored once a window."""
+        return self.policy.mixes_last and self.alignment.granularity == "kv_head"
+
+    @property
+    def drafts_sparsely(self) -> bool:
+        """Whether the draft reads only a part of its cache."""
+        return self.policy.draft_reads < 1.0
+
+    def score(
+        self, looks: Sequence[Look], cache: KVCache, past: Int32[Array, " B"], implementation: Implementation | None
+    ) -> DraftScores:
+        """Largest attention of every draft kv head over the steps of a window, kept in the draft's dtype.
+
+        Args:
+            looks: queries of the W steps and their log-sum-exps over what they read, one per draft layer. Where a draft
+                read sparsely that makes all weights of a query a little larger, which changes no order.
+            cache: the draft's.
+            past: slots to score.
+            implementation: backend of the op; None lets the library choose.
+        """
+        batch, heads, slots = cache.k[0].shape[:3]
+        maximum = jnp.zeros((batch, heads * len(looks), slots), cache.k[0].dtype)
+        for layer, (look, keys) in enumerate(zip(looks, cache.k, strict=True)):
+            scores = score_cache(look.q, keys, look.lse, past, dtype=keys.dtype, implementation=implementation)
+            # In place, where concatenating so many arrays would be slow.
+            maximum = jax.lax.dynamic_update_slice_in_dim(maximum, scores, layer * heads, axis=1)
+        return DraftScores(maximum=maximum, union=None)
+
+    def draft_plan(self, scores: DraftScores, past: Int32[Array, " B"], window: int) -> SelectionPlan | None:
+        """What the draft reads in the next window: for each of its kv heads what this window looked at most.
+
+        The slots of all tokens that may be written until the end of that window belong to the recent window, whatever
+        is accepted: they are read as soon as there is something in them.
+
+        Args:
+            scores: of this window.
+            past: slots that were scored.
+            window: W.
+        """
+        policy = self.policy
+        if not self.drafts_sparsely or scores.maximum is None:
+            return None
+        slots, size = scores.maximum.shape[-1], policy.block_size
+        new = 2 * (window + 1)
+        share = jnp.maximum(policy.draft_reads, LEAST_DRAFT_ENTRIES / (past + new))
+        blocks, recent = -(-slots // size), policy.num_recent + new
+        wanted = max(math.ceil(policy.draft_reads * blocks), -(-LEAST_DRAFT_ENTRIES // size)) + 1
+        # Blocks that sinks and recent window touch come on top of the share.
+        forced = -(-policy.num_sink // size) + -(-recent // size) + 1
+        return select_blocks(
+            scores.maximum,
+            share[:, None],
+            jnp.minimum(past + new, slots),
+            block_size=size,
+            num_sink=policy.num_sink,
+            num_recent=recent,
+            measure="count",
+            capacity=min(blocks, wanted + forced),
+            implementation=self.implementation,
+        )
+
     def _mix(self, weights: Float[Array, "rows R"], sources: Float[Array, "B R S"]) -> Float[Array, "B rows S"]:
-        """Predicted attention of target kv heads."""
-        return jnp.einsum("ar,brs->bas", weights, sources)
+        """Predicted attention of target kv heads, in the dtype of the sources."""
+        return jnp.einsum("ar,brs->bas", weights.astype(sources.dtype), sources)
 
     def _row_p(
         self,
@@ -237,7 +351,7 @@ class Selector:
                 block_size=self.policy.block_size,
                 implementation=self.implementation,
             )
-            groups = jax.tree.map(lambda x: x[None], rows)
+            groups = [rows]
         else:
             raise ValueError(_NO_SCORES)
         return tuple(
@@ -247,18 +361,20 @@ class Selector:
 
     def _select(
         self, scores: Float[Array, "B any S"], p: Float[Array, "B rows"], past: Int32[Array, " B"]
-    ) -> SelectionPlan:
-        """Plans of all rows, in groups along a new first axis.
+    ) -> list[SelectionPlan]:
+        """Plans of all rows, in groups of equally many.
 
-        One group is selected after the other, because that takes several arrays of the size of the group's scores.
+        Without kernels one group is selected after the other, because that takes several arrays of the size of the
+        group's scores.
         """
         unit = self.target.num_kv_heads if self.policy.prediction == "mixture" else 1
         units = self._rows // unit
-        size = unit * max(count for count in range(1, _LAYERS_AT_ONCE + 1) if units % count == 0)
+        most = units if self._has_kernels() else _LAYERS_AT_ONCE
+        size = unit * max(count for count in range(1, min(most, units) + 1) if units % count == 0)
 
-        def select(first: Int32[Array, ""]) -> SelectionPlan:
+        def select(first: Int32[Array, ""] | int) -> SelectionPlan:
             share = jax.lax.dynamic_slice_in_dim(p, first, size, axis=1)
-            if self._mixes_last:
+            if self.policy.mixes_last:
                 part = self._mix(jax.lax.dynamic_slice_in_dim(self.alignment.weights, first, size), scores)
             else:
                 part = jax.lax.dynamic_slice_in_dim(scores, first, size, axis=1)
@@ -274,7 +390,15 @@ class Selector:
                 implementation=self.implementation,
             )
 
-        return jax.lax.map(select, jnp.arange(0, self._rows, size))
+        if size == self._rows:
+            return [select(0)]
+        groups = jax.lax.map(select, jnp.arange(0, self._rows, size))
+        return [jax.tree.map(lambda x, i=i: x[i], groups) for i in range(self._rows // size)]
+
+    def _has_kernels(self) -> bool:
+        """Whether selection is done by kernels, which hold no arrays besides scores and ids."""
+        chosen = self.implementation or choose_implementation("select_blocks", current_device()).name
+        return chosen != "xla"
 
     def _forced(self, union: Bool[Array, "B rows S"], past: Int32[Array, " B"]) -> Bool[Array, "B rows blocks"]:
         """Blocks of a union of nuclei, with sinks and recent window, without what lies beyond the past."""
@@ -285,16 +409,16 @@ class Selector:
         padded = jnp.pad(keep, ((0, 0), (0, 0), (0, -keep.shape[-1] % size)))
         return jnp.any(padded.reshape(*keep.shape[:2], -1, size), axis=-1)
 
-    def _layer_plan(self, groups: SelectionPlan, layer: int) -> SelectionPlan:
+    def _layer_plan(self, groups: Sequence[SelectionPlan], layer: int) -> SelectionPlan:
         """The rows of one target layer, from plans of all rows in groups."""
-        heads, size = self.target.num_kv_heads, groups.counts.shape[2]
+        heads, size = self.target.num_kv_heads, groups[0].counts.shape[1]
         if self.policy.prediction == "mixture":
-            begin, width, copies = layer * heads, heads, 1
-        else:
-            begin, width, copies = self.observed_layers.index(self.alignment.layer_map[layer]), 1, heads
-        here = slice(begin % size, begin % size + width)
-        ids, counts = (jnp.repeat(x[begin // size, :, here], copies, axis=1) for x in (groups.block_ids, groups.counts))
-        return SelectionPlan(ids, counts, groups.block_size)
+            per_group = size // heads
+            return groups[layer // per_group].layer(layer % per_group, heads)
+        row = self.observed_layers.index(self.alignment.layer_map[layer])
+        group, place = groups[row // size], row % size
+        ids, counts = (jnp.repeat(x[:, place : place + 1], heads, axis=1) for x in (group.block_ids, group.counts))
+        return SelectionPlan(ids, counts, group.block_size)
 
 
 def head_fraction(
@@ -318,10 +442,14 @@ def read_fraction(plans: Sequence[SelectionPlan | None], past: Int32[Array, " B"
 
 def _plan_fraction(plan: SelectionPlan, past: Int32[Array, " B"]) -> Float[Array, "B K"]:
     """Entries of the plan's blocks that lie in the past, over the past."""
-    size = plan.block_size
-    listed = jnp.arange(plan.block_ids.shape[-1]) < plan.counts[..., None]
-    inside = jnp.clip(past[:, None, None] - plan.block_ids * size, 0, size)
-    return jnp.sum(jnp.where(listed, inside, 0), axis=-1) / jnp.maximum(past[:, None], 1)
+    plan, size = plan.own_rows(), plan.block_size
+    entries = plan.counts
+    # Selected slots are of the past; of a block a part may be.
+    if size > 1:
+        listed = jnp.arange(plan.block_ids.shape[-1]) < plan.counts[..., None]
+        inside = jnp.clip(past[:, None, None] - plan.block_ids * size, 0, size)
+        entries = jnp.sum(jnp.where(listed, inside, 0), axis=-1)
+    return entries / jnp.maximum(past[:, None], 1)
 
 
 def past_mask(plan: SelectionPlan, past: Int32[Array, " B"], num_slots: int) -> Bool[Array, "B K S"]:

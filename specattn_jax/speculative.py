@@ -17,8 +17,9 @@ from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 from specattn_kernels import Implementation, SelectionPlan
 
 from specattn_jax.cache import KVCache
+from specattn_jax.config import ModelConfig
 from specattn_jax.errors import UserError
-from specattn_jax.model import LanguageModel, LayerReader, forward
+from specattn_jax.model import LanguageModel, LayerReader, Look, forward
 from specattn_jax.sampling import Sampling, Verdict, choose, match_vocabulary, verify
 from specattn_jax.selection import DraftScores, Selection, past_mask, read_fraction
 
@@ -39,6 +40,10 @@ class DecodeSettings:
         stop_tokens: ids that end a sequence; the id itself is kept in the output.
         implementation: backend of the attention ops of both models; None lets the library choose. That of the
             selection is `Selector.implementation`.
+        imposed_acceptance: for benchmarks with random weights, which would accept nothing: drafted tokens, 0 to W, that
+            count as accepted in each window of a sequence, over and over. The verdict is computed all the same, and the
+            tokens are its own, so that only the count is not. Empty leaves the count to the verdict too; without
+            meaning in mode `autoregressive`.
     """
 
     mode: Mode = "specattn"
@@ -46,12 +51,18 @@ class DecodeSettings:
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     stop_tokens: tuple[int, ...] = ()
     implementation: Implementation | None = None
+    imposed_acceptance: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise UserError(f"mode is {self.mode!r}; expected one of {', '.join(MODES)}.")
         if not 1 <= self.window <= MAX_WINDOW:
             raise UserError(f"window is {self.window}; expected 1 to {MAX_WINDOW} drafted tokens per window.")
+        if not all(0 <= count <= self.window for count in self.imposed_acceptance):
+            raise UserError(
+                f"imposed_acceptance is {self.imposed_acceptance}; expected counts from 0 to the window's "
+                f"{self.window} drafted tokens."
+            )
 
     @property
     def tokens_per_window(self) -> int:
@@ -92,6 +103,8 @@ class DecodeState:
         done: whether a sequence reached its limit or a stop token.
         keys: one random key per sequence.
         statistics: what was done and read.
+        draft_plan: what the draft reads in the next window, where it reads sparsely; None before the first such window
+            (see `plan_first_window`), and where it reads everything.
     """
 
     target_cache: KVCache
@@ -103,6 +116,7 @@ class DecodeState:
     done: Bool[Array, " B"]
     keys: PRNGKeyArray
     statistics: Statistics
+    draft_plan: SelectionPlan | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "room"), donate_argnames=("target_cache", "draft_cache"))
@@ -157,12 +171,14 @@ class Drafted(NamedTuple):
         probs: the distributions they were drawn from, over the target's vocabulary; None when greedy.
         cache: the draft's cache, lengths unchanged.
         scores: what the draft's attention says about the target's; None without a selector.
+        next_plan: what the draft reads in the next window; None is everything.
     """
 
     tokens: Int32[Array, "B W"]
     probs: Float[Array, "B W V"] | None
     cache: KVCache
     scores: DraftScores | None
+    next_plan: SelectionPlan | None = None
 
 
 def draft_window(
@@ -175,6 +191,7 @@ def draft_window(
     window: int,
     sampling: Sampling,
     vocab_size: int,
+    plan: SelectionPlan | None = None,
     forced: Int32[Array, "B W"] | None = None,
     implementation: Implementation | None = None,
 ) -> Drafted:
@@ -189,45 +206,88 @@ def draft_window(
         window: W.
         sampling: how tokens are drawn.
         vocab_size: the target's V.
+        plan: what the draft reads, kv head by kv head of all its layers; None is everything.
         forced: tokens to take instead of the draft's own, for teacher-forced evaluation.
         implementation: backend of the attention ops; None lets the library choose.
     """
-    batch = last.shape[0]
     step_keys = jnp.swapaxes(jax.vmap(lambda key: jax.random.split(key, window))(keys), 0, 1)
     imposed = None if forced is None else forced.T
-    start = selector.start(batch, cache.num_slots) if selector is not None else None
+
+    choices = _of_layers(plan, draft.config)
+    scores_windows = selector is not None and selector.scores_windows
 
     def step(
-        carry: tuple[KVCache, Int32[Array, "B 2"], DraftScores | None],
-        step_input: tuple[PRNGKeyArray, Int32[Array, " B"] | None],
-    ) -> tuple[
-        tuple[KVCache, Int32[Array, "B 2"], DraftScores | None], tuple[Int32[Array, " B"], Float[Array, "B V"] | None]
-    ]:
-        cache, last, scores = carry
-        keys, token = step_input
+        read: _DraftState, step_input: tuple[PRNGKeyArray, Int32[Array, " B"] | None]
+    ) -> tuple[_DraftState, _DraftedToken]:
+        step_keys, token = step_input
         out = forward(
             draft,
-            last,
-            cache,
+            read.last,
+            read.cache,
+            plans=choices,
             observe_layers=selector.observed_layers if selector is not None else (),
             observe=selector.observe if selector is not None else None,
+            keep_looks=scores_windows,
             implementation=implementation,
         )
         logits = match_vocabulary(draft.logits(out.hidden[:, -1]), vocab_size)
-        own, probs = choose(keys, logits, sampling)
+        own, probs = choose(step_keys, logits, sampling)
         token = own if token is None else token
+        scores = read.scores
         if selector is not None and scores is not None:
             scores = selector.update(scores, out.observed, out.cache.lengths)
-        moved = out.cache.at_lengths(cache.lengths + 1)
-        return (moved, jnp.stack([last[:, 1], token], axis=1), scores), (token, probs)
+        moved = out.cache.at_lengths(read.cache.lengths + 1)
+        last = jnp.stack([read.last[:, 1], token], axis=1)
+        return _DraftState(moved, last, scores), _DraftedToken(token, probs, _newest(out.looks))
 
-    (grown, _, scores), (tokens, probs) = jax.lax.scan(step, (cache, last, start), (step_keys, imposed))
-    return Drafted(
-        tokens=tokens.T,
-        probs=None if probs is None else jnp.swapaxes(probs, 0, 1),
-        cache=grown.at_lengths(cache.lengths),
-        scores=scores,
-    )
+    scores = None
+    if selector is not None and not scores_windows:
+        scores = selector.start(last.shape[0], cache.num_slots, draft.dtype)
+    state, drafted = jax.lax.scan(step, _DraftState(cache, last, scores), (step_keys, imposed))
+    scores, next_plan, past = state.scores, None, cache.lengths + 1
+    if selector is not None and drafted.looks is not None:
+        layers = range(draft.config.num_layers)
+        looks = [jax.tree.map(lambda x, i=i: jnp.swapaxes(x[:, i], 0, 1), drafted.looks) for i in layers]
+        scores = selector.score(looks, state.cache, past, implementation)
+        next_plan = selector.draft_plan(scores, past, window)
+    tokens, probs = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (drafted.token, drafted.probs))
+    return Drafted(tokens, probs, state.cache.at_lengths(cache.lengths), scores, next_plan)
+
+
+def _newest(looks: tuple[Look, ...]) -> Look | None:
+    """How all layers looked at the cache for the newest token, one array for all of them; None without looks."""
+    if not looks:
+        return None
+    return jax.tree.map(lambda *layers: jnp.stack([layer[:, -1] for layer in layers]), *looks)
+
+
+def _of_layers(plan: SelectionPlan | None, config: ModelConfig) -> tuple[SelectionPlan, ...] | None:
+    """The plans of all layers, from one for all of their kv heads."""
+    if plan is None:
+        return None
+    return tuple(plan.layer(index, config.num_kv_heads) for index in range(config.num_layers))
+
+
+class _DraftedToken(NamedTuple):
+    """What one draft step gives: the token, its distribution, and how the layers looked at the cache for it."""
+
+    token: Int32[Array, " B"]
+    probs: Float[Array, "B V"] | None
+    looks: Look | None
+
+
+class _DraftState(NamedTuple):
+    """Between two draft steps.
+
+    Attributes:
+        cache: what was read; its lengths exclude the last two tokens.
+        last: the last two tokens. The first of them was read before, but for the first step perhaps.
+        scores: what attention said so far, where it is noted step by step.
+    """
+
+    cache: KVCache
+    last: Int32[Array, "B 2"]
+    scores: DraftScores | None
 
 
 def _is_stop(tokens: Int32[Array, "*batch"], stop_tokens: tuple[int, ...]) -> Bool[Array, "*batch"]:
@@ -312,6 +372,31 @@ class WindowRead(NamedTuple):
     kept: tuple[Any, ...]
 
 
+def plan_first_window(
+    draft: LanguageModel, selector: Selection | None, state: DecodeState, settings: DecodeSettings
+) -> DecodeState:
+    """The state with what the draft reads in the first window, from one dense pass over its last two tokens.
+
+    Nothing changes where there is a plan already, or where the draft reads everything.
+    """
+    if selector is None or not selector.drafts_sparsely or state.draft_plan is not None or state.draft_cache is None:
+        return state
+    past = state.target_cache.lengths
+    out = forward(
+        draft,
+        state.last,
+        state.draft_cache.at_lengths(past - 1),
+        keep_looks=True,
+        implementation=settings.implementation,
+    )
+    scores = selector.score(out.looks, out.cache, past, settings.implementation)
+    return dataclasses.replace(
+        state,
+        draft_cache=out.cache.at_lengths(state.draft_cache.lengths),
+        draft_plan=selector.draft_plan(scores, past, settings.window),
+    )
+
+
 def read_window(
     target: LanguageModel,
     draft: LanguageModel,
@@ -326,6 +411,7 @@ def read_window(
 
     Evaluation may force the tokens, and attend in the target's place (`reader`) to see what was read.
     """
+    state = plan_first_window(draft, selector, state, settings)
     if state.draft_cache is None:
         raise ValueError("state.draft_cache is None; speculative modes need the draft's cache.")
     past = state.target_cache.lengths
@@ -335,6 +421,7 @@ def read_window(
         state.last,
         keys,
         selector,
+        plan=state.draft_plan,
         window=settings.window,
         sampling=settings.sampling,
         vocab_size=target.config.vocab_size,
@@ -367,10 +454,31 @@ def speculative_step(
     """One window: draft, select, read, accept or reject, roll back; besides, what was read."""
     split = jax.vmap(lambda key: jax.random.split(key, 3))(state.keys)
     window = read_window(target, draft, selector, state, split[:, 0], settings)
+    state = dataclasses.replace(state, keys=split[:, 2])
+    return judge_window(target, state, window, split[:, 1], settings), window
+
+
+def judge_window(
+    target: LanguageModel, state: DecodeState, window: WindowRead, keys: PRNGKeyArray, settings: DecodeSettings
+) -> DecodeState:
+    """The second half of a window that was read: accept or reject, commit, roll both caches back."""
     drafted = window.drafted
-    verdict = verify(split[:, 1], drafted.tokens, drafted.probs, target.logits(window.hidden), settings.sampling)
-    state = dataclasses.replace(state, target_cache=window.cache, draft_cache=drafted.cache, keys=split[:, 2])
-    return _commit(state, verdict, window.read, settings), window
+    verdict = verify(keys, drafted.tokens, drafted.probs, target.logits(window.hidden), settings.sampling)
+    if settings.imposed_acceptance:
+        imposed = jnp.array(settings.imposed_acceptance, jnp.int32)
+        verdict = verdict._replace(accepted=imposed[state.statistics.windows % len(settings.imposed_acceptance)])
+    state = dataclasses.replace(
+        state, target_cache=window.cache, draft_cache=drafted.cache, draft_plan=drafted.next_plan
+    )
+    return _commit(state, verdict, window.read, settings)
+
+
+@functools.partial(jax.jit, static_argnames=("settings",), donate_argnames=("state",))
+def prepare_windows(
+    draft: LanguageModel, selector: Selection, state: DecodeState, *, settings: DecodeSettings
+) -> DecodeState:
+    """`plan_first_window` on its own: after it all calls of a run have states of one structure, and one compilation."""
+    return plan_first_window(draft, selector, state, settings)
 
 
 @functools.partial(jax.jit, static_argnames=("settings",), donate_argnames=("state",))
@@ -421,6 +529,9 @@ def decode(
         settings.mode == "autoregressive"
     ):
         raise ValueError(f"mode {settings.mode!r} does not fit the draft and selector that were given.")
+
+    if draft is not None:
+        state = plan_first_window(draft, selector, state, settings)
 
     def unfinished(carry: tuple[Int32[Array, ""], DecodeState]) -> Bool[Array, ""]:
         index, state = carry

@@ -22,7 +22,7 @@ from specattn_jax.texts import shipped_books
 
 JSON_KEYS = {
     "text", "new_tokens", "prompt_tokens", "mode", "windows", "accepted_per_window", "kv_reduction", "prefill_s",
-    "decode_s", "tokens_per_s", "compile_s", "target", "draft", "policy", "seed",
+    "decode_s", "tokens_per_s", "compile_s", "target", "draft", "policy", "seed", "requested_mode", "window",
 }  # fmt: skip
 PROMPT = "Once upon a time there was a cache. "
 
@@ -64,7 +64,8 @@ class TestGenerate:
         assert result.exit_code == 0
         report = json.loads(result.stdout)
         assert set(report) == JSON_KEYS
-        assert report["mode"] == mode
+        assert report["mode"] == report["requested_mode"] == mode
+        assert report["window"] == (None if mode == "autoregressive" else 5)
         assert report["prompt_tokens"] == len(PROMPT)
         assert 1 <= report["new_tokens"] <= 24
         assert 0 <= report["accepted_per_window"] <= 5
@@ -94,13 +95,14 @@ class TestGenerate:
         assert json.loads(result.stdout)["text"] in result.stderr
 
     def test_everything_is_read_with_p_1(self, generate, specattn):
-        sparse = json.loads(run(*specattn("--prompt", PROMPT, "--p", 1, "--json")).stdout)
+        sparse = json.loads(run(*specattn("--prompt", PROMPT, "--mode", "specattn", "--p", 1, "--json")).stdout)
         alone = json.loads(run(*generate("--prompt", PROMPT, "--mode", "autoregressive", "--json")).stdout)
         assert sparse["kv_reduction"] == pytest.approx(0, abs=1e-6)
         assert sparse["text"] == alone["text"]
 
     def test_the_published_policy(self, specattn):
-        report = json.loads(run(*specattn("--prompt", PROMPT, "--policy", "paper", "--p", 0.8, "--json")).stdout)
+        arguments = specattn("--prompt", PROMPT, "--mode", "specattn", "--policy", "paper", "--p", 0.8, "--json")
+        report = json.loads(run(*arguments).stdout)
         assert report["policy"] == "paper"
         assert 0 <= report["kv_reduction"] < 1
 
@@ -120,6 +122,30 @@ class TestGenerate:
         texts = {json.loads(result.stdout)["text"] for result in (given, from_file, piped)}
         assert len(texts) == 1
         assert json.loads(piped.stdout)["prompt_tokens"] == len(PROMPT)
+
+    def test_auto_says_what_it_did_and_why(self, specattn):
+        result = run(*specattn("--prompt", PROMPT, "--verbose", "--json"))
+        report = json.loads(result.stdout)
+        assert report["requested_mode"] == "auto"
+        assert report["mode"] in ("autoregressive", "speculative", "specattn")
+        for said in (
+            "GB/s",
+            "of drafted tokens accepted",
+            "ms per token predicted",
+            "predicted to be",
+            "chosen by auto",
+        ):
+            assert said in result.stderr + run(*specattn("--prompt", PROMPT)).stderr
+        for mode in ("autoregressive", "speculative", "specattn"):
+            assert f"{mode}" in result.stderr
+
+    def test_auto_keeps_to_a_window_and_to_lossless_modes(self, specattn):
+        stderr = run(
+            *specattn("--prompt", PROMPT, "--verbose", "--window", 3, "--lossless", "--max-new-tokens", 4)
+        ).stderr
+        assert "speculative (window 3): " in stderr
+        assert "(window 5)" not in stderr
+        assert "specattn" not in stderr
 
     def test_chat_wraps_the_prompt(self, generate):
         arguments = generate("--prompt", "Hello", "--chat", "--mode", "autoregressive", "--json")
@@ -154,7 +180,7 @@ class TestMistakes:
             (["--prompt", "a", "--window", 100000], "window is 100000"),
             (
                 ["--prompt", "a", "--mode", "fast"],
-                "mode is 'fast'; expected one of autoregressive, speculative, specattn",
+                "mode is 'fast'; expected one of auto, autoregressive, speculative, specattn",
             ),
             (["--prompt", "a", "--temperature", -1], "temperature is -1.0"),
             (["--prompt", "a", "--top-p", 2], "top_p is 2.0"),
@@ -171,7 +197,12 @@ class TestMistakes:
         assert said in mistake(*generate("--prompt", "a", "--mode", "speculative", "--p", 0.9))
 
     def test_no_alignment(self, generate):
-        assert "specattn calibrate" in mistake(*generate("--prompt", "a"))
+        assert "specattn calibrate" in mistake(*generate("--prompt", "a", "--mode", "specattn"))
+        assert "specattn calibrate" in mistake(*generate("--prompt", "a", "--kv-reduction", 0.5))
+
+    def test_lossless_is_for_auto(self, generate):
+        said = "--lossless is for --mode auto, but --mode is specattn"
+        assert said in mistake(*generate("--prompt", "a", "--mode", "specattn", "--lossless"))
 
     def test_invalid_utf8_says_where(self, generate, tmp_path):
         path = tmp_path / "latin1.txt"
@@ -278,7 +309,7 @@ def interrupt(*_, **__):
 
 class TestInterrupt:
     def test_generate(self, generate, monkeypatch):
-        monkeypatch.setattr("specattn_jax.generation.decode", interrupt)
+        monkeypatch.setattr("specattn_jax.segments.decode", interrupt)
         result = run(*generate("--prompt", PROMPT, "--mode", "speculative"))
         assert (result.exit_code, result.stdout, result.stderr) == (130, "", "Interrupted.\n")
 
@@ -336,7 +367,9 @@ class TestCalibrate:
         provenance = json.loads((out / "alignment.json").read_text(encoding="utf-8"))["provenance"]
         assert provenance["target"] == str(tiny_folders.target)
         assert (out / "heatmap.png").read_bytes().startswith(b"\x89PNG")
-        report = json.loads(run(*generate("--prompt", PROMPT, "--alignment", out, "--json")).stdout)
+        report = json.loads(
+            run(*generate("--prompt", PROMPT, "--mode", "specattn", "--alignment", out, "--json")).stdout
+        )
         assert 0 < report["kv_reduction"] < 1
 
     def test_the_mixture_in_the_picture_sums_to_one(self, tiny_pair):

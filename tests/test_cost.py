@@ -12,8 +12,10 @@ from specattn_jax.cost import Scenario, load_shape, shape_names, speedup, tokens
 from specattn_jax.errors import UserError
 from specattn_jax.loading import draft_reference, resolve
 from specattn_jax.model import abstract_model
+from specattn_jax.selection import load_policy
 
 LLAMA = Scenario(load_shape("llama-3.1-8b"), load_shape("llama-3.2-1b"), batch=8)
+DRAFT_READS = load_policy("default").draft_reads
 README = Path(__file__).parents[1] / "README.md"
 PAIRS = {
     "Llama-3.2-1B / 3.1-8B": ("llama-3.1-8b", "llama-3.2-1b"),
@@ -53,15 +55,34 @@ def test_bytes_by_hand():
     assert weights_read(LLAMA.draft) == LLAMA.draft.parameter_count()
     sparse = window_bytes(LLAMA, "specattn")
     assert sparse.target_cache == dense.target_cache / 4
-    assert sparse.selection == 8 * 32768 * (5 * 8 * (16 * 32 + 16 * 8 + 32 * 8) + 8 * 32 * 8)
+    sources, rows = 16 * 8, 32 * 8
+    keys = dense.draft_cache / 5 / 2
+    once = 6 * sources + 2 * (sources + rows) + 4 * rows + 8 * rows / 4
+    assert sparse.selection == keys + 8 * 32768 * once
     assert window_bytes(LLAMA, "autoregressive")._replace(target_weights=0, target_cache=0).total == 0
     assert speedup(LLAMA, "specattn", over="speculative") == pytest.approx(dense.total / sparse.total)
     assert tokens_per_window(LLAMA, "specattn") == 4.5
 
 
+def test_a_draft_that_reads_sparsely():
+    dense, sparse = (window_bytes(LLAMA._replace(draft_reads=share), "specattn") for share in (1.0, 0.25))
+    assert dense.draft_cache == window_bytes(LLAMA, "speculative").draft_cache
+    assert sparse.draft_cache == dense.draft_cache / 4
+    sources = 16 * 8
+    own = 4 * sources + 4 * 6 * sources / 4
+    assert sparse.selection - dense.selection == 8 * 32768 * own
+    # A short cache is read whole.
+    short = window_bytes(LLAMA._replace(draft_reads=0.25, context=512), "specattn").draft_cache
+    assert short == 5 * LLAMA.draft.cache_bytes(8, 512, 2) / 2
+    # Only what is sparse anyway.
+    plain, other = (window_bytes(LLAMA._replace(draft_reads=share), "speculative") for share in (1.0, 0.25))
+    assert plain == other
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        ({"draft_reads": 0.0}, "draft_reads is 0.0"),
         ({"batch": 0}, "batch is 0"),
         ({"accepted": 6.0}, "accepted is 6.0; expected 0 to the window's 5"),
         ({"kv_reduction": 1.5}, "kv_reduction is 1.5"),
@@ -87,7 +108,7 @@ def test_the_table_of_the_readme():
     assert len(rows) >= 10
     for pair, batch, context, *ratios in rows:
         target, draft = (load_shape(name) for name in PAIRS[pair])
-        scenario = Scenario(target, draft, int(batch), int(context.replace(",", "")))
+        scenario = Scenario(target, draft, int(batch), int(context.replace(",", "")), draft_reads=DRAFT_READS)
         want = [
             speedup(scenario, "speculative", over="autoregressive"),
             speedup(scenario, "specattn", over="speculative"),
@@ -100,8 +121,12 @@ def test_command():
     given = ("estimate", "--target", "llama-3.1-8b", "--draft", "llama-3.2-1b", "--batch", "8")
     report = json.loads(run(*given, "--context", "2048,32768", "--json").stdout)
     assert [row["context"] for row in report["rows"]] == [2048, 32768]
+    assert report["draft_reads"] == DRAFT_READS
+    shipped = LLAMA._replace(draft_reads=DRAFT_READS)
     assert report["rows"][1]["specattn_over_speculative"] == pytest.approx(
-        speedup(LLAMA, "specattn", over="speculative")
+        speedup(shipped, "specattn", over="speculative")
     )
+    dense = json.loads(run(*given, "--context", "32768", "--draft-reads", "1", "--json").stdout)["rows"][0]
+    assert dense["specattn_over_speculative"] == pytest.approx(speedup(LLAMA, "specattn", over="speculative"))
     assert "whole numbers" in mistake(*given, "--context", "8k")
     assert "accepted is 9" in mistake(*given, "--accepted", "9")

@@ -35,12 +35,12 @@ PROMPTS = ("It is a truth universally acknowledged", "naïve 日本語 🙂")
 
 @pytest.fixture(scope="module")
 def run(tiny_pair):
-    return generate(tiny_pair, PROMPTS, max_new_tokens=20, keep_selection=True, p=0.6)
+    return generate(tiny_pair, PROMPTS, mode="specattn", max_new_tokens=20, keep_selection=True, p=0.6)
 
 
 class TestKeptSelection:
     def test_text_and_numbers_are_those_of_a_run_without(self, tiny_pair, run):
-        plain = generate(tiny_pair, PROMPTS, max_new_tokens=20, p=0.6)
+        plain = generate(tiny_pair, PROMPTS, mode="specattn", max_new_tokens=20, p=0.6)
         for kept, other in zip(run.results, plain.results, strict=True):
             assert kept.tokens == other.tokens
             assert kept.stats == pytest.approx(other.stats)

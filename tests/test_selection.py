@@ -11,8 +11,10 @@ from tiny import random_alignment, tiny_config
 
 from specattn_jax import selection
 from specattn_jax.alignment import NucleusMass
+from specattn_jax.cache import KVCache
 from specattn_jax.errors import UserError
-from specattn_jax.selection import Selector, load_policy, read_fraction
+from specattn_jax.model import Look
+from specattn_jax.selection import DraftScores, Selector, load_policy, read_fraction
 
 SLOTS, STEPS, BATCH = 50, 4, 2
 PAST = np.array([41, 9])
@@ -33,7 +35,7 @@ def make_selector(policy: str, p: float, **changes) -> Selector:
     return Selector(
         alignment=random_alignment(target, draft, seed=2),
         mass=NucleusMass.uniform(p, 4),
-        policy=dataclasses.replace(load_policy(policy), **changes),
+        policy=dataclasses.replace(load_policy(policy), **{"draft_reads": 1.0, **changes}),
         target=target,
         draft=draft,
     )
@@ -42,6 +44,10 @@ def make_selector(policy: str, p: float, **changes) -> Selector:
 def selected(selector: Selector, attention: np.ndarray) -> list[list[list[set[int]]] | None]:
     """Runs the selector over the window; the slots per layer, sequence and kv head."""
     scores = selector.start(BATCH, SLOTS)
+    if selector.scores_windows:
+        # The largest attention over the steps, the mean of a kv head's group.
+        sources = attention.reshape(STEPS, 3, BATCH, 2, 2, SLOTS).mean(4).max(0)
+        scores = DraftScores(jnp.asarray(np.moveaxis(sources, 1, 0).reshape(BATCH, 6, SLOTS)), None)
     for step in range(STEPS):
         observed = [
             selector.observe(jnp.asarray(attention[step, layer])[:, None]) for layer in selector.observed_layers
@@ -55,7 +61,8 @@ def selected(selector: Selector, attention: np.ndarray) -> list[list[list[set[in
             np.testing.assert_array_equal(fraction[:, layer], 1.0)
             result.append(None)
             continue
-        ids, counts = np.asarray(plan.block_ids), np.asarray(plan.counts)
+        own = plan.own_rows()
+        ids, counts = np.asarray(own.block_ids), np.asarray(own.counts)
         slots = [
             [
                 {
@@ -152,7 +159,7 @@ def test_p_of_one_reads_everything(policy):
             assert all(slots == set(range(PAST[row])) for slots in heads)
 
 
-@pytest.mark.parametrize("changes", [{}, {"mixing": "window"}, {"prediction": "layer_map"}, {"combine": "union"}])
+@pytest.mark.parametrize("changes", [{}, {"mixing": "step"}, {"prediction": "layer_map"}, {"combine": "union"}])
 def test_how_many_layers_are_selected_at_a_time_does_not_matter(monkeypatch, changes):
     results = []
     for layers in (1, 2, 8):
@@ -160,6 +167,61 @@ def test_how_many_layers_are_selected_at_a_time_does_not_matter(monkeypatch, cha
         results.append(selected(make_selector("default", 0.8, num_sink=0, num_recent=0, **changes), draft_attention(4)))
     assert results[0] == results[1] == results[2]
     assert results[0][0] != results[0][3]
+
+
+def test_a_window_is_scored_by_the_largest_attention_of_each_draft_kv_head():
+    """From queries and keys, against softmax by hand."""
+    rng = np.random.default_rng(5)
+    selector = make_selector("default", 0.8)
+    queries = rng.normal(size=(3, BATCH, STEPS, 4, 8)).astype(np.float32)
+    keys = rng.normal(size=(3, BATCH, 2, SLOTS, 8)).astype(np.float32)
+    valid = np.arange(SLOTS) < PAST[:, None]
+    grouped = queries.reshape(3, BATCH, STEPS, 2, 2, 8)
+    logits = np.einsum("mbtkgh,mbksh->mbtkgs", grouped, keys) * 8**-0.5
+    logits = np.where(valid[None, :, None, None, None], logits, -np.inf)
+    lse = np.log(np.exp(logits).sum(-1))
+    looks = [Look(jnp.asarray(q), jnp.asarray(x.reshape(BATCH, STEPS, 4))) for q, x in zip(queries, lse, strict=True)]
+    cache = KVCache(tuple(map(jnp.asarray, keys)), tuple(map(jnp.asarray, keys)), jnp.asarray(PAST, jnp.int32))
+    scores = selector.score(looks, cache, jnp.asarray(PAST, jnp.int32), None)
+    expected = np.exp(logits - lse[..., None]).mean(4).max(2)
+    np.testing.assert_allclose(scores.maximum, np.moveaxis(expected, 0, 1).reshape(BATCH, 6, SLOTS), rtol=1e-4)
+
+
+@pytest.mark.parametrize("block_size", [1, 8])
+def test_a_sparse_draft_reads_what_the_last_window_looked_at_most(monkeypatch, block_size):
+    monkeypatch.setattr(selection, "LEAST_DRAFT_ENTRIES", 4)
+    changes = {"draft_reads": 0.25, "num_sink": 1, "num_recent": 2, "block_size": block_size}
+    selector = make_selector("default", 0.8, **changes)
+    scores = np.random.default_rng(6).random((BATCH, 6, SLOTS)).astype(np.float32)
+    scores *= np.arange(SLOTS) < PAST[:, None, None]
+    plan = selector.draft_plan(DraftScores(jnp.asarray(scores), None), jnp.asarray(PAST, jnp.int32), 3)
+    for row in range(BATCH):
+        length = min(PAST[row] + 8, SLOTS)
+        blocks = -(-length // block_size)
+        padded = np.zeros((6, blocks * block_size))
+        padded[:, :length] = scores[row, :, :length]
+        by_block = padded.reshape(6, blocks, block_size).sum(-1)
+        for head in range(6):
+            ids = np.asarray(plan.block_ids)[row, head, : np.asarray(plan.counts)[row, head]]
+            best = np.argsort(-by_block[head])[: int(np.ceil(np.float32(0.25) * blocks))]
+            recent = {slot // block_size for slot in range(length - 10, length)}
+            assert set(ids.tolist()) == set(best.tolist()) | {0} | recent
+
+
+def test_a_sparse_draft_reads_some_entries_however_short_the_text():
+    selector = make_selector("default", 0.8, draft_reads=0.05)
+    scores = DraftScores(jnp.ones((BATCH, 6, SLOTS), jnp.float32), None)
+    plan = selector.draft_plan(scores, jnp.asarray(PAST, jnp.int32), 3)
+    assert (np.asarray(plan.counts) == np.minimum(PAST + 8, SLOTS)[:, None]).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"draft_reads": 0.0}, "expected a share"), ({"draft_reads": 0.5, "combine": "union"}, "scored once a window")],
+)
+def test_impossible_sparse_drafts_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(load_policy("default"), **changes)
 
 
 def test_unknown_policy_is_refused():

@@ -157,3 +157,32 @@ def test_padded_draft_vocabulary_is_tolerated(models):
 def test_bad_settings_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         DecodeSettings(**change)
+
+
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_a_sparse_draft_that_has_room_for_all_drafts_as_a_dense_one(models, window):
+    """With a share just under 1 every entry is read, but through plans."""
+    target, draft = models
+    settings = DecodeSettings("specattn", window)
+    states = [
+        run(
+            target,
+            draft,
+            selector_for(target, draft, "default", 0.8, draft_reads=reads),
+            RAGGED,
+            settings,
+            LIMIT,
+        )
+        for reads in (1.0, 0.9999)
+    ]
+    assert outputs(states[0]) == outputs(states[1])
+    np.testing.assert_allclose(states[0].statistics.read, states[1].statistics.read, rtol=1e-5)
+    assert (states[0].statistics.accepted == states[1].statistics.accepted).all()
+
+
+def test_a_sparse_draft_loses_nothing_where_the_target_reads_everything(models):
+    target, draft = models
+    selector = selector_for(target, draft, "default", 1.0, draft_reads=0.2, num_recent=2)
+    state = run(target, draft, selector, RAGGED, DecodeSettings("specattn", 5), LIMIT)
+    alone = run(target, None, None, RAGGED, DecodeSettings("autoregressive"), LIMIT)
+    assert outputs(state) == outputs(alone)

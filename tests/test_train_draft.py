@@ -52,7 +52,10 @@ def test_an_interrupted_run_goes_on_and_its_draft_serves(train, tiny_folders, tm
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [4, 8]
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     pair = ["--target", tiny_folders.target, "--draft", report["draft"], "--alignment", report["alignment"]]
-    sparse = run("generate", *pair, "--prompt", "To be, or not", "--max-new-tokens", 8, "--p", 1, "--json")
+    sparse = run(
+        *("generate", *pair, "--mode", "specattn", "--p", 1, "--prompt", "To be, or not"),
+        *("--max-new-tokens", 8, "--json"),
+    )
     alone = run(
         *("generate", "--target", tiny_folders.target, "--mode", "autoregressive", "--prompt", "To be, or not"),
         *("--max-new-tokens", 8, "--json"),

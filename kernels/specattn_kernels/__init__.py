@@ -8,6 +8,7 @@ from specattn_kernels.api import (
     compact_blocks,
     decode_attention,
     merge_states,
+    score_cache,
     select_blocks,
     sparse_decode_attention,
     top_p_threshold,
@@ -22,7 +23,7 @@ from specattn_kernels.dispatch import (
     current_device,
     find_obstacle,
 )
-from specattn_kernels.types import AttentionOutput, SelectionPlan
+from specattn_kernels.types import AttentionOutput, Scores, SelectionPlan
 from specattn_kernels.xla import plan_slots
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Choice",
     "Device",
     "Implementation",
+    "Scores",
     "SelectionPlan",
     "choose_implementation",
     "compact_blocks",
@@ -40,6 +42,7 @@ __all__ = [
     "find_obstacle",
     "merge_states",
     "plan_slots",
+    "score_cache",
     "select_blocks",
     "sparse_decode_attention",
     "top_p_threshold",

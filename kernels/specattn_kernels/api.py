@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from specattn_kernels import checks, xla
-from specattn_kernels.dispatch import Call, Implementation, load_backend
-from specattn_kernels.types import AttentionOutput, SelectionPlan
+from specattn_kernels.dispatch import Call, Implementation, SelectionCall, load_backend
+from specattn_kernels.types import AttentionOutput, Scores, SelectionPlan
 
 
 def decode_attention(
@@ -28,7 +28,7 @@ def decode_attention(
     lengths: Int[Array, " B"],
     *,
     scale: float | Float[Array, ""] | None = None,
-    return_scores: bool = False,
+    return_scores: Scores = False,
     return_lse: bool = False,
     implementation: Implementation | None = None,
 ) -> AttentionOutput:
@@ -48,7 +48,8 @@ def decode_attention(
         v: cached values, in the dtype of `k`.
         lengths: valid slots of each sequence, the new tokens included; at most S.
         scale: factor on the logits; H ** -0.5 if None.
-        return_scores: whether to return the softmax weights, [B, T, N, S] float32.
+        return_scores: whether to return the softmax weights, [B, T, N, S] float32; "newest" returns those of the last
+            token alone, [B, 1, N, S].
         return_lse: whether to return the log-sum-exp of the scaled logits, [B, T, N] float32.
         implementation: backend, see the module. Derivatives are those of "xla" in any case.
 
@@ -62,6 +63,7 @@ def decode_attention(
     op = "decode_attention"
     q, k, v, lengths = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(lengths)
     checks.check_attention(op, q, k, v, lengths)
+    checks.check_scores(op, return_scores)
     backend = load_backend(op, implementation, _call(q, k))
     parts = {"return_scores": return_scores, "return_lse": return_lse}
     return _differentiable(
@@ -92,7 +94,8 @@ def sparse_decode_attention(
         q: queries, any floating dtype.
         k: cached keys.
         v: cached values, in the dtype of `k`.
-        plan: which blocks to read, per kv head; ids in any order, each at most once, inside the cache.
+        plan: which blocks to read, per kv head; ids in any order, each at most once, inside the cache. It may have rows
+            for more than this layer's kv heads, see `SelectionPlan.first_row`.
         lengths: valid slots of each sequence, the new tokens included; at most S.
         scale: factor on the logits; H ** -0.5 if None.
         return_lse: whether to return the log-sum-exp of the scaled logits that were read, [B, T, N] float32.
@@ -110,7 +113,7 @@ def sparse_decode_attention(
     checks.check_attention(op, q, k, v, lengths)
     checks.check_plan(op, plan, k)
     backend = load_backend(op, implementation, _call(q, k, plan.block_size))
-    plan = SelectionPlan(plan.block_ids.astype(jnp.int32), plan.counts.astype(jnp.int32), plan.block_size)
+    plan = jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), plan)
     return _differentiable(
         lambda module, q, k, v, scale, plan, lengths: module.sparse_decode_attention(
             q, k, v, plan, lengths, scale=scale, return_lse=return_lse
@@ -118,6 +121,57 @@ def sparse_decode_attention(
         backend,
         (q, k, v, _scale(op, scale, q.shape[-1]), plan, lengths.astype(jnp.int32)),
     )
+
+
+def score_cache(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    lse: Float[Array, "B T N"],
+    lengths: Int[Array, " B"],
+    *,
+    scale: float | Float[Array, ""] | None = None,
+    dtype: DTypeLike = jnp.float32,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B K S"]:
+    """How strongly tokens look at each cache slot: the largest over T tokens of a kv head's mean weight.
+
+    The weight of query head n of token t for slot s is `exp(scale * q[t, n] . k[s] - lse[t, n])`: its softmax weight,
+    if `lse` is that of attention over the whole cache; if it is that of sparse attention, too large by what was left
+    out, the same for all slots. Keys are read once for all tokens, values not at all.
+
+    Args:
+        q: queries of tokens that were read before, any floating dtype.
+        k: cached keys.
+        lse: log-sum-exp of each query's scaled logits, as the attention ops return it; -inf: a query does not count.
+        lengths: slots of each sequence that are scored, at most S; the others, which may hold anything, get zero. There
+            is no causal mask: all tokens look at all of them.
+        scale: factor on the logits; H ** -0.5 if None.
+        dtype: of the result.
+        implementation: backend, see the module.
+
+    Returns:
+        Scores, not negative.
+
+    Raises:
+        ValueError: if an argument has the wrong shape, dtype or value.
+        NotImplementedError: if this version lacks the named backend.
+    """
+    op = "score_cache"
+    q, k, lse, lengths = jnp.asarray(q), jnp.asarray(k), jnp.asarray(lse), jnp.asarray(lengths)
+    checks.check_attention(op, q, k, k, lengths)
+    checks.check_shape(op, "lse", lse, q.shape[:-1], "[B, T, N], as in `q`")
+    checks.check_floating(op, "lse", lse)
+    checks.require(jnp.issubdtype(dtype, jnp.floating), op, "dtype", repr(dtype), "a floating dtype")
+    backend = load_backend(op, implementation, _call(q, k))
+    scores: jax.Array = backend.score_cache(
+        q,
+        k,
+        lse.astype(jnp.float32),
+        lengths.astype(jnp.int32),
+        scale=_scale(op, scale, q.shape[-1]),
+        dtype=jnp.dtype(dtype),
+    )
+    return scores
 
 
 def top_p_threshold(
@@ -155,8 +209,8 @@ def top_p_threshold(
         NotImplementedError: if this version lacks the named backend.
     """
     op = "top_p_threshold"
-    backend = load_backend(op, implementation)
     scores = jnp.asarray(scores)
+    backend = load_backend(op, implementation, SelectionCall(scores.size, method))
     checks.check_floating(op, "scores", scores)
     at_least_one = scores.ndim >= 1 and scores.shape[-1] >= 1
     checks.require(at_least_one, op, "scores", checks.shape_text(scores.shape), "[..., S] with at least one slot")
@@ -182,6 +236,8 @@ def select_blocks(
     num_recent: int = 0,
     method: Literal["exact", "linear"] = "exact",
     steps: int = 10,
+    measure: Literal["mass", "count"] = "mass",
+    capacity: int | None = None,
     implementation: Implementation | None = None,
 ) -> SelectionPlan:
     """Selects the blocks that hold share p of each row's score, plus sinks and a recent window.
@@ -190,28 +246,36 @@ def select_blocks(
     that touch the first `num_sink` or the last `num_recent` valid slots join it. Blocks that start at or beyond
     `lengths` are never selected.
 
+    If there is less room than that, the plan keeps the recent window and, of the blocks before it, the first ones by
+    id: sinks stay, and the nucleus loses its blocks right before the window. A window that is itself too large loses
+    its first blocks.
+
     Args:
         scores: non-negative scores of the cache slots per kv head; those at or beyond `lengths` may be anything.
-        p: share of the total to reach, above 0; a scalar or broadcastable to [B, K]. 1 or more
-            selects all that is valid.
+        p: share of the total to reach, above 0; a scalar or broadcastable to [B, K]. 1 or more selects all that is
+            valid.
         lengths: valid slots of each sequence.
         block_size: slots per block, static.
         num_sink: slots at the beginning to select in any case, static.
         num_recent: slots before `lengths` to select in any case, static.
         method: see `top_p_threshold`.
         steps: see `top_p_threshold`.
+        measure: what p is a share of. "mass": of the row's score. "count": of its valid blocks; the nucleus is then the
+            ceil(p * valid blocks) blocks with the largest scores (that product in float32, at least one), and those
+            that tie with the last of them, but never a block whose score counts as 0. Needs method "exact".
+        capacity: P, room for blocks in the plan, static; all ceil(S / block_size) if None.
         implementation: backend, see the module.
 
     Returns:
-        A plan with room for all P = ceil(S / block_size) blocks, selected ids ascending.
+        A plan with room for P blocks, selected ids ascending. What lies beyond `counts` is unspecified.
 
     Raises:
         ValueError: if an argument has the wrong shape, dtype or value.
         NotImplementedError: if this version lacks the named backend.
     """
     op = "select_blocks"
-    backend = load_backend(op, implementation)
     scores, lengths = jnp.asarray(scores), jnp.asarray(lengths)
+    backend = load_backend(op, implementation, SelectionCall(scores.size, method))
     checks.check_floating(op, "scores", scores)
     three_axes = scores.ndim == 3 and scores.shape[-1] >= 1
     checks.require(three_axes, op, "scores", checks.shape_text(scores.shape), "[B, K, S] with at least one slot")
@@ -221,6 +285,9 @@ def select_blocks(
     checks.check_count(op, "num_sink", num_sink, least=0)
     checks.check_count(op, "num_recent", num_recent, least=0)
     checks.check_method(op, method, steps)
+    checks.check_measure(op, measure, method)
+    if capacity is not None:
+        checks.check_capacity(op, capacity, -(-scores.shape[2] // block_size))
     share = _share(op, p, scores.shape[:2], "[B, K]")
     plan: SelectionPlan = backend.select_blocks(
         scores,
@@ -231,6 +298,8 @@ def select_blocks(
         num_recent=num_recent,
         method=method,
         steps=steps,
+        measure=measure,
+        capacity=capacity,
     )
     return plan
 
@@ -246,7 +315,7 @@ def compact_blocks(
         implementation: backend, see the module.
 
     Returns:
-        A plan with selected ids ascending. The entries beyond `counts` are the ids that were not selected.
+        A plan with selected ids ascending. What lies beyond `counts` is unspecified.
 
     Raises:
         ValueError: if an argument has the wrong shape, dtype or value.

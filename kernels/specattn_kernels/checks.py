@@ -71,15 +71,27 @@ def check_attention(op: str, q: jax.Array, k: jax.Array, v: jax.Array, lengths: 
     check_integer(op, "lengths", lengths)
 
 
+def check_scores(op: str, scores: object) -> None:
+    """Requires a `Scores`."""
+    fine = isinstance(scores, bool) or scores == "newest"
+    require(fine, op, "return_scores", repr(scores), "False, True or 'newest'")
+
+
 def check_plan(op: str, plan: SelectionPlan, k: jax.Array) -> None:
-    """Requires a plan with block_ids [B, K, P] and counts [B, K] for the cache `k`."""
+    """Requires a plan with block_ids [B, K, P] and counts [B, K], or more rows than K, for the cache `k`."""
     require(isinstance(plan, SelectionPlan), op, "plan", f"a {type(plan).__name__}", "a SelectionPlan")
     batch, kv_heads, slots = k.shape[:3]
     ids = plan.block_ids
     check_block_size(op, "plan.block_size", plan.block_size)
     require(ids.ndim == 3, op, "plan.block_ids", shape_text(ids.shape), "[B, K, P] (batch, kv heads, blocks)")
-    check_shape(op, "plan.block_ids", ids, (batch, kv_heads, ids.shape[2]), "[B, K, P], B and K as in `k`")
-    check_shape(op, "plan.counts", plan.counts, (batch, kv_heads), "[B, K]")
+    rows = kv_heads
+    if plan.first_row is not None:
+        check_shape(op, "plan.first_row", plan.first_row, (), "a scalar")
+        check_integer(op, "plan.first_row", plan.first_row)
+        require(plan.num_rows == kv_heads, op, "plan.num_rows", repr(plan.num_rows), f"K, {kv_heads}")
+        rows = max(kv_heads, ids.shape[1])
+    check_shape(op, "plan.block_ids", ids, (batch, rows, ids.shape[2]), "[B, K, P], B and K as in `k`")
+    check_shape(op, "plan.counts", plan.counts, (batch, rows), "[B, K]")
     check_integer(op, "plan.block_ids", ids)
     check_integer(op, "plan.counts", plan.counts)
     blocks = -(-slots // plan.block_size)
@@ -113,6 +125,18 @@ def check_method(op: str, method: str, steps: int) -> None:
     """Requires a known bisection and at least one step of it."""
     require(method in ("exact", "linear"), op, "method", repr(method), "'exact' or 'linear'")
     check_count(op, "steps", steps, least=1)
+
+
+def check_measure(op: str, measure: str, method: str) -> None:
+    """Requires a known measure, and the exact method for counts."""
+    require(measure in ("mass", "count"), op, "measure", repr(measure), "'mass' or 'count'")
+    require(measure == "mass" or method == "exact", op, "method", repr(method), "'exact' where the measure is 'count'")
+
+
+def check_capacity(op: str, capacity: int, blocks: int) -> None:
+    """Requires room for at least one block and at most all."""
+    check_count(op, "capacity", capacity, least=1)
+    require(capacity <= blocks, op, "capacity", repr(capacity), f"at most {blocks}, the blocks of a row")
 
 
 def check_p(op: str, p: object) -> None:

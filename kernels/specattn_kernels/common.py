@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,35 @@ def block_sums(scores: Float[Array, "B K S"], lengths: Int32[Array, " B"], block
     clean = clean_scores(scores, jnp.broadcast_to(lengths[:, None], (batch, kv_heads)))
     padded = jnp.pad(clean, ((0, 0), (0, 0), (0, -slots % block_size)))
     return padded.reshape(batch, kv_heads, -1, block_size).sum(axis=-1)
+
+
+def wanted_blocks(p: Float[Array, "*rows"], valid: Int[Array, "*rows"]) -> Float[Array, "*rows"]:
+    """How many blocks a nucleus by count wants of those that are valid; infinity stands for all, zeros included."""
+    return jnp.where(p >= 1.0, jnp.inf, jnp.maximum(jnp.ceil(p * valid.astype(jnp.float32)), 1.0))
+
+
+def recent_blocks(length: Any, block_size: int, num_recent: int) -> Any:
+    """How many blocks the recent window has: those that touch the last `num_recent` of `length` slots."""
+    if not num_recent:
+        return length * 0
+    first = jnp.maximum(length - num_recent, 0) // block_size
+    return (length + block_size - 1) // block_size - first
+
+
+def fit_mask(
+    mask: Bool[Array, "B K P"], lengths: Int32[Array, " B"], capacity: int, *, block_size: int, num_recent: int
+) -> Bool[Array, "B K P"]:
+    """At most `capacity` of the chosen blocks: the recent window, and of those before it the first ones.
+
+    So the sinks stay, and of the nucleus what does not fit between them and the window goes. A window that does not fit
+    loses its first blocks.
+    """
+    if capacity >= mask.shape[-1]:
+        return mask
+    rank = jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1
+    count, recent = rank[..., -1:] + 1, recent_blocks(lengths, block_size, num_recent)[:, None, None]
+    is_recent = rank >= count - recent
+    return mask & jnp.where(is_recent, rank >= count - capacity, rank < capacity - recent)
 
 
 def mask_blocks(

@@ -16,18 +16,17 @@ Implementation: TypeAlias = Literal["xla", "pallas_triton", "pallas_mosaic_gpu",
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 
 ATTENTION_OPS = ("decode_attention", "sparse_decode_attention")
+SCORE_OPS = ("score_cache",)
 SELECTION_OPS = ("top_p_threshold", "select_blocks", "compact_blocks")
 # What each backend has.
 BACKEND_OPS: dict[str, tuple[str, ...]] = {
-    "xla": ATTENTION_OPS + SELECTION_OPS,
-    "pallas_triton": ATTENTION_OPS + SELECTION_OPS,
+    "xla": ATTENTION_OPS + SCORE_OPS + SELECTION_OPS,
+    "pallas_triton": ATTENTION_OPS + SCORE_OPS + SELECTION_OPS,
     "pallas_mosaic_gpu": ATTENTION_OPS,
-    "pallas_tpu": ATTENTION_OPS + SELECTION_OPS,
+    "pallas_tpu": ATTENTION_OPS + SCORE_OPS + SELECTION_OPS,
 }
 # Where the kernels of each run compiled; XLA runs everywhere, and on a CPU kernels are interpreted.
 BACKEND_PLATFORMS = {"pallas_triton": "gpu", "pallas_mosaic_gpu": "gpu", "pallas_tpu": "tpu"}
-# Ops whose compiled Triton kernels, as they are now, have been compared with float64 and timed on a GPU.
-CHECKED_OPS: tuple[str, ...] = ()
 # Pallas lowers through Triton up to here; it is deprecated upstream.
 _LAST_TRITON_JAX = (0, 12)
 # Hopper: later GPUs have other matrix instructions.
@@ -69,6 +68,18 @@ class Call(NamedTuple):
     block_size: int | None = None
 
 
+class SelectionCall(NamedTuple):
+    """What a choice needs to know of a selection call.
+
+    Attributes:
+        scores: numbers to select from, all rows together.
+        method: how the threshold is found.
+    """
+
+    scores: int
+    method: str = "exact"
+
+
 class Choice(NamedTuple):
     """A backend, and why it was chosen."""
 
@@ -90,13 +101,13 @@ def current_device() -> Device:
     return Device(device.platform, capability, (int(version[0]), int(version[1])), cores)
 
 
-def choose_implementation(op: str, device: Device, call: Call | None = None) -> Choice:
+def choose_implementation(op: str, device: Device, call: Call | SelectionCall | None = None) -> Choice:
     """The backend that `implementation=None` means.
 
     Args:
         op: name of the public op.
         device: where it will run, see `current_device`.
-        call: shapes of an attention op.
+        call: what is called, if it is known.
 
     Returns:
         Name and reason, the latter half a sentence.
@@ -106,16 +117,18 @@ def choose_implementation(op: str, device: Device, call: Call | None = None) -> 
     obstacle = _triton_obstacle(device, call)
     if obstacle is not None:
         return Choice("xla", f"the Triton kernels cannot serve: {obstacle}")
-    if op not in CHECKED_OPS:
-        return Choice("xla", "the Triton kernels for it wait for a check and a benchmark on a GPU")
-    if call is not None and (jnp.dtype(call.dtype).name not in _CHECKED_DTYPES or call.cache[3] < _CHECKED_HEAD_DIM):
+    if op in SELECTION_OPS:
+        return Choice("pallas_triton", "finds thresholds without sorting, and writes only ids that are chosen")
+    if not isinstance(call, Call):
+        return Choice("pallas_triton", "reads each cache entry once")
+    if jnp.dtype(call.dtype).name not in _CHECKED_DTYPES or call.cache[3] < _CHECKED_HEAD_DIM:
         what = f"{jnp.dtype(call.dtype).name} and head dim {call.cache[3]}"
         return Choice("xla", f"the Triton kernels have not been checked on a GPU for {what} yet")
-    granularity = "token" if call is None or call.block_size in (None, 1) else f"{call.block_size}-slot block"
+    granularity = "token" if call.block_size in (None, 1) else f"{call.block_size}-slot block"
     return Choice("pallas_triton", f"reads each cache entry once, {granularity} granular")
 
 
-def _triton_obstacle(device: Device, call: Call | None) -> str | None:
+def _triton_obstacle(device: Device, call: Call | SelectionCall | None) -> str | None:
     """What keeps the Triton kernels from running on a device that is no CPU; None if nothing does."""
     if device.platform != "gpu":
         return f"they need an NVIDIA GPU, this is a {device.platform.upper()}"
@@ -127,19 +140,23 @@ def _triton_obstacle(device: Device, call: Call | None) -> str | None:
         return "this JAX is newer than they were written for"
     if call is None:
         return None
+    if isinstance(call, SelectionCall):
+        if call.method != "exact":
+            return f"method {call.method!r}; expected 'exact'"
+        return None if call.scores < 1 << 31 else f"{call.scores} scores; expected fewer than 2 ** 31, of fewer rows"
     from specattn_kernels.pallas_triton_attention import refusal
 
     return refusal(call.cache, call.query_rows)
 
 
-def _mosaic_obstacle(device: Device, call: Call | None) -> str | None:
+def _mosaic_obstacle(device: Device, call: Call | SelectionCall | None) -> str | None:
     """What keeps the Mosaic GPU kernel from running on a device that is no CPU; None if nothing does."""
     if device.compute_capability != _MOSAIC_CAPABILITY:
         this = f"a {device.platform.upper()}"
         if device.compute_capability is not None:
             this = "one of {}.{}".format(*device.compute_capability)
         return f"it needs a GPU of compute capability 9.0 (Hopper), this is {this}"
-    if call is None:
+    if not isinstance(call, Call):
         return None
     from specattn_kernels.pallas_mosaic_gpu import refusal
 
@@ -149,18 +166,18 @@ def _mosaic_obstacle(device: Device, call: Call | None) -> str | None:
 _OBSTACLES = {"pallas_triton": _triton_obstacle, "pallas_mosaic_gpu": _mosaic_obstacle}
 
 
-def find_obstacle(implementation: str, device: Device, call: Call | None = None) -> str | None:
+def find_obstacle(implementation: str, device: Device, call: Call | SelectionCall | None = None) -> str | None:
     """What keeps a backend from serving a call on a device that is no CPU; None if nothing is known to."""
     return _OBSTACLES[implementation](device, call) if implementation in _OBSTACLES else None
 
 
-def load_backend(op: str, implementation: str | None, call: Call | None = None) -> ModuleType:
+def load_backend(op: str, implementation: str | None, call: Call | SelectionCall | None = None) -> ModuleType:
     """Finds the module that implements `op`; a backend that is named explicitly is never replaced by another.
 
     Args:
         op: name of the public op.
         implementation: the backend; None chooses.
-        call: shapes of an attention op.
+        call: what is called.
 
     Raises:
         ValueError: for an unknown name.

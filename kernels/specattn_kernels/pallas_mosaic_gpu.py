@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int32
 from specattn_kernels.common import LOG2_E, group_queries, interpreted
 from specattn_kernels.compat import mosaic_gpu_interpreter
 from specattn_kernels.pallas_triton_merge import merge_splits, power_of_two
-from specattn_kernels.types import AttentionOutput, SelectionPlan
+from specattn_kernels.types import AttentionOutput, Scores, SelectionPlan
 
 BLOCK_SIZES = (16, 32, 64, 128)
 HEAD_DIMS = (64, 128)
@@ -99,7 +99,7 @@ def decode_attention(
     lengths: Int32[Array, " B"],
     *,
     scale: float | Float[Array, ""],
-    return_scores: bool = False,
+    return_scores: Scores = False,
     return_lse: bool = False,
 ) -> AttentionOutput:
     """Attention over the whole cache, without scores; see `api.decode_attention`."""
@@ -119,7 +119,7 @@ def sparse_decode_attention(
     return_lse: bool = False,
 ) -> AttentionOutput:
     """Attention over the plan's blocks and the new tokens; see `api.sparse_decode_attention`."""
-    return _attention(q, k, v, plan, lengths, scale, return_lse)
+    return _attention(q, k, v, plan.own_rows(), lengths, scale, return_lse)
 
 
 def refusal(cache: tuple[int, ...], query_rows: int, dtype: Any, block_size: int | None) -> str | None:

@@ -24,10 +24,18 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, DTypeLike, Float, Int32
 
 from specattn_kernels.common import group_queries, ungroup
+from specattn_kernels.pallas_tpu_scores import score_cache
 from specattn_kernels.pallas_tpu_selection import compact_blocks, select_blocks, sublanes, top_p_threshold
-from specattn_kernels.types import AttentionOutput, SelectionPlan
+from specattn_kernels.types import AttentionOutput, Scores, SelectionPlan
 
-__all__ = ["compact_blocks", "decode_attention", "select_blocks", "sparse_decode_attention", "top_p_threshold"]
+__all__ = [
+    "compact_blocks",
+    "decode_attention",
+    "score_cache",
+    "select_blocks",
+    "sparse_decode_attention",
+    "top_p_threshold",
+]
 
 LANES = 128
 # Of 32 bits, as logits have.
@@ -78,7 +86,7 @@ def decode_attention(
     lengths: Int32[Array, " B"],
     *,
     scale: float | Float[Array, ""],
-    return_scores: bool = False,
+    return_scores: Scores = False,
     return_lse: bool = False,
 ) -> AttentionOutput:
     """Attention over the whole cache; see `api.decode_attention`.
@@ -104,7 +112,7 @@ def sparse_decode_attention(
     Raises:
         NotImplementedError: a block size, shape or dtype that the kernel does not take.
     """
-    return _attention(q, k, v, plan, lengths, scale, False, return_lse)
+    return _attention(q, k, v, plan.own_rows(), lengths, scale, False, return_lse)
 
 
 def check_supported(q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], plan: SelectionPlan | None) -> None:
@@ -132,7 +140,7 @@ def check_supported(q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], plan
             raise NotImplementedError(f"pallas_tpu: {reason}; use implementation='xla'.")
 
 
-def _choose_tile(q: jax.Array, k: jax.Array, plan: SelectionPlan | None, return_scores: bool) -> _Tile:
+def _choose_tile(q: jax.Array, k: jax.Array, plan: SelectionPlan | None, return_scores: Scores) -> _Tile:
     """A tile for these shapes.
 
     Raises:
@@ -157,7 +165,7 @@ def _choose_tile(q: jax.Array, k: jax.Array, plan: SelectionPlan | None, return_
             f"{SCORES_BYTES >> 20} MiB per kv head; use fewer new tokens, or implementation='xla'."
         )
     block = min(step, slots // LANES * LANES)
-    return _Tile(tokens, group, rows, block, copies=1, own=0, capacity=0, scores=return_scores)
+    return _Tile(tokens, group, rows, block, copies=1, own=0, capacity=0, scores=bool(return_scores))
 
 
 def _attention(
@@ -167,7 +175,7 @@ def _attention(
     plan: SelectionPlan | None,
     lengths: jax.Array,
     scale: float | jax.Array,
-    return_scores: bool,
+    return_scores: Scores,
     return_lse: bool,
 ) -> AttentionOutput:
     """Groups the queries by kv head, attends, and puts everything into the public layout."""
@@ -179,17 +187,19 @@ def _attention(
     queries = queries.astype(jnp.promote_types(q.dtype, k.dtype))
     queries = jnp.pad(queries, ((0, 0), (0, tile.rows - tokens * group), (0, 0)))
     results = _attend_to_heads(queries, k, v, plan, lengths, jnp.asarray(scale, jnp.float32), tile)
+    first = tokens - 1 if return_scores == "newest" else 0
 
-    def public(x: jax.Array) -> jax.Array:
-        """From [B * K, rows, ...] to [B, T, N, ...]."""
-        return ungroup(x[:, : tokens * group].reshape(batch, kv_heads, tokens, group, *x.shape[2:]))
+    def public(x: jax.Array, first: int = 0) -> jax.Array:
+        """From [B * K, rows, ...] to [B, T, N, ...], from the token `first` on."""
+        part = x[:, first * group : tokens * group]
+        return ungroup(part.reshape(batch, kv_heads, tokens - first, group, *x.shape[2:]))
 
     scores = None
     if tile.scores:
         # The last block was moved back inside the cache, over slots that the one before has.
         steps = -(-slots // tile.block)
         last = (steps - 1) * tile.block
-        weights = public(results[2])
+        weights = public(results[2], first)
         scores = jnp.concatenate([weights[..., :last], weights[..., steps * tile.block - (slots - last) :]], axis=-1)
     return AttentionOutput(
         out=public(results[0]).astype(q.dtype), lse=public(results[1])[..., 0] if return_lse else None, scores=scores

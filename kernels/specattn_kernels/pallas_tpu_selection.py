@@ -12,7 +12,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, DTypeLike, Float, Int32
 
-from specattn_kernels.common import FLOAT32_MAX, FLOAT32_TINY, clean_scores, mask_blocks
+from specattn_kernels.common import (
+    FLOAT32_MAX,
+    FLOAT32_TINY,
+    clean_scores,
+    fit_mask,
+    mask_blocks,
+    wanted_blocks,
+)
 from specattn_kernels.types import SelectionPlan
 
 LANES = 128
@@ -43,6 +50,17 @@ def top_p_threshold(
     Raises:
         NotImplementedError: rows do not fit the vector memory.
     """
+    return _thresholds(scores, p, lengths, method, steps)
+
+
+def _thresholds(
+    scores: Float[Array, "*rows S"],
+    wanted: Float[Array, "*rows"],
+    lengths: Int32[Array, "*rows"] | None,
+    method: str,
+    steps: int,
+) -> Float[Array, "*rows"]:
+    """Thresholds by a method of the public op, with `wanted` its p, or by "count", with `wanted` a number of scores."""
     *rows, slots = scores.shape
     if slots > MAX_SLOTS:
         raise NotImplementedError(
@@ -51,25 +69,26 @@ def top_p_threshold(
     if scores.dtype != jnp.bfloat16:
         # TPUs have no float16.
         scores = scores.astype(jnp.float32)
-    count = p.size
+    count = wanted.size
     more_rows = -count % ROWS
     width = -(-slots // LANES) * LANES
     more_slots = (width if width <= CHUNK else -(-slots // CHUNK) * CHUNK) - slots
     valid = jnp.full(rows, slots, jnp.int32) if lengths is None else jnp.minimum(lengths, slots).astype(jnp.int32)
     thresholds = _call(
         jnp.pad(scores.reshape(count, slots), ((0, more_rows), (0, more_slots))),
-        jnp.pad(p.reshape(count, 1), ((0, more_rows), (0, 0))),
+        jnp.pad(wanted.reshape(count, 1), ((0, more_rows), (0, 0))),
         jnp.pad(valid.reshape(count, 1), ((0, more_rows), (0, 0))),
         most=FLOAT32_MAX / 2 / slots,
         method=method,
         steps=steps,
     )
-    return jnp.where(p >= 1.0, 0.0, thresholds[:count, 0].reshape(rows))
+    everything = wanted >= (jnp.inf if method == "count" else 1.0)
+    return jnp.where(everything, 0.0, thresholds[:count, 0].reshape(rows))
 
 
 def _call(
     scores: Float[Array, "rows S"],
-    p: Float[Array, "rows 1"],
+    wanted: Float[Array, "rows 1"],
     lengths: Int32[Array, "rows 1"],
     *,
     most: float,
@@ -89,13 +108,13 @@ def _call(
         scratch_shapes=[pltpu.VMEM((ROWS, slots), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=vector_bytes),
         name="top_p_threshold",
-    )(scores, p, lengths)
+    )(scores, wanted, lengths)
     return result
 
 
 def _bisect(
     scores_ref: Any,
-    p_ref: Any,
+    wanted_ref: Any,
     lengths_ref: Any,
     threshold_ref: Any,
     clean_ref: Any,
@@ -104,7 +123,10 @@ def _bisect(
     method: str,
     steps: int,
 ) -> None:
-    """Thresholds of 8 rows: 31 halvings of the bit pattern, or the published ones of [0, max]; see `xla`."""
+    """Thresholds of 8 rows: 31 halvings of the bit pattern, or the published ones of [0, max]; see `xla`.
+
+    By count, every score is worth 1 in place of itself.
+    """
     size = min(CHUNK, scores_ref.shape[1])
     chunks = scores_ref.shape[1] // size
 
@@ -120,13 +142,15 @@ def _bisect(
     def mass(threshold: jax.Array) -> jax.Array:
         def add(chunk: Any, total: jax.Array) -> jax.Array:
             x = clean_ref[:, here(chunk)]
-            return total + _fold(jnp.where(x >= threshold, x, 0.0))
+            return total + _fold(jnp.where(x >= threshold, 1.0 if method == "count" else x, 0.0))
 
         lanes = lax.fori_loop(0, chunks, add, jnp.zeros((ROWS, LANES), jnp.float32))
         return jnp.sum(lanes, axis=1, keepdims=True)
 
     highest = lax.fori_loop(0, chunks, clean, jnp.zeros((ROWS, 1), jnp.float32))
-    wanted = p_ref[...] * mass(jnp.zeros_like(highest))
+    least = jnp.full_like(highest, FLOAT32_TINY if method == "count" else 0.0)
+    total = mass(least)
+    wanted = jnp.minimum(wanted_ref[...], total) if method == "count" else wanted_ref[...] * total
 
     def halve_bits(_: Any, bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         enough_at, too_high = bracket
@@ -140,10 +164,12 @@ def _bisect(
         enough = mass(middle) >= wanted
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-    if method == "exact":
-        bits = lax.bitcast_convert_type(highest, jnp.int32)
-        enough_at, _ = lax.fori_loop(0, 31, halve_bits, (jnp.zeros_like(bits), bits + 1))
-        threshold_ref[...] = lax.bitcast_convert_type(enough_at, jnp.float32)
+    if method in ("exact", "count"):
+        low, bits = (lax.bitcast_convert_type(x, jnp.int32) for x in (least, highest))
+        enough_at, _ = lax.fori_loop(0, 31, halve_bits, (low, jnp.maximum(bits, low) + 1))
+        threshold = lax.bitcast_convert_type(enough_at, jnp.float32)
+        # A nucleus by count has no blocks without mass.
+        threshold_ref[...] = jnp.where(total > 0, threshold, jnp.inf) if method == "count" else threshold
     else:
         threshold_ref[...] = lax.fori_loop(0, steps, halve, (jnp.zeros_like(highest), highest))[0]
 
@@ -174,6 +200,8 @@ def select_blocks(
     num_recent: int = 0,
     method: str = "exact",
     steps: int = 10,
+    measure: str = "mass",
+    capacity: int | None = None,
 ) -> SelectionPlan:
     """The blocks of the nucleus, the sinks and the recent window; see `api.select_blocks`."""
     slots = scores.shape[2]
@@ -181,11 +209,16 @@ def select_blocks(
     # A block's slots as an axis of their own would be padded to 128 lanes.
     window = (1, 1, block_size)
     block_scores = lax.reduce_window(clean, 0.0, lax.add, window, window, ((0, 0), (0, 0), (0, -slots % block_size)))
-    threshold = top_p_threshold(block_scores, p, method=method, steps=steps)
-    mask = mask_blocks(
-        block_scores, threshold, lengths, block_size=block_size, num_sink=num_sink, num_recent=num_recent
-    )
-    return compact_blocks(mask, block_size=block_size)
+    if measure == "mass":
+        threshold = top_p_threshold(block_scores, p, method=method, steps=steps)
+    else:
+        wanted = wanted_blocks(p, -(-lengths[:, None] // block_size))
+        threshold = _thresholds(block_scores, wanted, None, "count", steps)
+    capacity = block_scores.shape[-1] if capacity is None else capacity
+    forced = {"block_size": block_size, "num_recent": num_recent}
+    mask = mask_blocks(block_scores, threshold, lengths, num_sink=num_sink, **forced)
+    plan = compact_blocks(fit_mask(mask, lengths, capacity, **forced), block_size=block_size)
+    return SelectionPlan(plan.block_ids[..., :capacity], plan.counts, block_size)
 
 
 def compact_blocks(mask: Bool[Array, "B K P"], *, block_size: int) -> SelectionPlan:

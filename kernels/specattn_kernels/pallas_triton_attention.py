@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int32
 from specattn_kernels.common import LOG2_E, interpreted, ungroup
 from specattn_kernels.dispatch import current_device
 from specattn_kernels.pallas_triton_merge import merge_splits, parts_of, place_of, power_of_two
-from specattn_kernels.types import AttentionOutput, SelectionPlan
+from specattn_kernels.types import AttentionOutput, Scores, SelectionPlan
 
 # What a multiprocessor's shared memory has room for at once: so all programs run together, and none waits for a place.
 PROGRAMS_PER_CORE = 2
@@ -33,6 +33,8 @@ MAX_SPLITS = 128
 # gathered, which has one more step in flight, and half on other GPUs.
 STEP_BYTES = 1 << 16
 LARGE_MEMORY_CAPABILITIES = (9, 10)
+# What float16 holds.
+LARGEST_LOGIT = 65504.0
 # Query rows of one program: T * G.
 MAX_QUERY_ROWS = 128
 
@@ -64,7 +66,7 @@ def decode_attention(
     lengths: Int32[Array, " B"],
     *,
     scale: float | Float[Array, ""],
-    return_scores: bool = False,
+    return_scores: Scores = False,
     return_lse: bool = False,
 ) -> AttentionOutput:
     """Attention over the whole cache; see `api.decode_attention`."""
@@ -92,23 +94,35 @@ def _attention(
     plan: SelectionPlan | None,
     lengths: jax.Array,
     scale: float | jax.Array,
-    return_scores: bool,
+    return_scores: Scores,
     return_lse: bool,
 ) -> AttentionOutput:
     """Attends in splits and merges them."""
     batch, tokens, heads, head_dim = q.shape
-    kv_heads, slots = k.shape[1:3]
+    kv_heads = k.shape[1]
     tile = _choose_tile(k, tokens * (heads // kv_heads), plan)
     grouped = q.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
-    part, lse, logits = _attend_in_splits(grouped, k, v, plan, lengths, scale, tile, return_scores)
+    first = tokens if not return_scores else tokens - 1 if return_scores == "newest" else 0
+    part, lse, logits = _attend_in_splits(
+        grouped,
+        k,
+        v,
+        plan,
+        lengths,
+        jnp.asarray(scale, jnp.float32),
+        tile=tile,
+        first_shown=first,
+        interpret=interpreted(),
+    )
     out, lse = merge_splits(part, lse, grouped, tile.splits)
     scores = None
     if logits is not None:
-        position = lengths[:, None] - tokens + jnp.arange(tokens)
-        visible = (jnp.arange(slots) <= position[..., None])[:, :, None]
-        logits = ungroup(logits.reshape(batch, kv_heads, tokens, heads // kv_heads, slots))
+        position = lengths[:, None] - tokens + jnp.arange(first, tokens)
+        visible = (jnp.arange(k.shape[2]) <= position[..., None])[:, :, None]
+        logits = ungroup(logits.reshape(batch, kv_heads, tokens - first, heads // kv_heads, -1)).astype(jnp.float32)
+        total = lse[:, first:, :, None]
         # Logits of slots that no program came to are not there; those of rows that see nothing are never read.
-        scores = jnp.where(visible, jnp.exp2(logits - lse[..., None]), 0.0)
+        scores = jnp.where(visible, jnp.exp2(logits - total), 0.0)
     return AttentionOutput(out, lse / LOG2_E if return_lse else None, scores)
 
 
@@ -139,29 +153,37 @@ def _choose_tile(k: jax.Array, rows: int, plan: SelectionPlan | None) -> _Tile:
     device = current_device()
     capability = device.compute_capability
     small = capability is not None and capability[0] not in LARGE_MEMORY_CAPABILITIES
-    # The step more is for the ids that tell where to gather.
-    stages, step_bytes, most = (2, STEP_BYTES, 128) if plan is None else (3, STEP_BYTES // 2, 64)
+    # Where rows are gathered one more step is in flight, for the ids that tell where; short rows want longer steps.
+    gathers, short = plan is not None, head_dim <= 64
+    stages, step_bytes, most = (3, STEP_BYTES // 2, 64) if gathers and not short else (2, STEP_BYTES, 128)
     fitting = (step_bytes // 2 if small else step_bytes) // (2 * head_dim * k.dtype.itemsize)
     block = max(16, min(most, 1 << (max(fitting, 1).bit_length() - 1)))
     # A warp takes 16 rows; more warps than that have to share sums over the entries.
-    warps = max(4 if plan is None else 2, padded // 16)
+    warps = max(2 if gathers and not short else 4, padded // 16)
     capacity = slots if plan is None else min(slots, plan.block_ids.shape[2] * plan.block_size)
-    programs = PROGRAMS_PER_CORE * (device.cores or USUAL_CORES)
+    programs = (PROGRAMS_PER_CORE + (gathers and short)) * (device.cores or USUAL_CORES)
     splits = max(1, min(MAX_SPLITS, programs // (batch * kv_heads), -(-capacity // (2 * block))))
     return _Tile(padded, parts_of(head_dim), block, splits, warps, stages)
 
 
+# Of the many layers of a model only the first is traced.
+@functools.partial(jax.jit, static_argnames=("tile", "first_shown", "interpret"))
 def _attend_in_splits(
     q: Float[Array, "B T K G H"],
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
     plan: SelectionPlan | None,
     lengths: Int32[Array, " B"],
-    scale: float | jax.Array,
+    scale: Float[Array, ""],
+    *,
     tile: _Tile,
-    emit_logits: bool,
-) -> tuple[Float[Array, "B K splits rows H"], Float[Array, "B K splits rows"], Float[Array, "B K T*G S"] | None]:
+    first_shown: int,
+    interpret: bool,
+) -> tuple[Float[Array, "B K splits rows H"], Float[Array, "B K splits rows"], Float[Array, "B K rows S"] | None]:
     """Partial outputs and log2-sum-exps of every split, and the logits in powers of two if they are wanted.
+
+    Logits are those of the tokens from `first_shown` on; T is none of them. They have as many bits as the cache: they
+    only pass through memory, and float16 gives a weight to within a hundredth.
 
     Rows beyond T * G, and splits beyond those of the tile, only have room: nothing writes or reads them.
     """
@@ -174,7 +196,7 @@ def _attend_in_splits(
     def per_split(*block: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, None, *block), lambda b, h, s: (b, h, s, *[0] * len(block)))
 
-    arrays = [q, k, v, lengths[:, None], jnp.asarray(scale * LOG2_E, jnp.float32)[None]]
+    arrays = [q, k, v, lengths[:, None], (scale * LOG2_E)[None]]
     in_specs = [
         pl.BlockSpec((None, tokens, None, group, head_dim), lambda b, h, _: (b, 0, h, 0, 0)),
         per_head(slots, head_dim),
@@ -183,19 +205,27 @@ def _attend_in_splits(
         pl.BlockSpec((1,), lambda *_: (0,)),
     ]
     if plan is not None:
-        arrays += [plan.block_ids, plan.counts[..., None]]
-        in_specs += [per_head(plan.block_ids.shape[2]), per_head(1)]
+        first_row = jnp.zeros((), jnp.int32) if plan.first_row is None else plan.first_row
+        arrays += [plan.block_ids, plan.counts, first_row[None]]
+        rows_of_all = pl.BlockSpec((None, *plan.block_ids.shape[1:]), lambda b, *_: (b, 0, 0))
+        in_specs += [
+            rows_of_all,
+            pl.BlockSpec((None, plan.counts.shape[1]), lambda b, *_: (b, 0)),
+            pl.BlockSpec((1,), lambda *_: (0,)),
+        ]
     room = power_of_two(tile.splits)
     out_shape = [
         jax.ShapeDtypeStruct((batch, kv_heads, room, rows, head_dim), jnp.float32),
         jax.ShapeDtypeStruct((batch, kv_heads, room, rows), jnp.float32),
     ]
     out_specs = [per_split(rows, head_dim), per_split(rows)]
-    if emit_logits:
+    shown = (tokens - first_shown) * group
+    if shown:
         # Splits begin anywhere, so the last step may reach so far beyond the end.
         padded = -(-slots // 16) * 16 + tile.block
-        out_shape.append(jax.ShapeDtypeStruct((batch, kv_heads, rows, padded), jnp.float32))
-        out_specs.append(per_head(rows, padded))
+        logits_dtype = jnp.float32 if k.dtype == jnp.float32 else jnp.float16
+        out_shape.append(jax.ShapeDtypeStruct((batch, kv_heads, shown, padded), logits_dtype))
+        out_specs.append(per_head(shown, padded))
     kernel = functools.partial(
         _attend,
         tile=tile,
@@ -203,7 +233,7 @@ def _attend_in_splits(
         group=group,
         dtype=jnp.promote_types(q.dtype, k.dtype),
         block_size=None if plan is None else plan.block_size,
-        emit_logits=emit_logits,
+        shown=shown,
     )
     part, lse, *logits = pl.pallas_call(
         kernel,
@@ -212,10 +242,10 @@ def _attend_in_splits(
         out_specs=out_specs,
         out_shape=out_shape,
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
-        interpret=interpreted(),
+        interpret=interpret,
         name="sparse_decode" if plan is not None else "dense_decode",
     )(*arrays)
-    return part, lse, logits[0][:, :, : tokens * group, :slots] if emit_logits else None
+    return part, lse, logits[0][..., :slots] if shown else None
 
 
 def _attend(
@@ -230,16 +260,17 @@ def _attend(
     group: int,
     dtype: jnp.dtype,
     block_size: int | None,
-    emit_logits: bool,
+    shown: int,
 ) -> None:
     """One split of one kv head: online softmax over its entries, in powers of two."""
-    inputs, outputs = refs[: -3 if emit_logits else -2], refs[-3 if emit_logits else -2 :]
+    inputs, outputs = refs[: -3 if shown else -2], refs[-3 if shown else -2 :]
     first_new, scale = length_ref[0] - tokens, scale_ref[0]
     if block_size is None:
         past, total = 0, length_ref[0]
     else:
-        ids_ref, count_ref = inputs
-        past = count_ref[0] * block_size
+        ids_ref, counts_ref, first_row_ref = inputs
+        plan_row = first_row_ref[0] + pl.program_id(1)
+        past = counts_ref[plan_row] * block_size
         total = past + tokens
     row = lax.broadcasted_iota(jnp.int32, (tile.rows,), 0)
     is_row = row < tokens * group
@@ -258,26 +289,31 @@ def _attend(
         if block_size is not None:
             is_new = entry >= past
             within = jnp.where(is_new, 0, entry)
-            planned = ids_ref[within // block_size] * block_size + within % block_size
+            planned = ids_ref[plan_row, within // block_size] * block_size + within % block_size
             slot = jnp.where(is_new, first_new + entry - past, planned)
             # A plan may reach into the new tokens, which are read once, as themselves.
             valid &= (slot >= 0) & (is_new | (slot < first_new))
         place = jnp.where(valid, slot, 0)
         keys = [k_ref[place, pl.ds(at, width)] for at, width in tile.parts]
         values = [v_ref[place, pl.ds(at, width)] for at, width in tile.parts]
-        logits = sum(_dot(query, key.T) for query, key in zip(queries, keys, strict=True))
+        logits = sum(dot(query, key.T) for query, key in zip(queries, keys, strict=True))
         visible = valid[None] & (slot[None] <= position[:, None])
         logits = jnp.where(visible, logits * scale, -jnp.inf)
-        if emit_logits:
-            here = outputs[2].at[:, pl.ds(begin + index * tile.block, tile.block)]
-            plgpu.store(here, logits, mask=is_row[:, None] & valid[None])
+        if shown:
+            # The rows of the last tokens.
+            place = row - (tokens * group - shown)
+            here = outputs[2].at[jnp.maximum(place, 0)[:, None], entry[None]]
+            # Those that float16 has no room for are infinite only where they do not count.
+            bounded = jnp.clip(logits, -LARGEST_LOGIT, LARGEST_LOGIT)
+            bounded = jnp.where(visible, bounded, -jnp.inf).astype(outputs[2].dtype)
+            plgpu.store(here, bounded, mask=(is_row & (place >= 0))[:, None] & (entry < end)[None])
         new_top = jnp.maximum(top, jnp.max(logits, axis=1))
         shift = jnp.where(new_top == -jnp.inf, 0.0, new_top)
         fade, chance = jnp.exp2(top - shift), jnp.exp2(logits - shift[:, None])
         # Slots that are not valid may hold NaN, which a weight of zero would not silence.
         kept = [jnp.where(valid[:, None], value, 0) for value in values]
         acc = tuple(
-            part * fade[:, None] + _dot(chance.astype(dtype), value) for part, value in zip(acc, kept, strict=True)
+            part * fade[:, None] + dot(chance.astype(dtype), value) for part, value in zip(acc, kept, strict=True)
         )
         return new_top, weight * fade + jnp.sum(chance, axis=1), acc
 
@@ -291,7 +327,7 @@ def _attend(
     plgpu.store(outputs[1].at[...], jnp.where(weight > 0, top + jnp.log2(divisor), -jnp.inf), mask=is_row)
 
 
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """Float32 sum of products; float32 means float32, not TF32."""
     dtype = jnp.promote_types(a.dtype, b.dtype)
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None

@@ -1,6 +1,6 @@
 """Thresholds of rows that several programs share, as kernels of Pallas's Triton lowering.
 
-Two passes read all scores: their sum (XLA), and one that keeps the scores inside a bracket around the threshold, in
+Two passes read all scores: their sums, and one that keeps the scores inside a bracket around the threshold, in
 practice a few in 100, and adds up those above it. The bracket comes from a sample: what lies *below* a threshold are
 many small scores, so that a sample tells how much they have together; the few large ones that a sample misses only
 matter for the sum. A last launch, one program a row, halves the bracket over what was kept. A sample can mislead; then
@@ -21,15 +21,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
-from specattn_kernels.common import FLOAT32_TINY, clean_scores, interpreted, row_sum
+from specattn_kernels.common import FLOAT32_TINY, interpreted
 from specattn_kernels.pallas_triton_tiles import (
+    INFINITE_BITS,
     bits_of,
     clean,
     float_of,
+    grain_of,
     halve,
     in_lanes,
+    is_everything,
     load_clean,
     lower_bound,
+    wanted_of,
+    weigh,
 )
 
 # Slots that one warp looks at: what it keeps it puts into order without waiting for others.
@@ -47,11 +52,39 @@ KEPT_TOGETHER = 1 << 13
 
 
 class _Rows(NamedTuple):
-    """Rows of scores in groups, their valid slots, and how many slots a row has (static)."""
+    """Rows of scores.
+
+    Attributes:
+        groups: of scores.
+        lengths: valid slots.
+        wanted: share of the mass, or how many scores.
+        slots: of a row, static.
+        measure: what is wanted, static.
+    """
 
     groups: Float[Array, "rows groups slots"]
     lengths: Int32[Array, "rows 1"]
+    wanted: Float[Array, "rows 1"]
     slots: int
+    measure: str
+
+    @property
+    def room(self) -> int:
+        """A power of two for the groups, as some launches have a number of each in one tile."""
+        return max(CHUNK_GROUPS, 1 << (self.groups.shape[1] - 1).bit_length())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What kernels know of them."""
+        return {"slots": self.slots, "measure": self.measure, "grain": grain_of(self.groups.dtype)}
+
+
+class _Bracket(NamedTuple):
+    """Where thresholds lie, in bits: likely, and for certain; what they have to reach, and the mass of all scores."""
+
+    likely: Int32[Array, "rows 2"]
+    ends: Int32[Array, "rows 2"]
+    masses: Float[Array, "rows 2"]
 
 
 class _Kept(NamedTuple):
@@ -71,37 +104,65 @@ class _Kept(NamedTuple):
 
 
 def threshold_of_long_rows(
-    scores: Float[Array, "rows S"], shares: Float[Array, " rows"], lengths: Int32[Array, " rows"]
+    scores: Float[Array, "rows S"], wanted: Float[Array, " rows"], lengths: Int32[Array, " rows"], measure: str
 ) -> Float[Array, " rows"]:
-    """Thresholds where several programs share a row."""
-    slots = scores.shape[1]
-    total = row_sum(clean_scores(scores, lengths))
-    # Where there is mass some is wanted, so that the largest score is in the nucleus whatever the share.
-    wanted = jnp.maximum(shares * total, FLOAT32_TINY)
-    # No score is above their sum.
-    ends = jnp.stack([lower_bound(shares, total, slots), bits_of(total) + 1], axis=1)
-    masses = jnp.stack([wanted, total], axis=1)
-    row = _Rows(in_lanes(scores, GROUP_SLOTS), lengths[:, None], slots)
-    bracket = _sample(row, ends, masses)
-    threshold = _finish(row, _keep(row, bracket), bracket, ends, masses)
-    return jnp.where(shares >= 1.0, 0.0, threshold)
+    """Thresholds where several programs share a row; see `is_everything` for `wanted`."""
+    row = _Rows(in_lanes(scores, GROUP_SLOTS), lengths[:, None], wanted[:, None], scores.shape[1], measure)
+    bracket = _sample(row, _sum(row))
+    threshold = _finish(row, _keep(row, bracket), bracket)
+    if measure == "count":
+        # Its nucleus never has blocks without mass.
+        threshold = jnp.where(bracket.masses[:, 1] > 0, threshold, jnp.inf)
+    return jnp.where(is_everything(wanted, measure), 0.0, threshold)
 
 
-def _sample(row: _Rows, ends: Int32[Array, "rows 2"], masses: Float[Array, "rows 2"]) -> Int32[Array, "rows 2"]:
-    """Bits between which the threshold is likely to lie, and within `ends` for certain."""
+def _sum(row: _Rows) -> Float[Array, "rows chunks"]:
+    """Mass of every chunk of the rows; chunks beyond the row have none."""
+    rows, chunks = row.groups.shape[0], row.room // CHUNK_GROUPS
+    sums: jax.Array = pl.pallas_call(
+        functools.partial(_sum_of_chunk, **row.settings),
+        grid=(rows, chunks),
+        in_specs=[
+            pl.BlockSpec((None, CHUNK_GROUPS, GROUP_SLOTS), lambda r, c: (r, c, 0)),
+            pl.BlockSpec((None, 1), lambda r, _: (r, 0)),
+        ],
+        out_specs=pl.BlockSpec((None, 1), lambda r, c: (r, c)),
+        out_shape=jax.ShapeDtypeStruct((rows, chunks), jnp.float32),
+        compiler_params=plgpu.CompilerParams(num_warps=CHUNK_GROUPS),
+        interpret=interpreted(),
+        name="sum_chunks",
+    )(row.groups, row.lengths)
+    return sums
+
+
+def _load_chunk(scores_ref: Any, length_ref: Any, slots: int) -> jax.Array:
+    """The clean scores of a program's chunk."""
+    group, slot = (lax.broadcasted_iota(jnp.int32, scores_ref.shape, axis) for axis in (0, 1))
+    place = (pl.program_id(1) * CHUNK_GROUPS + group) * GROUP_SLOTS + slot
+    return load_clean(scores_ref, place, length_ref[0], slots)
+
+
+def _sum_of_chunk(scores_ref: Any, length_ref: Any, sum_ref: Any, *, slots: int, measure: str, grain: int) -> None:
+    """The mass of one chunk."""
+    scores = _load_chunk(scores_ref, length_ref, slots)
+    sum_ref[0] = jnp.sum(jnp.sum(weigh(scores, scores > 0, measure), axis=0))
+
+
+def _sample(row: _Rows, sums: Float[Array, "rows chunks"]) -> _Bracket:
+    """Bits between which the thresholds are likely to lie, by samples, and those between which they do."""
     rows = row.groups.shape[0]
-    pair = pl.BlockSpec((None, 2), lambda r: (r, 0))
-    bracket: jax.Array = pl.pallas_call(
-        functools.partial(_sample_row, slots=row.slots),
+    one, pair = pl.BlockSpec((None, 1), lambda r: (r, 0)), pl.BlockSpec((None, 2), lambda r: (r, 0))
+    bracket = pl.pallas_call(
+        functools.partial(_sample_row, **row.settings),
         grid=(rows,),
-        in_specs=[_whole_row(row), pl.BlockSpec((None, 1), lambda r: (r, 0)), pair, pair],
-        out_specs=pair,
-        out_shape=jax.ShapeDtypeStruct((rows, 2), jnp.int32),
+        in_specs=[_whole_row(row), one, one, pl.BlockSpec((None, sums.shape[1]), lambda r: (r, 0))],
+        out_specs=[pair, pair, pair],
+        out_shape=[jax.ShapeDtypeStruct((rows, 2), dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)],
         compiler_params=plgpu.CompilerParams(num_warps=4),
         interpret=interpreted(),
         name="sample_bracket",
-    )(row.groups, row.lengths, ends, masses)
-    return bracket
+    )(row.groups, row.lengths, row.wanted, sums)
+    return _Bracket(*bracket)
 
 
 def _whole_row(row: _Rows) -> pl.BlockSpec:
@@ -110,27 +171,46 @@ def _whole_row(row: _Rows) -> pl.BlockSpec:
 
 
 def _sample_row(
-    scores_ref: Any, length_ref: Any, ends_ref: Any, mass_ref: Any, bracket_ref: Any, *, slots: int
+    scores_ref: Any,
+    length_ref: Any,
+    wanted_ref: Any,
+    sums_ref: Any,
+    likely_ref: Any,
+    ends_ref: Any,
+    masses_ref: Any,
+    *,
+    slots: int,
+    measure: str,
+    grain: int,
 ) -> None:
     """One row's bracket, by halving the bit patterns for either end of it."""
+    total = jnp.sum(sums_ref[...])
+    # Where there is mass some is wanted, so that the largest score is in the nucleus whatever the share.
+    wanted = jnp.maximum(wanted_of(wanted_ref[0], total, measure), FLOAT32_TINY)
+    least = lower_bound(wanted_ref[0], total, slots, measure, grain)
+    # No score is above the sum of all.
+    beyond = _up(bits_of(total) + 1, grain) if measure == "mass" else jnp.int32(INFINITE_BITS)
+    masses_ref[0], masses_ref[1] = wanted, total
+    ends_ref[0], ends_ref[1] = least, beyond
+
     stride = -(-slots // (SAMPLED // SAMPLED_TOGETHER))
     number = lax.broadcasted_iota(jnp.int32, (SAMPLED,), 0)
     place = number // SAMPLED_TOGETHER * stride + number % SAMPLED_TOGETHER
     inside = jnp.minimum(place, slots - 1)
     scores = clean(scores_ref[inside // GROUP_SLOTS, inside % GROUP_SLOTS], place, length_ref[0], slots)
     bits = bits_of(scores)
-    wanted, total = mass_ref[0], mass_ref[1]
     # What a score stands for, as a share of all.
     share = stride / SAMPLED_TOGETHER / jnp.maximum(total, FLOAT32_TINY)
     below = (total - wanted) / jnp.maximum(total, FLOAT32_TINY)
 
     def estimate(bound: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Share of the mass below a bound by the sample, and its error: all have that size at most, seen or not."""
-        mass, most = jnp.sum(jnp.where(bits < bound, scores, 0.0)) * share, float_of(bound) * share
+        mass = jnp.sum(weigh(scores, (bits < bound) & (bits > 0), measure)) * share
+        most = float_of(bound) * share if measure == "mass" else share
         return mass, DOUBT * jnp.sqrt(most * (mass + most))
 
     def wide(ends: tuple[jax.Array, ...]) -> jax.Array:
-        return jnp.maximum(ends[1] - ends[0], ends[3] - ends[2]) > BRACKET_BITS
+        return jnp.maximum(ends[1] - ends[0], ends[3] - ends[2]) > max(BRACKET_BITS, 1 << grain)
 
     def step(ends: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         from_low, to_low, from_high, to_high = ends
@@ -146,21 +226,24 @@ def _sample_row(
             jnp.where(is_high, high, to_high),
         )
 
-    start: tuple[jax.Array, ...] = (ends_ref[0], ends_ref[1], ends_ref[0], ends_ref[1])
+    start: tuple[jax.Array, ...] = (least, beyond, least, beyond)
     low, _, _, high = lax.while_loop(wide, step, start)
-    bracket_ref[0] = low
-    bracket_ref[1] = jnp.maximum(high, low + 1)
+    low = low >> grain << grain
+    likely_ref[0], likely_ref[1] = low, jnp.maximum(_up(high, grain), low + (1 << grain))
 
 
-def _keep(row: _Rows, bracket: Int32[Array, "rows 2"]) -> _Kept:
-    """Scores within the brackets, several programs a row."""
-    rows, groups = row.groups.shape[:2]
-    # A power of two, as the next launch has them all in one tile.
-    room = max(CHUNK_GROUPS, 1 << (groups - 1).bit_length())
+def _up(bits: jax.Array, grain: int) -> jax.Array:
+    """The next multiple of the grain."""
+    return (bits + ((1 << grain) - 1)) >> grain << grain
+
+
+def _keep(row: _Rows, bracket: _Bracket) -> _Kept:
+    """Scores within the likely brackets, several programs a row."""
+    rows, room = row.groups.shape[0], row.room
     per_chunk = pl.BlockSpec((None, CHUNK_GROUPS), lambda r, c: (r, c))
     chunk = pl.BlockSpec((None, CHUNK_GROUPS, GROUP_SLOTS), lambda r, c: (r, c, 0))
     kept = pl.pallas_call(
-        functools.partial(_keep_of_chunk, slots=row.slots),
+        functools.partial(_keep_of_chunk, **row.settings),
         grid=(rows, room // CHUNK_GROUPS),
         in_specs=[
             chunk,
@@ -175,7 +258,7 @@ def _keep(row: _Rows, bracket: Int32[Array, "rows 2"]) -> _Kept:
         compiler_params=plgpu.CompilerParams(num_warps=CHUNK_GROUPS),
         interpret=interpreted(),
         name="keep_bracket",
-    )(row.groups, row.lengths, bracket)
+    )(row.groups, row.lengths, bracket.likely)
     return _Kept(*kept)
 
 
@@ -189,11 +272,12 @@ def _keep_of_chunk(
     above_ref: Any,
     *,
     slots: int,
+    measure: str,
+    grain: int,
 ) -> None:
     """Each group's scores within the bracket, in their order; zeros never matter."""
+    scores = _load_chunk(scores_ref, length_ref, slots)
     group, slot = (lax.broadcasted_iota(jnp.int32, scores_ref.shape, axis) for axis in (0, 1))
-    place = (pl.program_id(1) * CHUNK_GROUPS + group) * GROUP_SLOTS + slot
-    scores = load_clean(scores_ref, place, length_ref[0], slots)
     bits = bits_of(scores)
     above = bits >= bracket_ref[1]
     keep = (bits >= jnp.maximum(bracket_ref[0], 1)) & ~above
@@ -203,22 +287,16 @@ def _keep_of_chunk(
     target = jnp.where(keep, rank - 1, count[:, None] + slot - rank)
     plgpu.store(kept_ref.at[group, target], scores, mask=keep)
     count_ref[...] = count
-    inside_ref[...] = jnp.sum(jnp.where(keep, scores, 0.0), axis=1)
-    above_ref[...] = jnp.sum(jnp.where(above, scores, 0.0), axis=1)
+    inside_ref[...] = jnp.sum(weigh(scores, keep, measure), axis=1)
+    above_ref[...] = jnp.sum(weigh(scores, above, measure), axis=1)
 
 
-def _finish(
-    row: _Rows,
-    kept: _Kept,
-    bracket: Int32[Array, "rows 2"],
-    ends: Int32[Array, "rows 2"],
-    masses: Float[Array, "rows 2"],
-) -> Float[Array, " rows"]:
+def _finish(row: _Rows, kept: _Kept, bracket: _Bracket) -> Float[Array, " rows"]:
     """Halves the brackets over the scores inside them, one program a row."""
     rows, room = kept.counts.shape
     per_group, pair = pl.BlockSpec((None, room), lambda r: (r, 0)), pl.BlockSpec((None, 2), lambda r: (r, 0))
     threshold = pl.pallas_call(
-        functools.partial(_finish_row, slots=row.slots),
+        functools.partial(_finish_row, **row.settings),
         grid=(rows,),
         in_specs=[
             _whole_row(row),
@@ -231,7 +309,7 @@ def _finish(
         compiler_params=plgpu.CompilerParams(num_warps=8),
         interpret=interpreted(),
         name="finish_threshold",
-    )(row.groups, row.lengths, kept.scores, kept.counts, kept.inside, kept.above, bracket, ends, masses)
+    )(row.groups, row.lengths, kept.scores, kept.counts, kept.inside, kept.above, *bracket)
     return threshold[:, 0]
 
 
@@ -248,12 +326,15 @@ def _finish_row(
     out_ref: Any,
     *,
     slots: int,
+    measure: str,
+    grain: int,
 ) -> None:
     """One row's threshold, from what was kept of it if the bracket holds, otherwise from all of it."""
     counts, above = counts_ref[...], jnp.sum(above_ref[...])
     room = counts.shape[0]
     columns = max(1, min(KEPT_TOGETHER // room, GROUP_SLOTS))
     wanted, total = mass_ref[0], mass_ref[1]
+    halve_over = functools.partial(_halve_over, wanted=wanted, total=total, measure=measure, grain=grain)
 
     def load_kept(step: Any) -> jax.Array:
         column = step * columns + lax.broadcasted_iota(jnp.int32, (room, columns), 1)
@@ -266,10 +347,10 @@ def _finish_row(
 
     def from_kept() -> jax.Array:
         steps = pl.cdiv(jnp.max(counts), columns)
-        return _halve_over(load_kept, steps, bracket_ref[0], bracket_ref[1], wanted, total, above)
+        return halve_over(load_kept, steps, bracket_ref[0], bracket_ref[1], above)
 
     def from_all() -> jax.Array:
-        return _halve_over(load_any, scores_ref.shape[0], ends_ref[0], ends_ref[1], wanted, total, jnp.float32(0))
+        return halve_over(load_any, scores_ref.shape[0], ends_ref[0], ends_ref[1], jnp.float32(0))
 
     holds = (above < wanted) & (above + jnp.sum(inside_ref[...]) >= wanted)
     out_ref[0] = lax.cond(holds, from_kept, from_all)
@@ -280,9 +361,12 @@ def _halve_over(
     steps: Any,
     low: jax.Array,
     high: jax.Array,
+    above: jax.Array,
+    *,
     wanted: jax.Array,
     total: jax.Array,
-    above: jax.Array,
+    measure: str,
+    grain: int,
 ) -> jax.Array:
     """The smallest score of the nucleus within a bracket; `load` gives tiles, step by step.
 
@@ -292,11 +376,11 @@ def _halve_over(
 
     def mass(bound: jax.Array) -> jax.Array:
         def part(scores: jax.Array) -> jax.Array:
-            return jnp.sum(jnp.where(bits_of(scores) >= bound, scores, 0.0), axis=0)
+            return jnp.sum(weigh(scores, bits_of(scores) >= jnp.maximum(bound, 1), measure), axis=0)
 
         return above + jnp.sum(lax.fori_loop(1, steps, lambda step, so_far: so_far + part(load(step)), part(first)))
 
-    enough_at = halve(low, high, mass, wanted, total, above)
+    enough_at = halve(low, high, mass, wanted, total, above, measure=measure, grain=grain)
 
     def least(scores: jax.Array) -> jax.Array:
         inside = bits_of(scores) >= jnp.maximum(enough_at, 1)

@@ -32,6 +32,15 @@ def merge_splits(
         q: the queries, for their shape and dtype.
         splits: how many there are. The arrays have room for a power of two; what is beyond the splits is not read.
     """
+    return _merge(part, lse, q, splits=splits, interpret=interpreted())
+
+
+# Of the many layers of a model only the first is traced.
+@functools.partial(jax.jit, static_argnames=("splits", "interpret"))
+def _merge(
+    part: jax.Array, lse: jax.Array, q: jax.Array, *, splits: int, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
+    """See `merge_splits`."""
     batch, tokens, kv_heads, group, head_dim = q.shape
     room = part.shape[2]
     out, total = pl.pallas_call(
@@ -50,7 +59,7 @@ def merge_splits(
             jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32),
         ],
         compiler_params=plgpu.CompilerParams(num_warps=4 if room * head_dim >= 1 << 12 else 1),
-        interpret=interpreted(),
+        interpret=interpret,
         name="merge_splits",
     )(part, lse)
     heads = kv_heads * group

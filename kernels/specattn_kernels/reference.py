@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, Int32
 
 from specattn_kernels.types import AttentionOutput, SelectionPlan
 
@@ -85,11 +85,34 @@ def sparse_decode_attention(
     *,
     scale: float | Float[Array, ""] | None = None,
 ) -> AttentionOutput:
-    """Oracle of `api.sparse_decode_attention`; always returns lse and scores."""
+    """Oracle of `api.sparse_decode_attention`; always returns lse, and scores over the cache slots."""
     tokens, slots, group = q.shape[1], k.shape[2], q.shape[2] // k.shape[1]
+    plan = plan.own_rows()
     selected = jnp.repeat(plan_mask(plan, slots), group, axis=1)[:, :, None]
     is_new = (jnp.arange(slots) >= lengths[:, None] - tokens)[:, None, None]
     return attend(q, k, v, causal_mask(lengths, tokens, slots) & (selected | is_new), scale)
+
+
+def score_cache(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    lse: Float[Array, "B T N"],
+    lengths: Int32[Array, " B"],
+    *,
+    scale: float | Float[Array, ""] | None = None,
+    dtype: DTypeLike = jnp.float32,
+) -> Float[Array, "B K S"]:
+    """Oracle of `api.score_cache`: every weight, the mean over a group, the largest over the tokens."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    valid = (jnp.arange(k.shape[2]) < lengths[:, None])[:, None]
+    keys = jnp.where(valid[..., None], k.astype(jnp.float32), 0.0)
+    queries = q.reshape(*q.shape[:2], k.shape[1], -1, q.shape[-1]).astype(jnp.float32)
+    logits = jnp.einsum("btkgh,bksh->btkgs", queries, keys, precision="highest") * scale
+
+    total = lse.reshape(queries.shape[:-1])[..., None]
+    weights = jnp.where(total > -jnp.inf, jnp.exp(logits - total), 0.0)
+    largest = weights.mean(axis=3).max(axis=1)
+    return jnp.where(valid, largest, 0.0).astype(dtype)
 
 
 def top_p_threshold(
@@ -122,6 +145,20 @@ def top_p_threshold(
     return jnp.where(p >= 1.0, 0.0, threshold)
 
 
+def count_threshold(
+    scores: Float[Array, "*rows P"], p: Float[Array, ...] | float, valid: Int[Array, ...]
+) -> Float[Array, "*rows"]:
+    """The threshold of the share p of a row's valid blocks, by sorting; scores are clean, and 0 is never selected."""
+    p = jnp.broadcast_to(jnp.asarray(p, jnp.float32), scores.shape[:-1])
+    valid = jnp.broadcast_to(valid, p.shape)
+    clean = jnp.minimum(jnp.where(scores >= np.finfo(np.float32).tiny, scores, 0.0), FLOAT32_MAX / 2 / scores.shape[-1])
+    last = jnp.clip(jnp.ceil(p * valid.astype(jnp.float32)).astype(jnp.int32) - 1, 0, scores.shape[-1] - 1)
+    descending = jnp.sort(clean, axis=-1, descending=True)
+    least_positive = jnp.where(clean > 0, clean, jnp.inf).min(axis=-1)
+    threshold = jnp.maximum(jnp.take_along_axis(descending, last[..., None], axis=-1)[..., 0], least_positive)
+    return jnp.where(p >= 1.0, 0.0, threshold)
+
+
 def compact_blocks(mask: Bool[Array, "B K P"], *, block_size: int) -> SelectionPlan:
     """Oracle of `api.compact_blocks`: selected blocks first, each group in ascending order."""
     selected_first = jnp.argsort(~mask, axis=-1, stable=True)
@@ -138,8 +175,10 @@ def select_blocks(
     num_recent: int = 0,
     method: str = "exact",
     steps: int = 10,
+    measure: str = "mass",
+    capacity: int | None = None,
 ) -> SelectionPlan:
-    """Oracle of `api.select_blocks`: what each of the three reasons selects, and their union."""
+    """Oracle of `api.select_blocks`: what each of three reasons selects, their union, and what there is room for."""
     slots = scores.shape[-1]
     length = lengths[:, None]
     valid = jnp.arange(slots) < length[..., None]
@@ -147,13 +186,23 @@ def select_blocks(
     start = jnp.arange(0, slots, block_size)
     slot_in_block = jnp.arange(slots)[:, None] // block_size == jnp.arange(len(start))
     block_scores = jnp.einsum("bks,sp->bkp", clean, slot_in_block.astype(jnp.float32), precision="highest")
-    threshold = top_p_threshold(block_scores, p, lengths=-(-length // block_size), method=method, steps=steps)
+    valid_blocks = -(-length // block_size)
+    if measure == "mass":
+        threshold = top_p_threshold(block_scores, p, lengths=valid_blocks, method=method, steps=steps)
+    else:
+        threshold = count_threshold(block_scores, p, valid_blocks)
 
     in_nucleus = block_scores >= threshold[..., None]
     is_sink = start < num_sink
     is_recent = (num_recent > 0) & (start + block_size > length[..., None] - num_recent)
     chosen = (in_nucleus | is_sink | is_recent) & (start < length[..., None])
-    return compact_blocks(chosen, block_size=block_size)
+
+    capacity = len(start) if capacity is None else capacity
+    last_recent = chosen & is_recent & (jnp.cumsum((chosen & is_recent)[..., ::-1], axis=-1)[..., ::-1] <= capacity)
+    room = capacity - last_recent.sum(axis=-1, keepdims=True)
+    others = chosen & ~is_recent
+    plan = compact_blocks(last_recent | (others & (jnp.cumsum(others, axis=-1) <= room)), block_size=block_size)
+    return SelectionPlan(plan.block_ids[..., :capacity], plan.counts, block_size)
 
 
 def merge_states(

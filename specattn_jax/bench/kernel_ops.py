@@ -255,7 +255,8 @@ def _select(case: Case) -> Work:
     contenders["sort and cumsum"] = Contender(by_sort, make, error)
     contenders["top_k of a quarter"] = Contender(by_top_k, make)
     rows = case.batch * case.kv_heads
-    return Work(rows * (case.slots * jnp.dtype(case.dtype).itemsize + 4 * blocks + 4), contenders)
+    # Of the ids only those of the nucleus are written, which are few.
+    return Work(rows * (case.slots * jnp.dtype(case.dtype).itemsize + 4), contenders)
 
 
 def _compact(case: Case) -> Work:

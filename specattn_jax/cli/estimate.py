@@ -26,20 +26,34 @@ def estimate_command(
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
     kv_reduction: Annotated[float, typer.Option(help="Share of the target's cache reads that is saved.")] = 0.75,
     accepted: Annotated[float, typer.Option(help="Drafted tokens accepted per window.")] = 3.5,
+    draft_reads: Annotated[
+        float | None,
+        typer.Option(help="Share of its own cache that the draft reads.", show_default="that of the default policy"),
+    ] = None,
     window: options.Window = 5,
     as_json: options.Json = False,
 ) -> None:
     """Estimate, from the bytes that decoding in bfloat16 has to read and write, how the three modes compare.
 
-    Ratios of tokens per second that memory allows; whatever else takes time is left out.
+    Ratios of tokens per second that memory allows: upper bounds, as whatever else takes time is left out.
     """
     with importing():
         from specattn_jax.cost import Scenario, estimate
+        from specattn_jax.selection import load_policy
 
     contexts = [_whole_number(part) for part in context.split(",") if part.strip()]
     if not contexts:
         raise UserError(f"--context is {context!r}; expected whole numbers separated by commas.")
-    scenario = Scenario(_shape(target), _shape(draft), batch, contexts[0], window, accepted, kv_reduction)
+    scenario = Scenario(
+        _shape(target),
+        _shape(draft),
+        batch,
+        contexts[0],
+        window,
+        accepted,
+        kv_reduction=kv_reduction,
+        draft_reads=load_policy("default").draft_reads if draft_reads is None else draft_reads,
+    )
     rows = [estimate(scenario._replace(context=entries)) for entries in contexts]
     if as_json:
         print_json({"target": target, "draft": draft, **_plain(scenario), "rows": rows})

@@ -10,11 +10,12 @@ import typer
 
 from specattn_jax.cli import options
 from specattn_jax.cli.process import importing
-from specattn_jax.cli.terminal import print_json, print_table, read_stdin, stage_bar
+from specattn_jax.cli.terminal import print_json, print_table, read_stdin, say, stage_bar
 from specattn_jax.errors import UserError
 from specattn_jax.texts import read_text
 
 if TYPE_CHECKING:
+    from specattn_jax.gating import Decision
     from specattn_jax.generation import Generations
     from specattn_jax.loading.tokenizer import Tokenizer
 
@@ -32,11 +33,15 @@ def generate_command(
     mode: Annotated[
         str,
         typer.Option(
-            help="autoregressive (target alone), speculative (draft, dense verification) or specattn (draft, "
-            "verification reads what the draft attended to).",
+            help="autoregressive (target alone), speculative (draft, dense verification), specattn (draft, "
+            "verification reads what the draft attended to: approximate), or auto, the one predicted to be the fastest "
+            "here.",
             metavar="MODE",
         ),
-    ] = "specattn",
+    ] = "auto",
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="auto: only modes that leave the target's own output as it is.")
+    ] = False,
     p: Annotated[
         float | None,
         typer.Option(
@@ -46,13 +51,19 @@ def generate_command(
     kv_reduction: Annotated[
         float | None,
         typer.Option(
-            help="specattn: share of the cache reads to save.", show_default="0.75, or p = 0.95 with policy paper"
+            help="specattn, should it run: share of the cache reads to save.",
+            show_default="0.75, or p = 0.95 with policy paper",
         ),
     ] = None,
-    window: options.Window = 5,
+    window: Annotated[
+        int | None, typer.Option(help="Drafted tokens per window.", show_default="auto chooses; otherwise 5")
+    ] = None,
     policy: Annotated[
         str | None,
-        typer.Option(help="specattn: how to choose what is read: default or paper.", show_default="default"),
+        typer.Option(
+            help="specattn, should it run: how to choose what is read: default or paper.",
+            show_default="default",
+        ),
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this probability.")] = 1.0,
@@ -63,15 +74,20 @@ def generate_command(
         Path | None,
         typer.Option(help="specattn: folder written by `specattn calibrate`.", show_default="the preset's"),
     ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Say on stderr why auto decodes as it does, and when it changes its mind.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Continue a prompt; the text streams to stdout."""
     _check_selection(mode, {"--p": p, "--kv-reduction": kv_reduction, "--policy": policy, "--alignment": alignment})
+    if lossless and mode != "auto":
+        raise UserError(f"--lossless is for --mode auto, but --mode is {mode}; leave one of them out.")
     _check_numbers(p, max_new_tokens)
     text = _read_prompt(prompt, prompt_file)
 
     with importing():
-        from specattn_jax.generation import generate
+        from specattn_jax.generation import DEFAULT_WINDOW, check_mode, generate
         from specattn_jax.pair import load_pair
         from specattn_jax.sampling import Sampling
         from specattn_jax.selection import load_policy
@@ -79,15 +95,17 @@ def generate_command(
 
     policy = policy or "default"
     load_policy(policy)
-    settings = DecodeSettings(mode, window, Sampling(temperature, top_k, top_p))  # type: ignore[arg-type]
-    alone = settings.mode == "autoregressive"
-    uses_alignment = settings.mode == "specattn"
+    wanted = check_mode(mode)
+    # Refuses a wrong number before models are loaded.
+    DecodeSettings(window=DEFAULT_WINDOW if window is None else window, sampling=Sampling(temperature, top_k, top_p))
+    alone = wanted == "autoregressive"
+    may_be_sparse = wanted == "specattn" or (wanted == "auto" and not lossless)
     with stage_bar() as bar:
         bar.wait("starting")
         pair = load_pair(
             target,
             "self" if alone else draft,
-            alignment=(alignment or "default") if uses_alignment else None,
+            alignment=(alignment or "default") if may_be_sparse else None,
             dtype=dtype,
             progress=bar.bytes,
         )
@@ -100,12 +118,21 @@ def generate_command(
             bar.hide()
             print(text, end="", file=shown, flush=True)
 
-        bar.wait("compiling")
+        told: list[Decision] = []
+
+        def on_decision(decision: Decision) -> None:
+            if verbose:
+                bar.hide()
+                _explain(decision, told)
+            told.append(decision)
+
+        bar.wait("measuring the device" if wanted == "auto" else "compiling")
         run = generate(
             pair,
             [_tokenize(pair.tokenizer, text, chat)],
             max_new_tokens=max_new_tokens,
-            mode=settings.mode,
+            mode=wanted,
+            lossless=lossless,
             window=window,
             policy=policy,
             p=p,
@@ -116,14 +143,30 @@ def generate_command(
             seed=seed,
             on_text=on_text,
             on_prefill=on_prefill,
+            on_decision=on_decision,
         )
     print(file=shown, flush=True)
-    names = {"target": target, "draft": None if alone else draft, "policy": policy if uses_alignment else None}
-    report = {**_report(run), **names, "seed": seed}
+    used = run.results[0].mode
+    report = {
+        **_report(run),
+        "requested_mode": mode,
+        "target": target,
+        "draft": None if used == "autoregressive" else draft,
+        "policy": policy if used == "specattn" else None,
+        "seed": seed,
+    }
     if as_json:
         print_json(report)
     else:
         print_table(_rows(report))
+
+
+def _explain(decision: Decision, before: list[Decision]) -> None:
+    """Says on stderr what was decided and why; a text that streams there goes on in a line of its own."""
+    if before:
+        say("")
+    for line in decision.explain():
+        say(line, style="dim")
 
 
 def _check_selection(mode: str, given: dict[str, object]) -> None:
@@ -177,6 +220,7 @@ def _report(run: Generations) -> dict[str, Any]:
         "new_tokens": len(result.tokens),
         "prompt_tokens": result.prompt_tokens,
         "mode": result.mode,
+        "window": result.window,
         "windows": result.windows,
         "accepted_per_window": result.accepted_per_window,
         "kv_reduction": result.kv_reduction,
@@ -187,11 +231,23 @@ def _report(run: Generations) -> dict[str, Any]:
     }
 
 
+def _how(report: dict[str, Any]) -> str:
+    """Mode, window, policy, and who chose."""
+    parts = [report["mode"]]
+    if report["window"]:
+        parts.append(f"window {report['window']}")
+    if report["policy"]:
+        parts.append(f"policy {report['policy']}")
+    if report["requested_mode"] == "auto":
+        parts.append("chosen by auto")
+    return ", ".join(parts)
+
+
 def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     """What the run says, for people."""
     seconds = [f"{kind} {report[f'{kind}_s']:.2f} s" for kind in ("prefill", "decode", "compile")]
     rows = [
-        ("mode", report["mode"] + (f", policy {report['policy']}" if report["policy"] else "")),
+        ("mode", _how(report)),
         ("tokens", f"{report['new_tokens']} new after {report['prompt_tokens']} of prompt"),
         ("speed", f"{report['tokens_per_s']:.1f} tokens/s"),
         ("time", ", ".join(seconds)),

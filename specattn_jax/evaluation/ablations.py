@@ -13,13 +13,21 @@ from typing import Literal, NamedTuple, Self, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
-from specattn_kernels import SelectionPlan, compact_blocks, merge_states, sparse_decode_attention, top_p_threshold
+from jaxtyping import Array, Bool, DTypeLike, Float, Int32
+from specattn_kernels import (
+    Implementation,
+    SelectionPlan,
+    compact_blocks,
+    merge_states,
+    sparse_decode_attention,
+    top_p_threshold,
+)
 
 from specattn_jax.alignment import Alignment
+from specattn_jax.cache import KVCache
 from specattn_jax.config import ModelConfig
 from specattn_jax.evaluation.learning import attend_plan, attention_read, remember
-from specattn_jax.model import LayerChoice
+from specattn_jax.model import LayerChoice, Look
 from specattn_jax.selection import DraftScores, past_mask
 from specattn_jax.speculative import WindowRead
 
@@ -166,7 +174,7 @@ class Ablation:
         """All draft layers."""
         return tuple(range(self.draft.num_layers))
 
-    def observe(self, scores: Float[Array, "B T N S"]) -> Float[Array, "B N S"]:
+    def observe(self, scores: Float[Array, "B 1 N S"]) -> Float[Array, "B N S"]:
         """Attention of the newest token, all heads."""
         return scores[:, -1]
 
@@ -183,7 +191,7 @@ class Ablation:
         )
         return dataclasses.replace(self, memory=memory)
 
-    def start(self, batch: int, num_slots: int) -> StepScores:
+    def start(self, batch: int, num_slots: int, dtype: DTypeLike = jnp.float32) -> StepScores:
         """Scores before the first draft step."""
         shape = (batch, len(self.weights), num_slots)
         sources = jnp.zeros((batch, self.draft.num_layers * self.draft.num_kv_heads, num_slots), jnp.float32)
@@ -239,6 +247,26 @@ class Ablation:
         maximum = jnp.where(counts, jnp.maximum(scores.maximum, rows), scores.maximum)
         sources = jnp.where(counts, jnp.maximum(scores.sources, groups), scores.sources)
         return StepScores(maximum, union, sources, scores.step + 1)
+
+    @property
+    def scores_windows(self) -> bool:
+        """No."""
+        return False
+
+    @property
+    def drafts_sparsely(self) -> bool:
+        """No."""
+        return False
+
+    def score(
+        self, looks: Sequence[Look], cache: KVCache, past: Int32[Array, " B"], implementation: Implementation | None
+    ) -> DraftScores:
+        """Is never asked."""
+        raise NotImplementedError
+
+    def draft_plan(self, scores: DraftScores, past: Int32[Array, " B"], window: int) -> SelectionPlan | None:
+        """The draft reads everything."""
+        return None
 
     def _current(self, scores: StepScores, past: Int32[Array, " B"]) -> tuple[StepScores, Int32[Array, " B"]]:
         """The scores for which is selected, and the past when they were made."""

@@ -19,7 +19,7 @@ from specattn_jax.model import LanguageModel, forward
 from specattn_jax.pair import ModelPair
 from specattn_jax.sampling import Sampling
 from specattn_jax.selection import Selection
-from specattn_jax.speculative import DecodeSettings, DecodeState, speculative_step
+from specattn_jax.speculative import DecodeSettings, DecodeState, plan_first_window, speculative_step
 
 _CHUNK = 128
 # Positions whose distributions are compared at a time.
@@ -116,6 +116,7 @@ def _generate(
         # What is not committed is overwritten by the next window.
         return state, write(kept, seen.hidden, emitted)
 
+    state = plan_first_window(draft, selection, state, settings)
     kept = jnp.zeros((batch, room + settings.tokens_per_window, target.config.embed_dim), target.dtype)
     return jax.lax.while_loop(lambda carry: ~jnp.all(carry[0].done), advance, (state, kept))
 

@@ -18,7 +18,7 @@ from specattn_jax.errors import UserError
 from specattn_jax.evaluation.learning import Learner, attend_plan, mass_read
 from specattn_jax.model import LanguageModel, LayerReader, forward, prefill
 from specattn_jax.selection import Selection, head_fraction
-from specattn_jax.speculative import DecodeSettings, DecodeState, read_window, start_decoding
+from specattn_jax.speculative import DecodeSettings, DecodeState, plan_first_window, read_window, start_decoding
 
 _CHUNK = 256
 
@@ -288,6 +288,8 @@ def _read_windows(
     settings = DecodeSettings("speculative" if selection is None else "specattn", window)
     count = (tokens.shape[1] - prompt - 1) // window
     keys = state.keys
+    if selection is not None:
+        state = plan_first_window(draft, selection, state, settings)
 
     def step(
         carry: tuple[DecodeState, Selection | None], inputs: tuple[Int32[Array, ""], Float[Array, "B W D"] | None]
@@ -296,6 +298,7 @@ def _read_windows(
         # Committed so far: prompt + 1 + index * W tokens, the newest not yet in the target's cache.
         here = jax.lax.dynamic_slice_in_dim(tokens, prompt - 1 + index * window, window + 2, axis=1)
         past, before = state.target_cache.lengths, state.statistics
+        seen = None
         if selection is None:
             out = forward(target, here[:, 1:], state.target_cache)
             hidden, grown, draft_cache = out.hidden, out.cache, None
@@ -329,6 +332,7 @@ def _read_windows(
             state,
             target_cache=grown.at_lengths(past + window),
             draft_cache=draft_cache,
+            draft_plan=None if seen is None else seen.drafted.next_plan,
             statistics=dataclasses.replace(before, windows=before.windows + 1, read=before.read + read),
         )
         return (state, selection), {**result, "hidden": scored}

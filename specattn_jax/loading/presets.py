@@ -78,6 +78,7 @@ class Preset:
         target: where the target comes from.
         draft: where the draft comes from.
         alignment: name of the alignment artifact shipped for the pair, if there is one.
+        acceptance: chance that a drafted token is accepted if all before it were, where it was measured.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Preset:
     target: Origin
     draft: Origin
     alignment: str | None = None
+    acceptance: float | None = None
 
 
 @functools.cache

@@ -73,6 +73,7 @@ def draw_attention(seed, shape, *, dtype=jnp.float32, least=0, dead=np.nan):
 def draw_plan(seed, shape, lengths, kind):
     """An unsorted plan within the capacity: "random", "empty", "single" or "full" (as far as it has room).
 
+    What lies beyond its counts are no ids, as nothing may be read by them.
     Ids may be of blocks that reach into or lie in the new tokens or the dead slots, as a stale plan's would.
     """
     rng = np.random.default_rng(seed + 1)
@@ -82,6 +83,8 @@ def draw_plan(seed, shape, lengths, kind):
     size = shape.batch * shape.kv_heads
     counts = np.full(size, most[kind]) if kind in most else rng.integers(0, shape.capacity + 1, size)
     rows = (shape.batch, shape.kv_heads)
+    garbage = rng.choice([-7, 2**31 - 1, 0], ids.shape)
+    ids = np.where(np.arange(shape.capacity) < counts[:, None], ids, garbage)
     return SelectionPlan(
         jnp.asarray(ids.reshape(*rows, -1), jnp.int32), jnp.asarray(counts.reshape(rows), jnp.int32), shape.block_size
     )

@@ -59,6 +59,13 @@ BAD = {
     ),
     "select scores": (lambda: kernels.select_blocks(SCORES[0], 0.5, LENGTHS), r"select_blocks: `scores`.*\[B, K, S\]"),
     "select lengths": (lambda: kernels.select_blocks(SCORES, 0.5, LENGTHS[:1]), "`lengths` is of shape"),
+    "measure": (lambda: kernels.select_blocks(SCORES, 0.5, LENGTHS, measure="n"), "`measure` is .n..*.count."),
+    "linear count": (
+        lambda: kernels.select_blocks(SCORES, 0.5, LENGTHS, measure="count", method="linear"),
+        "`method` is 'linear'.*'exact'",
+    ),
+    "no room": (lambda: kernels.select_blocks(SCORES, 0.5, LENGTHS, capacity=0), "`capacity` is 0.*at least 1"),
+    "too much room": (lambda: kernels.select_blocks(SCORES, 0.5, LENGTHS, capacity=10**6), "`capacity` is 1000000"),
     "block size": (lambda: kernels.select_blocks(SCORES, 0.5, LENGTHS, block_size=2.0), "`block_size` is 2.0"),
     "sink": (lambda: kernels.select_blocks(SCORES, 0.5, LENGTHS, num_sink=-1), "`num_sink` is -1.*at least 0"),
     "recent": (lambda: kernels.select_blocks(SCORES, 0.5, LENGTHS, num_recent=-1), "`num_recent` is -1.*at least 0"),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 import specattn_kernels as kernels
 from specattn_kernels import Call, Device, choose_implementation, current_device, dispatch
-from specattn_kernels.dispatch import ATTENTION_OPS, BACKEND_OPS, SELECTION_OPS
+from specattn_kernels.dispatch import ATTENTION_OPS, BACKEND_OPS, SELECTION_OPS, SelectionCall
 
 H100 = Device("gpu", (9, 0), (0, 11))
 CALL = Call((8, 8, 32768, 128), 24, jnp.bfloat16)
@@ -28,20 +28,15 @@ CALL = Call((8, 8, 32768, 128), 24, jnp.bfloat16)
         ("decode_attention", H100, CALL._replace(cache=(16, 8, 1 << 17, 128)), "xla", "2 .. 31"),
         ("decode_attention", H100, CALL._replace(dtype="float16"), "xla", "for float16 and head dim 128"),
         ("decode_attention", H100, CALL._replace(cache=(1, 1, 9, 32)), "xla", "head dim 32 yet"),
+        ("select_blocks", H100, SelectionCall(1 << 20), "pallas_triton", "without sorting"),
+        ("select_blocks", H100, SelectionCall(1 << 31), "xla", "expected fewer than 2 .. 31"),
+        ("top_p_threshold", H100, SelectionCall(1 << 20, "linear"), "xla", "method 'linear'"),
     ],
 )
-def test_choice_among_checked_kernels(monkeypatch, op, device, call, name, reason):
-    monkeypatch.setattr(dispatch, "CHECKED_OPS", ATTENTION_OPS)
+def test_choice(op, device, call, name, reason):
     choice = choose_implementation(op, device, call)
     assert choice.name == name
     assert re.search(reason, choice.reason)
-
-
-@pytest.mark.parametrize("op", ATTENTION_OPS + SELECTION_OPS)
-def test_kernels_that_wait_for_a_check_are_not_chosen(op):
-    choice = choose_implementation(op, H100, CALL)
-    assert choice.name == "xla"
-    assert "wait for a check" in choice.reason
 
 
 def test_every_choice_exists():

@@ -18,13 +18,16 @@ from specattn_kernels import (
     pallas_triton_long_rows,
     pallas_triton_merge,
     pallas_triton_selection,
+    pallas_triton_short_rows,
 )
+from test_ops import selected
 
 pytestmark = pytest.mark.optimised
 
 TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 3e-2, jnp.float16: 4e-3}
 SMALL_TILES = (
-    (pallas_triton_selection, {"ROW_SLOTS": 1024, "TILE_SLOTS": 1024}),
+    (pallas_triton_selection, {"TILE_SLOTS": 1024}),
+    (pallas_triton_short_rows, {"ROW_SLOTS": 1024}),
     (pallas_triton_long_rows, {"GROUP_SLOTS": 128, "KEPT_TOGETHER": 1024, "SAMPLED": 64}),
 )
 
@@ -147,7 +150,6 @@ class TestLongRows:
         rows = [draw_row(rng, kind, max(1, lengths[i // 2]), 5000) for i, kind in enumerate(kinds)]
         scores = np.stack(rows).reshape(2, 2, 5000)
         got = small_tiles[1](scores, p, lengths)
-        assert (np.sort(got.block_ids) == np.arange(5000)).all()
         thresholds = np.asarray(
             jitted(kernels.top_p_threshold, implementation="xla")(scores, p, lengths=lengths[:, None])
         )
@@ -162,6 +164,29 @@ class TestLongRows:
                 near = np.isclose(row, thresholds[b, h], rtol=1e-3) & (row > 0)
                 assert (chosen == (row >= thresholds[b, h]) | forced)[~near].all()
             assert p < 1 or chosen.all()
+
+    @pytest.mark.parametrize("measure", ["mass", "count"])
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+    def test_the_same_as_one_program_a_row(self, monkeypatch, measure, dtype):
+        rng = np.random.default_rng(11)
+        scores = np.exp(rng.normal(size=(2, 2, 5000)) * 2.5).astype(np.float32)
+        scores[0, 1] = rng.integers(0, 4, 5000)
+        scores[1, 0, ::3], scores[1, 0, 1::7], scores[1, 0, 5] = np.nan, -1, np.inf
+        scores[1, 1] = 0
+        lengths = jnp.asarray([4567, 5000])
+        plans = []
+        for sizes in ({}, dict(SMALL_TILES)):
+            for module, values in sizes.items():
+                for name, value in values.items():
+                    monkeypatch.setattr(module, name, value)
+            # Compiled anew: the settings are read while tracing.
+            select = jax.jit(
+                lambda scores, p: kernels.select_blocks(
+                    *(scores, p, lengths), measure=measure, capacity=2000, num_recent=9, implementation="pallas_triton"
+                )
+            )
+            plans.append([selected(select(jnp.asarray(scores, dtype), p)) for p in (0.01, 0.501, 0.951, 1.0)])
+        assert plans[0] == plans[1]
 
     @pytest.mark.parametrize("sampled", [0.0, 1e-6, 1.0])
     def test_a_sample_that_misleads(self, small_tiles, sampled):
@@ -192,7 +217,7 @@ class TestLongRows:
         rows = [draw_row(np.random.default_rng(seed), "peaked", 5000, 5000) for seed in range(4)]
         scores = np.stack(rows).reshape(2, 2, 5000)
         first, second = (small_tiles[1](scores, 0.95, np.array([4567, 5000], np.int32)) for _ in range(2))
-        assert (first.block_ids == second.block_ids).all()
+        assert selected(first) == selected(second)
         assert (first.counts == second.counts).all()
 
 
@@ -209,8 +234,7 @@ def test_selection_of_low_precision_scores(block_size, slots):
         )(scores, lengths)
         for name in ("pallas_triton", "xla")
     )
-    assert (got.counts == want.counts).all()
-    assert (got.block_ids == want.block_ids).all()
+    assert selected(got) == selected(want)
 
 
 def test_selection_under_vmap():
@@ -222,8 +246,8 @@ def test_selection_under_vmap():
         )
         for name in ("pallas_triton", "xla")
     )
-    assert (got.counts == want.counts).all()
-    assert (got.block_ids == want.block_ids).all()
+    for row in range(3):
+        assert selected(jax.tree.map(lambda x, i=row: x[i], got)) == selected(jax.tree.map(lambda x, i=row: x[i], want))
 
 
 def test_what_selection_cannot_do():
@@ -239,7 +263,10 @@ def test_what_selection_cannot_do():
 @pytest.fixture
 def lower_for_a_gpu(monkeypatch):
     """Lowers a function as far as a machine without a GPU can: through Pallas to the text that XLA compiles."""
-    for module in (pallas_triton_attention, pallas_triton_merge, pallas_triton_selection, pallas_triton_long_rows):
+    for module in (
+        *(pallas_triton_attention, pallas_triton_merge),
+        *(pallas_triton_selection, pallas_triton_short_rows, pallas_triton_long_rows),
+    ):
         monkeypatch.setattr(module, "interpreted", lambda: False)
 
     def lower(function, *arguments):
@@ -278,28 +305,40 @@ class TestLowering:
             assert "sparse_decode" in text
 
     @pytest.mark.parametrize(
-        ("slots", "block_size", "dtype"),
+        ("slots", "block_size", "dtype", "measure", "capacity"),
         [
-            (37, 1, jnp.float32),
-            (8192, 16, jnp.bfloat16),
-            (32768, 1, jnp.float32),
-            (100_001, 1, jnp.bfloat16),
-            (131_072, 1, jnp.float32),
+            (37, 1, jnp.float32, "mass", None),
+            (300, 1, jnp.bfloat16, "count", 7),
+            (8192, 16, jnp.bfloat16, "mass", 100),
+            (32768, 1, jnp.float32, "count", None),
+            (32768, 1, jnp.bfloat16, "mass", 8192),
+            (65536, 1, jnp.bfloat16, "mass", None),
+            (100_001, 1, jnp.bfloat16, "count", 8192),
+            (131_072, 1, jnp.float32, "mass", None),
         ],
     )
-    def test_selection(self, lower_for_a_gpu, slots, block_size, dtype):
+    def test_selection(self, lower_for_a_gpu, slots, block_size, dtype, measure, capacity):
         text = lower_for_a_gpu(
             lambda scores, lengths: kernels.select_blocks(
                 *(scores, 0.95, lengths),
                 block_size=block_size,
                 num_sink=4,
                 num_recent=16,
+                measure=measure,
+                capacity=capacity,
                 implementation="pallas_triton",
             ),
             jax.ShapeDtypeStruct((2, 8, slots), dtype),
             jax.ShapeDtypeStruct((2,), jnp.int32),
         )
-        wanted = ["select_in_rows"]
-        if slots // block_size > pallas_triton_selection.ROW_SLOTS:
-            wanted = ["sample_bracket", "keep_bracket", "finish_threshold", "compact_blocks"]
+        wanted = ["select_in_rows", "write_chosen"]
+        if not pallas_triton_short_rows.fits_one_program(slots // block_size):
+            wanted = [
+                "sum_chunks",
+                "sample_bracket",
+                "keep_bracket",
+                "finish_threshold",
+                "count_chosen",
+                "write_chosen",
+            ]
         assert all(name in text for name in wanted)

@@ -1,0 +1,199 @@
+"""What `specattn bench decode` measures: pairs of model shapes, ways of decoding, and the grids of both."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from specattn_jax.config import ModelConfig
+from specattn_jax.cost import load_shape
+from specattn_jax.selection import SelectionPolicy, load_policy
+from specattn_jax.speculative import MODES, Mode
+
+DecodeGrid: TypeAlias = Literal["tiny", "small", "full"]
+# What is in no file of shapes: two that are made on the spot for tests, by their number of layers.
+_TINY_PAIR = ("tiny", "tiny-draft")
+_TINY_LAYERS = dict(zip(_TINY_PAIR, (3, 2), strict=True))
+# Names of real pairs: one in memory, for tests, and a preset.
+TINY, REAL = "tiny", "smollm2"
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeCase:
+    """What is decoded, the same for every method.
+
+    Attributes:
+        target: name of a shape in `configs/shapes.toml`; or the preset of a real pair.
+        draft: likewise.
+        batch: B.
+        slots: S, length of the cache arrays.
+        room: slots that are empty when a measurement begins; the context is what is left.
+        window: W.
+        accepted: drafted tokens that count as accepted, window by window; empty: those that are.
+        density: share of the target's cache that sparse methods read.
+        dtype: of weights and caches.
+    """
+
+    target: str
+    draft: str
+    batch: int
+    slots: int
+    room: int = 256
+    window: int = 5
+    accepted: tuple[int, ...] = (4, 3)
+    density: float = 0.12
+    dtype: str = "bfloat16"
+
+    @property
+    def context(self) -> int:
+        """Tokens in the caches when a measurement begins."""
+        return self.slots - self.room
+
+    @property
+    def real(self) -> bool:
+        """Whether this is a real pair that continues a text."""
+        return not self.accepted
+
+    @property
+    def mean_accepted(self) -> float:
+        """Drafted tokens accepted per window."""
+        return sum(self.accepted) / len(self.accepted)
+
+
+class Method(NamedTuple):
+    """One way of decoding.
+
+    Attributes:
+        mode: of `DecodeSettings`.
+        implementation: backend of all ops; "best" is that of our kernels which serves on this device.
+        policy: what a sparse target, or a sparse draft, reads; None without.
+        sparse_target: whether the target reads what the policy selects.
+        platform: the only one where it can run; None is everywhere.
+    """
+
+    mode: Mode
+    implementation: str = "best"
+    policy: SelectionPolicy | None = None
+    sparse_target: bool = False
+    platform: str | None = None
+
+    @property
+    def draft_reads(self) -> float:
+        """Share of its own cache that the draft reads."""
+        return 1.0 if self.policy is None else self.policy.draft_reads
+
+
+AUTOREGRESSIVE: Mode = "autoregressive"
+SPECULATIVE: Mode = "speculative"
+SPECATTN: Mode = "specattn"
+RIVAL, DENSE_DRAFT = "sparse draft, dense verification", "specattn, dense draft"
+# What `--mode auto` chooses from: the methods that are called as their modes.
+CHOICES = MODES
+
+
+def methods() -> dict[str, Method]:
+    """The ways of decoding with random weights, by name; the most telling first."""
+    default = load_policy("default")
+    dense = dataclasses.replace(default, draft_reads=1.0)
+    return {
+        SPECULATIVE: Method("speculative"),
+        SPECATTN: Method("specattn", policy=default, sparse_target=True),
+        AUTOREGRESSIVE: Method("autoregressive"),
+        RIVAL: Method("specattn", policy=default),
+        DENSE_DRAFT: Method("specattn", policy=dense, sparse_target=True),
+        "speculative (mosaic gpu)": Method("speculative", "pallas_mosaic_gpu", platform="gpu"),
+        "speculative (xla)": Method("speculative", "xla"),
+        "specattn paper": Method("specattn", policy=load_policy("paper"), sparse_target=True),
+    }
+
+
+AUTO = "auto"
+# Of a real pair: the arguments of `generate`.
+REAL_METHODS: dict[str, dict[str, object]] = {
+    AUTOREGRESSIVE: {"mode": "autoregressive"},
+    SPECULATIVE: {"mode": "speculative"},
+    SPECATTN: {"mode": "specattn", "kv_reduction": 0.75},
+    "specattn, 90 % saved": {"mode": "specattn", "kv_reduction": 0.9},
+    # As it is without any option: the window is chosen too.
+    AUTO: {"mode": "auto", "window": None},
+    "specattn paper": {"mode": "specattn", "policy": "paper"},
+}
+
+
+class DecodePoint(NamedTuple):
+    """One measurement: a case, a method, and whether the parts of a window are measured too."""
+
+    case: DecodeCase
+    method: str
+    parts: bool
+
+
+def case_of(point: dict[str, Any]) -> DecodeCase:
+    """The case of a measured point."""
+    return DecodeCase(**{**point["case"], "accepted": tuple(point["case"]["accepted"])})
+
+
+def by_case(points: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Measured points, case by case."""
+    cases: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for point in points:
+        cases[str(sorted(point["case"].items()))].append(point)
+    return cases
+
+
+def shape(name: str) -> ModelConfig:
+    """The shape of that name; its `max_context` limits nothing here, because random weights know no positions."""
+    if name in _TINY_LAYERS:
+        from specattn_jax.examples import tiny_pair
+
+        return dataclasses.replace(tiny_pair().target.config, num_layers=_TINY_LAYERS[name])
+    return load_shape(name)
+
+
+_LLAMA3, _LLAMA2 = ("llama-3.1-8b", "llama-3.2-1b"), ("llama-2-7b", "tinyllama-1.1b")
+_SMOLLM2 = ("smollm2-135m", "smollm2-draft")
+_MAIN = (SPECULATIVE, SPECATTN, AUTOREGRESSIVE)
+
+
+def _points(case: DecodeCase, names: Sequence[str], parts: Sequence[str] = ()) -> list[DecodePoint]:
+    return [DecodePoint(case, name, name in parts) for name in names]
+
+
+def _real(target: str, slots: int, room: int, names: Sequence[str] = tuple(REAL_METHODS)) -> list[DecodePoint]:
+    """A real pair after a prompt of `slots - room` tokens."""
+    case = DecodeCase(target, target, 1, slots, room, accepted=(), density=1.0, dtype="auto")
+    return _points(case, names)
+
+
+def decode_grid(grid: DecodeGrid) -> list[DecodePoint]:
+    """The points of a grid, in the order in which they are measured.
+
+    `tiny` runs anywhere in seconds, `small` has the points that matter, `full` all pairs, contexts and batches.
+    """
+    names = tuple(methods())
+    if grid == "tiny":
+        case = DecodeCase(*_TINY_PAIR, 2, 384, room=128, dtype="float32")
+        return [*_points(case, names, (SPECULATIVE, SPECATTN)), *_real(TINY, 256, 16, (SPECULATIVE, SPECATTN, AUTO))]
+    large = DecodeCase(*_LLAMA3, 8, 32768)
+    small = [
+        *_points(large, names, (SPECULATIVE, SPECATTN, RIVAL, DENSE_DRAFT)),
+        *_points(DecodeCase(*_LLAMA3, 1, 131072), _MAIN, _MAIN),
+        *_points(DecodeCase(*_LLAMA3, 1, 2048), _MAIN, _MAIN),
+        *_points(DecodeCase(*_LLAMA3, 8, 8192), _MAIN, (SPECATTN,)),
+        *_points(DecodeCase(*_LLAMA3, 1, 8192), _MAIN, (SPECATTN,)),
+        *_points(DecodeCase(*_LLAMA2, 1, 32768), _MAIN, _MAIN),
+        *_real(REAL, 6400, 256),
+    ]
+    if grid == "small":
+        return small
+    have = {(point.case, point.method) for point in small}
+    more = itertools.product((_LLAMA3, _LLAMA2, _SMOLLM2), (2048, 8192, 32768, 131072), (1, 8, 16), names)
+    rest = [
+        DecodePoint(DecodeCase(*pair, batch, slots), name, name in (*_MAIN, RIVAL, DENSE_DRAFT))
+        for pair, slots, batch, name in more
+        if (DecodeCase(*pair, batch, slots), name) not in have
+    ]
+    return [*small, *rest]

@@ -1,0 +1,263 @@
+"""Decoding to the end: one program, or several where a gate finds that another one has become faster."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specattn_jax.gating import Acceptance, Decide, Decision, Plan, Situation
+from specattn_jax.loading.tokenizer import TextStream, Tokenizer
+from specattn_jax.pair import ModelPair
+from specattn_jax.selection import Selector
+from specattn_jax.speculative import DecodeSettings, DecodeState, Mode, Statistics, decode, prepare_windows
+from specattn_jax.starting import Clock
+
+# Windows after which the true acceptance is looked at for the first time.
+TRIAL_WINDOWS = 8
+
+
+class Writer:
+    """Tells the text of each prompt's new tokens as they arrive."""
+
+    def __init__(self, tokenizer: Tokenizer, count: int, on_text: Callable[[int, str], None]) -> None:
+        self._streams = [TextStream(tokenizer) for _ in range(count)]
+        self._shown = [0] * count
+        self._on_text = on_text
+
+    def show(self, tokens: list[list[int]]) -> None:
+        """Tells what is new in `tokens`, which are all new tokens so far."""
+        for index, (stream, ids) in enumerate(zip(self._streams, tokens, strict=True)):
+            self._tell(index, stream.push(ids[self._shown[index] :]))
+            self._shown[index] = len(ids)
+
+    def finish(self, tokens: list[list[int]]) -> None:
+        """Tells what is left, unfinished characters included."""
+        self.show(tokens)
+        for index, stream in enumerate(self._streams):
+            self._tell(index, stream.flush())
+
+    def _tell(self, index: int, text: str) -> None:
+        if text:
+            self._on_text(index, text)
+
+
+def new_tokens(state: DecodeState) -> list[list[int]]:
+    """The new tokens of every sequence so far."""
+    output, emitted = jax.device_get((state.output, state.emitted))
+    return [row[:count].tolist() for row, count in zip(output, emitted, strict=True)]
+
+
+class Decoded(NamedTuple):
+    """What decoding to the end gave.
+
+    Attributes:
+        state: the last state; its statistics are those of all segments.
+        plan: the mode that most tokens were decoded in, and the window that most of those had.
+        decisions: every decision, the first included; empty where nobody decided.
+    """
+
+    state: DecodeState
+    plan: Plan
+    decisions: list[Decision]
+
+
+@dataclasses.dataclass
+class Decoding:
+    """Everything that does not change while decoding.
+
+    Attributes:
+        pair: target and draft.
+        selector: what the target reads in mode `specattn`; None where that mode cannot be chosen.
+        base: settings, of which mode and window are the plan's.
+        clock: told what took how long.
+        writer: told the text.
+        windows_per_call: windows after which text is shown; None is at the end.
+        decide: asked again after the first windows, and when the context enters the next power of two.
+        on_decision: told every decision after the first.
+    """
+
+    pair: ModelPair
+    selector: Selector | None
+    base: DecodeSettings
+    clock: Clock
+    writer: Writer
+    windows_per_call: int | None
+    decide: Decide | None = None
+    on_decision: Callable[[Decision], None] | None = None
+
+    def run(self, state: DecodeState, first: Decision, acceptance: Acceptance) -> Decoded:
+        """Decodes to the end.
+
+        Args:
+            state: where decoding starts; it has a draft's cache unless the first plan needs none.
+            first: the first decision, or the fixed plan.
+            acceptance: what is assumed until windows have passed.
+        """
+        known = Situation(0, 0, acceptance)
+        plan, decisions = first.plan, [first]
+        done, tokens = _zeros(state.statistics), collections.Counter[Plan]()
+        while True:
+            state, known = self._ready(state, plan, known)
+            before = _Seen.of(state)
+            state, seen = self._segment(state, plan, before, may_leave=not tokens)
+            tokens[plan] += int(np.sum(seen.emitted - before.emitted))
+            if self.decide is None or seen.finished:
+                break
+            known = _learn(known, plan, before, seen)
+            new = self.decide(known)
+            decisions.append(new)
+            if self.on_decision is not None:
+                self.on_decision(new)
+            if new.plan != plan:
+                # What `specattn` read is steered by what it read before, not by what other modes did.
+                done = jax.tree.map(np.add, done, jax.device_get(state.statistics))
+                state = dataclasses.replace(state, statistics=jax.tree.map(jnp.zeros_like, state.statistics))
+                plan = new.plan
+        totals = jax.tree.map(np.add, done, jax.device_get(state.statistics))
+        return Decoded(
+            dataclasses.replace(state, statistics=totals), _most(tokens), decisions if self.decide is not None else []
+        )
+
+    def _settings(self, plan: Plan) -> DecodeSettings:
+        window = self.base.window if plan.mode == "autoregressive" else plan.window
+        return dataclasses.replace(self.base, mode=plan.mode, window=window)
+
+    def _decode(self, state: DecodeState, plan: Plan, windows: int) -> DecodeState:
+        draft = None if plan.mode == "autoregressive" else self.pair.draft
+        selector = self.selector if plan.mode == "specattn" else None
+        settings = self._settings(plan)
+        return decode(self.pair.target, draft, selector, state, jnp.int32(windows), settings=settings)
+
+    def _ready(self, state: DecodeState, plan: Plan, known: Situation) -> tuple[DecodeState, Situation]:
+        """Drops the draft's cache where nobody needs it any more, and compiles the plan's program."""
+        if plan.window > self.base.window:
+            raise ValueError(f"decide chose window {plan.window}; caches and output have room for {self.base.window}.")
+        if plan.mode == "autoregressive" and state.draft_cache is not None:
+            state = dataclasses.replace(state, draft_cache=None)
+        if plan != known.current:
+            # What the draft reads was planned for another window, or not at all.
+            state = dataclasses.replace(state, draft_plan=None)
+            if plan.mode == "specattn":
+                if self.selector is None:
+                    raise ValueError(f"decide chose {plan}, but there is no selector.")
+                state = prepare_windows(self.pair.draft, self.selector, state, settings=self._settings(plan))
+        known = known._replace(current=plan)
+        if plan in known.compiled:
+            return state, known
+        self.clock.lap("decode", state)
+        state = self._decode(state, plan, 0)
+        seconds = self.clock.lap("compile", state)
+        return state, known._replace(compiled=known.compiled | {plan}, compile_s=max(known.compile_s, seconds))
+
+    def _segment(self, state: DecodeState, plan: Plan, begun: _Seen, *, may_leave: bool) -> tuple[DecodeState, _Seen]:
+        """Decodes until it is time to decide again, or to the end.
+
+        Args:
+            state: where decoding stands.
+            plan: how to decode.
+            begun: what is seen of the state.
+            may_leave: whether the first windows of this plan may be the last.
+        """
+        ends = self._ends(plan, begun, trial=may_leave)
+        seen, windows = begun, 0
+        most = self._settings(plan).tokens_per_window
+        while not seen.finished and (ends.windows is None or windows < ends.windows) and seen.context < ends.context:
+            steps = self.windows_per_call or seen.wanted
+            if ends.windows is not None:
+                steps = min(steps, ends.windows - windows)
+            elif self._may_switch(plan):
+                # A window gives each sequence so many tokens at most: the end of a bucket is not run over.
+                steps = min(steps, max(1, -(-(ends.context - seen.context) // most)))
+            state = self._decode(state, plan, steps)
+            windows += steps
+            seen = _Seen.of(state)
+            if self.windows_per_call is not None:
+                self.writer.show(new_tokens(state))
+        self.clock.lap("decode", state)
+        return state, seen
+
+    def _may_switch(self, plan: Plan) -> bool:
+        """Without the draft's cache there is no way back."""
+        return self.decide is not None and plan.mode != "autoregressive"
+
+    def _ends(self, plan: Plan, seen: _Seen, *, trial: bool) -> _Ends:
+        """When to decide again."""
+        if not self._may_switch(plan):
+            return _Ends(None, _NEVER)
+        return _Ends(TRIAL_WINDOWS if trial else None, next_bucket(seen.context))
+
+
+_NEVER = 2**62
+
+
+class _Ends(NamedTuple):
+    """A segment ends after so many windows, if they are limited, or when caches hold so much on average."""
+
+    windows: int | None
+    context: int
+
+
+def next_bucket(context: int) -> int:
+    """The power of two at which a context leaves its bucket."""
+    return 1 << context.bit_length()
+
+
+class _Seen(NamedTuple):
+    """What the host looks at between calls: few small arrays."""
+
+    lengths: np.ndarray
+    emitted: np.ndarray
+    limit: np.ndarray
+    done: np.ndarray
+    statistics: Statistics
+
+    @classmethod
+    def of(cls, state: DecodeState) -> _Seen:
+        arrays = state.target_cache.lengths, state.emitted, state.limit, state.done, state.statistics
+        return cls(*jax.device_get(arrays))
+
+    @property
+    def finished(self) -> bool:
+        return bool(np.all(self.done))
+
+    @property
+    def context(self) -> int:
+        """Mean entries in a cache, of the sequences that still decode."""
+        return int(np.mean(self.lengths[~self.done])) if not self.finished else int(np.mean(self.lengths))
+
+    @property
+    def wanted(self) -> int:
+        """Most tokens that a sequence still wants, and so the most windows."""
+        return int(np.max(self.limit - self.emitted))
+
+
+def _learn(known: Situation, plan: Plan, before: _Seen, seen: _Seen) -> Situation:
+    """What is known after a segment."""
+    then, now = before.statistics, seen.statistics
+    windows = int(np.sum(now.windows) - np.sum(then.windows))
+    accepted = int(np.sum(now.accepted) - np.sum(then.accepted))
+    known = known._replace(context=seen.context, remaining=seen.wanted)
+    if plan.mode == "autoregressive" or not windows:
+        return known
+    if plan.mode == "specattn":
+        known = known._replace(kv_reduction=1.0 - float(np.sum(np.mean(now.read - then.read, axis=1))) / windows)
+    return known._replace(acceptance=known.acceptance.observe(plan.window, windows, accepted))
+
+
+def _zeros(statistics: Statistics) -> Statistics:
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), statistics)
+
+
+def _most(tokens: collections.Counter[Plan]) -> Plan:
+    """The mode of most tokens, and the window of most of those."""
+    modes = collections.Counter[Mode]()
+    for plan, count in tokens.items():
+        modes[plan.mode] += count
+    mode = max(modes, key=lambda one: modes[one])
+    return max((plan for plan in tokens if plan.mode == mode), key=lambda plan: tokens[plan])

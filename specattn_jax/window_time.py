@@ -1,0 +1,194 @@
+"""How long a window takes: the bytes of `cost.py` and the arithmetic over what a device does, and what is fixed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tomllib
+from importlib import resources
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from specattn_jax.bench.timing import TimingSettings, copy_bandwidth, time_calls
+from specattn_jax.config import ModelConfig
+from specattn_jax.cost import (
+    Scenario,
+    planning_bytes,
+    scored_bytes,
+    scoring_bytes,
+    tokens_per_window,
+    weights_read,
+    window_bytes,
+)
+from specattn_jax.errors import UserError
+from specattn_jax.speculative import Mode
+
+_MIB = 2**20
+# Arrays copied to measure the bandwidth, and bytes between two uses of one: a CPU copies slowly, a GPU caches much.
+_COPIED = {"cpu": (16 * _MIB, 32 * _MIB)}
+_COPIED_ELSEWHERE = (64 * _MIB, 128 * _MIB)
+_QUICK = TimingSettings(seconds=0.02, repeats=3)
+# Tokens and width of the product by which a rate of arithmetic is measured: about what a window of a batch of one does.
+_PRODUCT_TOKENS, _PRODUCT_WIDTH = 8, 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceProfile:
+    """What a device does in a second, and what it spends on every call. Guesses and fits: `configs/devices.toml`.
+
+    Attributes:
+        bandwidth: bytes that a copy reads and writes per second; measured where decoding runs.
+        flops: arithmetic per second in products of a few tokens with weights.
+        weights_share: share of the bandwidth at which products read weights.
+        attention_share: likewise, at which dense attention reads a cache.
+        attention_flops_share: share of `flops` that attention reaches.
+        sparse_share: as `attention_share`, sparse attention what it reads.
+        selection_share: likewise, at which scores are written, mixed and selected from.
+        draft_layer_s: fixed seconds of a draft layer in one step: what its kernels wait for, not what they move.
+        target_layer_s: likewise, of a target layer in one pass.
+        selecting_layer_s: fixed seconds of a window for each layer of both, in mode `specattn`: scores, selection.
+        forward_s: fixed seconds of a pass besides its layers: embedding, vocabulary, choosing a token.
+        window_s: fixed seconds of a window besides its passes: acceptance, rollback, the loop.
+    """
+
+    bandwidth: float
+    flops: float
+    weights_share: float = 1.0
+    attention_share: float = 1.0
+    attention_flops_share: float = 1.0
+    sparse_share: float = 1.0
+    selection_share: float = 1.0
+    draft_layer_s: float = 0.0
+    target_layer_s: float = 0.0
+    selecting_layer_s: float = 0.0
+    forward_s: float = 0.0
+    window_s: float = 0.0
+
+
+class WindowSeconds(NamedTuple):
+    """Where the time of one window goes; in mode `autoregressive` that is one token.
+
+    Attributes:
+        draft: the W draft steps; in mode `specattn` with the scores, and the choice of what the draft reads.
+        selection: choosing what the target reads.
+        verify: the target's pass.
+        rest: what is neither.
+    """
+
+    draft: float
+    selection: float
+    verify: float
+    rest: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return sum(self)
+
+
+def window_seconds(scenario: Scenario, mode: Mode, profile: DeviceProfile) -> WindowSeconds:
+    """Predicts one window: each part takes as long as its bytes or its arithmetic, whichever is more.
+
+    Args:
+        scenario: what is decoded; `accepted` does not matter.
+        mode: how.
+        profile: on what.
+
+    Raises:
+        UserError: a number of the scenario, or the mode, means nothing.
+    """
+    moved = window_bytes(scenario, mode)
+    target, draft, window = scenario.target, scenario.draft, scenario.window
+    sparse = mode == "specattn"
+    alone = mode == "autoregressive"
+
+    def weights(nbytes: float, config: ModelConfig, tokens: int) -> float:
+        arithmetic = 2 * weights_read(config) * scenario.batch * tokens
+        return max(nbytes / (profile.bandwidth * profile.weights_share), arithmetic / profile.flops)
+
+    def attention(nbytes: float, config: ModelConfig, tokens: float, share: float) -> float:
+        # Two products of a query with each entry; an entry is a key and a value of every kv head.
+        arithmetic = 2 * nbytes / scenario.itemsize * config.group_size * tokens
+        return max(nbytes / (profile.bandwidth * share), arithmetic / (profile.flops * profile.attention_flops_share))
+
+    read_share = profile.sparse_share if sparse and scenario.kv_reduction > 0 else profile.attention_share
+    verify = (
+        weights(moved.target_weights, target, 1 if alone else window + 1)
+        + attention(moved.target_cache, target, 1 if alone else window + 1, read_share)
+        + target.num_layers * profile.target_layer_s
+        + profile.forward_s
+    )
+    if alone:
+        return WindowSeconds(0.0, 0.0, verify, 0.0)
+    draft_share = profile.sparse_share if sparse and scenario.draft_share < 1 else profile.attention_share
+    drafting = (
+        weights(moved.draft_weights, draft, window + 1)
+        # The first step has two tokens.
+        + attention(moved.draft_cache, draft, (window + 1) / window, draft_share)
+        + window * (draft.num_layers * profile.draft_layer_s + profile.forward_s)
+    )
+    selecting = 0.0
+    if sparse:
+        rate = profile.bandwidth * profile.selection_share
+        drafting += attention(scored_bytes(scenario), draft, window, profile.attention_share)
+        drafting += scoring_bytes(scenario) / rate + draft.num_layers * profile.selecting_layer_s
+        selecting = planning_bytes(scenario) / rate + target.num_layers * profile.selecting_layer_s
+    return WindowSeconds(drafting, selecting, verify, profile.window_s)
+
+
+def seconds_per_token(scenario: Scenario, mode: Mode, profile: DeviceProfile) -> float:
+    """Predicted time in which every sequence of the batch gets one more token."""
+    return window_seconds(scenario, mode, profile).total / tokens_per_window(scenario, mode)
+
+
+def load_profile(kind: str, *, bandwidth: float, flops: float | None = None) -> DeviceProfile:
+    """The constants of a kind of device, with what was measured of this one.
+
+    Args:
+        kind: `cpu`, `gpu` or `tpu`.
+        bandwidth: bytes per second of a copy.
+        flops: arithmetic per second, in place of the constant.
+
+    Raises:
+        UserError: there are no constants for the kind.
+    """
+    kinds = _kinds()
+    if kind not in kinds:
+        raise UserError(f"device is {kind!r}; expected one of {', '.join(kinds)}.")
+    measured = {} if flops is None else {"flops": flops}
+    return DeviceProfile(bandwidth=bandwidth, **{**kinds[kind], **measured})
+
+
+def device_kind(platform: str) -> str:
+    """The kind of device whose constants are taken on a platform of JAX."""
+    return platform if platform in _kinds() else "gpu"
+
+
+@functools.cache
+def measure_profile() -> DeviceProfile:
+    """The profile of the device of this process, measured once: about a second on a CPU, less on a GPU."""
+    backend = jax.default_backend()
+    kind = device_kind(backend)
+    copied, rotate = _COPIED.get(backend, _COPIED_ELSEWHERE)
+    bandwidth = copy_bandwidth(_QUICK._replace(rotate=rotate), copied)
+    return load_profile(kind, bandwidth=bandwidth, flops=None if _kinds()[kind]["flops"] else _product_flops())
+
+
+def _product_flops() -> float:
+    """Arithmetic per second in the product of a few tokens with weights that no cache holds."""
+    tokens, width = _PRODUCT_TOKENS, _PRODUCT_WIDTH
+    dtype = jnp.float32
+
+    def make(seed: int) -> tuple[jax.Array, jax.Array]:
+        return jnp.full((tokens, width), seed, dtype), jnp.full((width, 4 * width), 1.0, dtype)
+
+    nbytes = 4 * width * width * 4
+    timed = time_calls(jnp.matmul, make, nbytes, _QUICK._replace(rotate=32 * _MIB))
+    return 2.0 * tokens * width * 4 * width / timed.seconds
+
+
+@functools.cache
+def _kinds() -> dict[str, dict[str, float]]:
+    return tomllib.loads(resources.files("specattn_configs").joinpath("devices.toml").read_text(encoding="utf-8"))

@@ -1,0 +1,307 @@
+"""The decode benchmark runs to its end anywhere, goes on where it stopped, and outlives what fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from command import mistake, run
+
+from specattn_jax.bench import decode as bench
+from specattn_jax.bench.decode import DecodeBenchmark, rewrite_decode_report, run_decode_benchmark
+from specattn_jax.bench.decode_auto import auto_choices
+from specattn_jax.bench.decode_cases import (
+    AUTOREGRESSIVE,
+    CHOICES,
+    DENSE_DRAFT,
+    REAL_METHODS,
+    RIVAL,
+    SPECATTN,
+    SPECULATIVE,
+    DecodeCase,
+    decode_grid,
+    methods,
+    shape,
+)
+from specattn_jax.bench.decode_fit import FITTED, fit_profile, fit_terms
+from specattn_jax.bench.decode_hlo import loop_facts
+from specattn_jax.bench.decode_report import decode_table
+from specattn_jax.bench.decode_roofline import roofline, scenario_of
+from specattn_jax.bench.decode_workload import Workload, make_bench_selector, make_settings
+from specattn_jax.errors import UserError
+from specattn_jax.selection import load_policy
+from specattn_jax.speculative import DecodeSettings, decode
+from specattn_jax.window_time import load_profile, window_seconds
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory):
+    """Folder and report of the tiny grid."""
+    out = tmp_path_factory.mktemp("decode")
+    result = run("bench", "decode", "--grid", "tiny", "--out", out, "--json")
+    assert result.exit_code == 0
+    return out, json.loads(result.stdout)
+
+
+def test_every_method_is_measured_to_the_end(first_run):
+    out, report = first_run
+    assert report["complete"]
+    assert [point["failure"] for point in report["points"]] == [None] * len(report["points"])
+    random = {point["method"]: point for point in report["points"] if point["case"]["accepted"]}
+    assert set(random) == {name for name, method in methods().items() if method.platform is None}
+    for point in random.values():
+        assert point["tokens_per_second"] > 0
+        assert point["loop"]["launches"] > 0
+        assert point["memory"]["program"] >= point["memory"]["temporaries"]
+        assert (
+            point["speedup_over"][SPECULATIVE] == point["tokens_per_second"] / random[SPECULATIVE]["tokens_per_second"]
+        )
+    assert random[AUTOREGRESSIVE]["density"] == random[SPECULATIVE]["density"] == random[RIVAL]["density"] == 1.0
+    for name in (SPECATTN, DENSE_DRAFT):
+        assert random[name]["density"] == pytest.approx(0.12, rel=0.15)
+    assert "cannot be met" in random["specattn paper"]["note"]
+    for name in (SPECULATIVE, SPECATTN):
+        parts = random[name]["parts"]
+        assert sum(parts.values()) == pytest.approx(random[name]["window_seconds"])
+        assert (parts["select"] > 0) == (name == SPECATTN)
+    for name in ("speed.png", "parts.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_shows_texts_and_peers(first_run):
+    out, report = first_run
+    real = [point for point in report["points"] if not point["case"]["accepted"]]
+    assert all(point["text"] and point["prompt_tokens"] == 240 for point in real)
+    peer = {"pair": "llama", "batch": 8, "context": 100, "tokens": 6, "failure": None, "seconds": 0.01}
+    broken = {**peer, "failure": "OutOfMemoryError: no | room"}
+    peers = {"device": "abacus", "versions": {"transformers": "5", "torch": "2"}, "points": [peer, broken]}
+    table = decode_table({**report, "complete": False}, peers)
+    assert "| llama | 8 | 100 | 6 | 10.0 | 800.0 |" in table
+    assert "| failed | OutOfMemoryError: no / room |" in table
+    assert "stopped before its end" in table
+    assert "### tiny, real weights" in table
+    assert (out / "decode.md").read_text(encoding="utf-8").count("\n| specattn") >= 4
+
+
+def test_goes_on_where_it_stopped(first_run, tmp_path, monkeypatch):
+    report = json.loads((first_run[0] / "decode.json").read_text(encoding="utf-8"))
+    kept = report["points"][:-2]
+    (tmp_path / "decode.json").write_text(json.dumps({**report, "points": kept}), encoding="utf-8")
+    unfinished = run_decode_benchmark(tmp_path, DecodeBenchmark("tiny", minutes=0))
+    assert not unfinished["complete"]
+    assert [point["tokens_per_second"] for point in unfinished["points"]] == [
+        point["tokens_per_second"] for point in kept
+    ]
+
+    def fail(*_):
+        raise MemoryError("no room | none")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "measure_real", fail)
+        finished = run_decode_benchmark(tmp_path, DecodeBenchmark("tiny"))
+    assert finished["complete"]
+    assert [point["failure"] for point in finished["points"][-2:]] == ["MemoryError: no room | none"] * 2
+    assert "| failed | MemoryError: no room / none |" in (tmp_path / "decode.md").read_text(encoding="utf-8")
+
+
+def test_results_of_other_flags_are_refused(first_run, tmp_path):
+    report = json.loads((first_run[0] / "decode.json").read_text(encoding="utf-8"))
+    (tmp_path / "decode.json").write_text(json.dumps({**report, "xla_flags": "--xla_abacus"}), encoding="utf-8")
+    assert "--xla_abacus" in mistake("bench", "decode", "--grid", "tiny", "--out", tmp_path)
+
+
+def test_bad_options(tmp_path):
+    assert "--grid is 'huge'" in mistake("bench", "decode", "--grid", "huge", "--out", tmp_path)
+    assert "--minutes is 0" in mistake("bench", "decode", "--minutes", 0, "--out", tmp_path)
+    assert "method is 'magic'" in mistake("bench", "decode", "--only", "magic", "--out", tmp_path)
+
+
+@pytest.mark.parametrize("grid", ["tiny", "small", "full"])
+def test_grids_hold_each_point_once(grid):
+    points = [(point.case, point.method) for point in decode_grid(grid)]
+    assert len(set(points)) == len(points)
+    for case, _ in points:
+        assert case.real or shape(case.target).vocab_size == shape(case.draft).vocab_size
+
+
+def test_acceptance_is_imposed_alike():
+    case = decode_grid("tiny")[0].case
+    workload = Workload(case)
+    for name in (SPECULATIVE, "specattn"):
+        method = methods()[name]
+        settings = dataclasses.replace(make_settings(case, method), imposed_acceptance=(5, 0, 2))
+        selector = make_bench_selector(workload.pair, method, 0.5)
+        state = decode(
+            workload.pair.target,
+            workload.pair.draft,
+            selector,
+            workload.start(settings),
+            jnp.int32(4),
+            settings=settings,
+        )
+        assert state.statistics.accepted.tolist() == [5 + 0 + 2 + 5] * case.batch
+        assert state.emitted.tolist() == [12 + 4] * case.batch
+        assert state.target_cache.lengths.tolist() == [case.context + 16] * case.batch
+        workload.give_back(state.target_cache, state.draft_cache)
+    with pytest.raises(UserError, match="imposed_acceptance is"):
+        DecodeSettings(window=3, imposed_acceptance=(4,))
+
+
+class TestMethods:
+    def test_our_own_is_what_is_shipped(self):
+        found = methods()
+        assert found[SPECATTN].policy == found[RIVAL].policy == load_policy("default")
+        assert not found[RIVAL].sparse_target
+        assert found[DENSE_DRAFT].draft_reads == 1.0
+        assert set(CHOICES) <= set(found)
+        assert {name: found[name].mode for name in CHOICES} == {name: name for name in CHOICES}
+        assert REAL_METHODS[SPECATTN] == {"mode": "specattn", "kv_reduction": 0.75}
+
+    def test_a_sparse_draft_counts_in_every_step(self):
+        case = DecodeCase("llama-3.1-8b", "llama-3.2-1b", 8, 32768)
+        moved = {
+            name: roofline(case, methods()[name], {"window_seconds": 1.0, "density": 0.12}, 1e12)["bytes"]
+            for name in (SPECATTN, DENSE_DRAFT, RIVAL)
+        }
+        whole, sparse = (moved[name]["draft_cache"] for name in (DENSE_DRAFT, SPECATTN))
+        assert sparse / whole == load_policy("default").draft_reads
+        # Who verifies densely plans for the draft alone.
+        assert 0 < moved[RIVAL]["selection"] < moved[SPECATTN]["selection"]
+
+
+def made_up(profile, platform="gpu"):
+    """A report in which everything takes as long as a profile says."""
+    points = []
+    for batch, slots in ((1, 2048), (1, 131072), (8, 8192), (8, 32768)):
+        case = DecodeCase("llama-3.1-8b", "llama-3.2-1b", batch, slots)
+        for name in CHOICES:
+            mode = methods()[name].mode
+            density = case.density if mode == "specattn" else 1.0
+            took = window_seconds(scenario_of(case, methods()[name], density), mode, profile)
+            tokens = batch * (1 if mode == "autoregressive" else 1 + case.mean_accepted)
+            parts = {"draft": took.draft, "select": took.selection, "verify": took.verify, "rest": took.rest}
+            points.append(
+                {"case": json.loads(json.dumps(dataclasses.asdict(case))), "method": name, "failure": None,
+                 "tokens_per_second": tokens / took.total, "window_seconds": took.total, "density": density,
+                 "context": case.context, "share_of_copy_bandwidth": 0.5, "compile_seconds": 1.0}
+                | ({} if mode == "autoregressive" else {"parts": parts})
+            )  # fmt: skip
+    return {
+        "device": "abacus", "platform": platform, "commit": "0123456789", "versions": {"jax": "0"}, "xla_flags": "",
+        "complete": True, "copy_bytes_per_second": profile.bandwidth, "flops": None, "points": points,
+    }  # fmt: skip
+
+
+GPU = load_profile("gpu", bandwidth=2.6e12)
+
+
+class TestAuto:
+    def test_the_choice_is_the_best_where_the_prediction_is_right(self):
+        choices = auto_choices(made_up(GPU))
+        assert [choice["case"]["slots"] for choice in choices] == [2048, 131072, 8192, 32768]
+        for choice in choices:
+            assert choice["of_best"] > 0.9
+            assert choice["reason"]
+            for times in choice["methods"].values():
+                assert times["predicted_window_seconds"] == pytest.approx(times["window_seconds"])
+        assert choices[0]["chosen"] == SPECULATIVE
+        assert choices[3]["chosen"] == choices[3]["best"] == SPECATTN
+
+    def test_the_choice_knows_nothing_of_measured_speeds(self):
+        report = made_up(GPU)
+        for point in report["points"]:
+            point["tokens_per_second"] = 1.0 + (point["method"] == AUTOREGRESSIVE)
+        chosen = auto_choices(report)[3]
+        assert (chosen["chosen"], chosen["best"], chosen["of_best"]) == (SPECATTN, AUTOREGRESSIVE, 0.5)
+
+    def test_what_was_not_measured_has_no_ratio(self):
+        report = made_up(GPU)
+        for point in report["points"]:
+            if point["method"] == SPECATTN:
+                point["failure"] = "MemoryError: none"
+        chosen = auto_choices(report)[3]
+        assert chosen["of_best"] is None
+        assert chosen["methods"][SPECATTN]["window_seconds"] is None
+        table = decode_table({**report, "auto": [chosen]})
+        assert "### What `--mode auto` chooses" in table
+        assert " / -" in table
+
+    def test_the_report_is_made_anew(self, tmp_path):
+        (tmp_path / "decode.json").write_text(json.dumps(made_up(GPU)), encoding="utf-8")
+        rewrite_decode_report(tmp_path)
+        assert len(json.loads((tmp_path / "decode.json").read_text(encoding="utf-8"))["auto"]) == 4
+        assert "| specattn | specattn | 1.00 |" in (tmp_path / "decode.md").read_text(encoding="utf-8")
+        assert (tmp_path / "speed.png").exists()
+
+    def test_on_the_tiny_grid(self, first_run):
+        random, real = first_run[1]["auto"]
+        assert set(random["methods"]) == set(CHOICES)
+        assert random["of_best"] <= 1
+        assert real["case"]["target"] == "tiny"
+        assert real["of_best"] > 0
+        assert "predicted" in real["reason"]
+
+
+def test_constants_are_found_again():
+    true = dataclasses.replace(GPU, weights_share=0.7, sparse_share=0.5, draft_layer_s=25e-6, selecting_layer_s=10e-6)
+    terms = fit_terms([made_up(true), made_up(dataclasses.replace(true, bandwidth=4e12))])
+    fitted = fit_profile(terms, GPU)
+    for term in terms:
+        assert term.ratio(fitted) == pytest.approx(1, abs=0.03)
+    for name in FITTED[:7]:
+        assert getattr(fitted, name) == pytest.approx(getattr(true, name), rel=0.1), name
+    with pytest.raises(UserError, match="no measured window"):
+        fit_terms([])
+
+
+@pytest.mark.parametrize("command", [["fit_devices.py"], ["bench_decode.py", "--report"]], ids=["fit", "report"])
+def test_scripts(tmp_path, command):
+    (tmp_path / "decode.json").write_text(json.dumps(made_up(GPU)), encoding="utf-8")
+    script = Path(__file__).parents[1] / "scripts" / command[0]
+    told = subprocess.run([sys.executable, script, *command[1:], tmp_path], check=True, capture_output=True, text=True)
+    lost = subprocess.run([sys.executable, script, *command[1:], tmp_path / "x"], capture_output=True, text=True)
+    assert "error: " in lost.stderr
+    assert "there is no decode.json" in lost.stderr
+    assert ("weights_share = 0.85" if command[1:] == [] else "`--mode auto` chooses") in told.stdout
+
+
+HLO = """HloModule jit_decode, is_scheduled=true
+
+%step.1 (arg: (s32[], f32[64,256]{1,0}, /*index=2*/f32[4])) -> (s32[], f32[64,256]) {
+  %arg = (s32[], f32[64,256]{1,0}, f32[4]{0}) parameter(0)
+  %part = f32[64,256]{1,0} get-tuple-element(%arg), index=1
+  %loop_copy_fusion = f32[64,256]{1,0} fusion(%part), kind=kLoop, calls=%fused
+  ROOT %out = (s32[], f32[64,256]{1,0}) tuple(%count, %loop_copy_fusion)
+}
+
+%window.2 (arg.2: (s32[], f32[64,256])) -> (s32[], f32[64,256]) {
+  %arg.2 = (s32[], f32[64,256]{1,0}) parameter(0)
+  %small = f32[4]{0} copy(%norm)
+  %kernel = (f32[4]{0}, f32[2,2]{1,0}) custom-call(%small), custom_call_target="x"
+  ROOT %while.3 = (s32[], f32[64,256]) while(%arg.2), body=%step.1, backend_config={"known_trip_count":{"n":"5"}}
+}
+
+ENTRY %main.9 (p: f32[64,256]) -> f32[64,256] {
+  %p = f32[64,256]{1,0} parameter(0)
+  %once = f32[64,256]{1,0} copy(%p)
+  ROOT %while.4 = (s32[], f32[64,256]{1,0}) while(%once), condition=%c.2, body=%window.2
+}
+"""
+
+
+def test_launches_and_copies_of_the_loop_are_counted():
+    facts = loop_facts(HLO, 64 * 256 * 4)
+    assert facts.cache_copies == ["loop_copy_fusion (65536 bytes)"]
+    assert facts.launches == 2 + 5
+
+
+def test_compiled_text_is_understood():
+    compiled = jax.jit(lambda x, n: jax.lax.fori_loop(0, n, lambda _, x: jnp.sin(x) + 1, x))
+    text = compiled.lower(jnp.zeros((64, 256)), jnp.int32(3)).compile().as_text()
+    assert loop_facts(text, 64 * 256 * 4).launches > 0

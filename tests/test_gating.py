@@ -1,0 +1,294 @@
+"""Choosing the mode: predicted times, decisions, and switches in the middle of a text."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+
+from specattn_jax.cost import Scenario, load_shape, window_bytes
+from specattn_jax.errors import UserError
+from specattn_jax.examples import tiny_pair
+from specattn_jax.gating import (
+    HYSTERESIS,
+    TIE,
+    Acceptance,
+    Decision,
+    Plan,
+    Situation,
+    choose_plan,
+    expected_saving,
+    make_gate,
+    prior_acceptance,
+)
+from specattn_jax.generation import generate, make_selector
+from specattn_jax.loading import get_preset
+from specattn_jax.segments import TRIAL_WINDOWS
+from specattn_jax.selection import load_policy
+from specattn_jax.speculative import MODES
+from specattn_jax.window_time import DeviceProfile, load_profile, seconds_per_token, window_seconds
+
+LLAMA = Scenario(load_shape("llama-3.1-8b"), load_shape("llama-3.2-1b"), kv_reduction=0.88, draft_reads=0.3)
+SMOLLM2 = Scenario(load_shape("smollm2-135m"), load_shape("smollm2-draft"), itemsize=4)
+GPU = load_profile("gpu", bandwidth=2.6e12)
+CPU = load_profile("cpu", bandwidth=3e9, flops=12e9)
+CONTEXTS = [2**power for power in range(9, 18)]
+PROMPTS = ("Call me Ishmael.", "Once upon a time there was a cache")
+
+
+def choose(scenario, profile, context, rate=0.8, **options):
+    return choose_plan(scenario, profile, Situation(context, 1000, Acceptance(rate)), **options)
+
+
+class TestWindowTime:
+    @pytest.mark.parametrize("mode", MODES)
+    def test_without_anything_fixed_it_is_bytes_over_bandwidth(self, mode):
+        ideal = DeviceProfile(bandwidth=2e12, flops=1e30)
+        assert window_seconds(LLAMA, mode, ideal).total == pytest.approx(window_bytes(LLAMA, mode).total / 2e12)
+
+    def test_where_arithmetic_counts_tokens_cost_as_much_as_they_are(self):
+        slow = DeviceProfile(bandwidth=1e30, flops=1e10)
+        short = SMOLLM2._replace(context=1)
+        alone, verify = (window_seconds(short, mode, slow).verify for mode in ("autoregressive", "speculative"))
+        assert verify == pytest.approx(6 * alone)
+
+    def test_a_pass_over_many_sequences_is_bound_by_arithmetic_on_a_gpu_too(self):
+        many = LLAMA._replace(batch=512, context=1)
+        assert window_seconds(many, "speculative", GPU).verify > 2 * window_seconds(many, "autoregressive", GPU).verify
+
+    def test_devices_that_are_not_known(self):
+        with pytest.raises(UserError, match="device is 'npu'; expected one of gpu, cpu, tpu"):
+            load_profile("npu", bandwidth=1.0)
+
+
+class TestAcceptance:
+    def test_what_is_seen_is_believed_in_the_end(self):
+        true = Acceptance(0.6)
+        seen = Acceptance(0.9).observe(5, 2000, round(2000 * true.expected(5)))
+        assert seen.rate == pytest.approx(0.6, abs=0.01)
+        # Another window tells the same rate.
+        assert seen.observe(3, 2000, round(2000 * true.expected(3))).rate == pytest.approx(0.6, abs=0.01)
+
+    def test_few_windows_move_it_little(self):
+        assert 0.7 > Acceptance(0.7).observe(5, 1, 0).rate > 0.6
+        assert Acceptance(0.7).observe(5, 0, 0) == Acceptance(0.7)
+
+    @pytest.mark.parametrize("accepted", [0, 5 * 1000])
+    def test_all_and_nothing(self, accepted):
+        rate = Acceptance().observe(5, 1000, accepted).rate
+        assert 0 <= rate < 1
+
+    def test_what_is_known_before(self):
+        assert prior_acceptance(tiny_pair()) == Acceptance()
+        assert get_preset("smollm2").acceptance == 0.8
+
+
+class TestDecision:
+    @pytest.mark.parametrize("profile", [GPU, CPU], ids=["gpu", "cpu"])
+    @pytest.mark.parametrize("scenario", [LLAMA, SMOLLM2], ids=["llama", "smollm2"])
+    def test_nothing_faster_is_left_out(self, scenario, profile):
+        for context, rate, batch in itertools.product(CONTEXTS, (0.1, 0.5, 0.9), (1, 8)):
+            decision = choose(scenario._replace(batch=batch), profile, context, rate)
+            seconds = dict(decision.predictions)
+            assert seconds[decision.plan] <= min(seconds.values()) * (1 + TIE)
+
+    def test_longer_contexts_and_larger_batches_make_it_sparse_and_never_dense_again(self):
+        for scenarios in (
+            [LLAMA._replace(context=context) for context in CONTEXTS],
+            [LLAMA._replace(context=16384, batch=batch) for batch in (1, 2, 4, 8, 16)],
+        ):
+            modes = [MODES.index(choose(one, GPU, one.context).mode) for one in scenarios]
+            assert modes == sorted(modes)
+            assert MODES[modes[-1]] == "specattn"
+        assert choose(LLAMA, GPU, 512).mode == "speculative"
+
+    def test_the_more_is_accepted_the_longer_the_window(self):
+        windows = [choose(LLAMA, GPU, 2048, rate).plan.window for rate in (0.05, 0.3, 0.5, 0.7, 0.9)]
+        assert windows == sorted(windows)
+        assert windows[0] < 2 < windows[-1]
+
+    def test_a_draft_that_is_never_right_is_left_alone(self):
+        assert choose(LLAMA, GPU, 2048, 0.01).mode == "autoregressive"
+
+    def test_what_computes_slowly_decodes_alone(self):
+        for context in (128, 2048):
+            assert choose(SMOLLM2, CPU, context, 0.25).mode == "autoregressive"
+
+    def test_only_what_can_be_had(self):
+        only = {"modes": ("autoregressive", "speculative"), "windows": (3,)}
+        assert choose(LLAMA, GPU, 2**17, **only).plan == Plan("speculative", 3)
+
+    def test_equals_go_to_the_simpler_mode(self):
+        # p = 1: nothing is saved.
+        decision = choose(LLAMA._replace(kv_reduction=0.0, draft_reads=1.0), GPU, 32768)
+        assert decision.mode == "speculative"
+        assert "predicted" in decision.reason
+
+    def test_it_says_what_it_knew(self):
+        told = "\n".join(choose(LLAMA, GPU, 32768).explain())
+        for said in ("32,768 tokens", "80% of drafted", "2,600.0 GB/s", "autoregressive: ", "specattn (window"):
+            assert said in told
+
+
+class TestPolicy:
+    @pytest.mark.parametrize(
+        ("options", "reads"),
+        [
+            ({}, load_policy("default").draft_reads),
+            ({"policy": "paper"}, 1.0),
+            ({"lossless": True}, None),
+        ],
+    )
+    def test_one_is_considered(self, monkeypatch, options, reads):
+        seen = []
+
+        def gate(pair, batch, selector, **_):
+            seen.append(selector and selector.policy.draft_reads)
+            return lambda _: Decision("autoregressive", 0)
+
+        monkeypatch.setattr("specattn_jax.generation.make_gate", gate)
+        generate(tiny_pair(), ["a"], max_new_tokens=2, **options)
+        assert seen == [reads]
+
+    def test_of_an_alignment_by_layers_the_draft_reads_everything(self):
+        pair = tiny_pair()
+        pair = dataclasses.replace(pair, alignment=dataclasses.replace(pair.alignment, granularity="layer"))
+        assert make_selector(pair).policy == dataclasses.replace(load_policy("default"), draft_reads=1.0)
+
+
+class TestSwitching:
+    def situation(self, **changes):
+        known = Situation(131072, 2000, Acceptance(0.8), current=Plan("speculative", 5), compile_s=1.0)
+        return known._replace(**changes)
+
+    def test_pays_over_what_remains(self):
+        assert choose_plan(LLAMA, GPU, self.situation()).mode == "specattn"
+        stays = choose_plan(LLAMA, GPU, self.situation(remaining=100))
+        assert stays.plan == Plan("speculative", 5)
+        assert "would save" in stays.reason
+
+    def test_to_what_is_compiled_is_free(self):
+        better = choose_plan(LLAMA, GPU, self.situation())
+        again = self.situation(remaining=100, compiled=frozenset({better.plan}))
+        assert choose_plan(LLAMA, GPU, again).plan == better.plan
+
+    def test_little_is_not_enough(self):
+        """Just past the point where two modes are equally fast, either goes on if it runs."""
+        crossing = next(context for context in range(256, 2**17, 256) if choose(LLAMA, GPU, context).mode == "specattn")
+        for current in (choose(LLAMA, GPU, crossing).plan, choose(LLAMA, GPU, crossing - 256).plan):
+            known = Situation(crossing, 10**9, Acceptance(0.8), current=current)
+            assert choose_plan(LLAMA, GPU, known).plan == current
+        assert HYSTERESIS > TIE
+
+
+class TestGate:
+    def test_a_pair_without_alignment_is_never_sparse(self):
+        gate = make_gate(tiny_pair(), 1, None, profile=GPU)
+        assert gate.modes == ("autoregressive", "speculative")
+
+    def test_a_short_cache_is_read_nearly_whole(self):
+        gate = make_gate(tiny_pair(), 1, make_selector(tiny_pair()), profile=GPU)
+        assert gate.always_read == 20
+        assert gate.scenario.kv_reduction == pytest.approx(0.75)
+        assert gate.scenario.draft_reads == load_policy("default").draft_reads
+        short = gate(Situation(20, 100)).predictions
+        whole = make_gate(tiny_pair(), 1, make_selector(tiny_pair(), p=1.0), profile=GPU)
+        assert short == whole(Situation(20, 100)).predictions
+
+    @pytest.mark.parametrize(("given", "saved"), [({"kv_reduction": 0.6}, 0.6), ({"p": 1.0}, 0.0), ({"p": 0.9}, 0.5)])
+    def test_what_it_would_save(self, given, saved):
+        assert expected_saving(make_selector(tiny_pair(), **given)) == pytest.approx(saved, abs=1e-5)
+
+    def test_what_was_saved_counts_more_than_what_is_wanted(self):
+        gate = make_gate(tiny_pair(), 1, make_selector(tiny_pair(), kv_reduction=0.9), profile=GPU)
+
+        def sparse(known):
+            return min(s for plan, s in gate(known).predictions if plan.mode == "specattn")
+
+        known = Situation(10**6, 100)
+        assert sparse(known._replace(kv_reduction=0.2)) > sparse(known)
+        scenario = gate.scenario._replace(context=10**6, window=1, accepted=0.7)
+        assert sparse(known) <= seconds_per_token(scenario, "specattn", GPU)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    run = generate(tiny_pair(), PROMPTS, mode="autoregressive", max_new_tokens=240, stop_at_eos=False)
+    return [result.tokens for result in run.results]
+
+
+class TestGenerate:
+    def test_switches_leave_a_lossless_text_as_it_is(self, alone):
+        plans = [Plan("speculative", 2), Plan("specattn", 6), Plan("specattn", 4), Plan("autoregressive", 0)]
+        situations, told = [], []
+
+        def decide(situation):
+            situations.append(situation)
+            return Decision(*plans[len(situations) - 1])
+
+        run = generate(
+            tiny_pair(), PROMPTS, max_new_tokens=240, p=1.0, stop_at_eos=False, decide=decide, on_decision=told.append
+        )
+        assert [result.tokens for result in run.results] == alone
+        assert [decision.plan for decision in run.decisions] == plans
+        assert told == run.decisions
+        # At the start, after the first windows, at 32 (or at once, where it is past), 64 and 128 entries; then never.
+        assert [situation.current for situation in situations] == [None, *plans[:3]]
+        assert [known.context.bit_length() for known in situations[2:]] == [7, 8]
+        assert situations[-1].compiled == set(plans[:3])
+        assert situations[-1].compile_s > 0
+        assert situations[2].kv_reduction == pytest.approx(0.0, abs=1e-6)
+        assert situations[3].kv_reduction == pytest.approx(0.0, abs=1e-6)
+        result = run.results[0]
+        assert (result.mode, result.window) == ("autoregressive", None)
+        assert result.windows > TRIAL_WINDOWS
+
+    @pytest.mark.parametrize("on_text", [None, lambda index, text: None], ids=["whole", "streamed"])
+    def test_statistics_are_those_of_all_segments(self, alone, on_text):
+        windows = itertools.cycle([3, 5])
+        run = generate(
+            tiny_pair(),
+            PROMPTS,
+            max_new_tokens=240,
+            stop_at_eos=False,
+            on_text=on_text,
+            decide=lambda _: Decision("speculative", next(windows)),
+        )
+        for result, tokens in zip(run.results, alone, strict=True):
+            assert result.tokens == tokens
+            # Every window gives what was accepted and one token more, but for the last, which may be cut.
+            given = 1 + result.windows * (1 + result.accepted_per_window)
+            assert 240 <= round(given) < 240 + 6
+            assert result.kv_reduction == 0
+        assert run.results[0].mode == "speculative"
+        assert run.results[0].window in (3, 5)
+
+    def test_sparse_without_an_alignment(self):
+        pair = dataclasses.replace(tiny_pair(), alignment=None)
+        with pytest.raises(ValueError, match=r"decide chose specattn \(window 3\), but there is no selector"):
+            generate(pair, ["a"], max_new_tokens=4, decide=lambda _: Decision("specattn", 3))
+
+    def test_a_window_beyond_the_room(self):
+        with pytest.raises(ValueError, match="decide chose window 9"):
+            generate(tiny_pair(), ["a"], max_new_tokens=4, decide=lambda _: Decision("speculative", 9))
+
+    def test_auto_is_the_default_and_explains_itself(self):
+        run = generate(tiny_pair(), ["a"], max_new_tokens=2)
+        assert run.results[0].mode == run.decisions[0].mode
+        assert {plan.mode for plan, _ in run.decisions[0].predictions} == set(MODES)
+        fixed = generate(tiny_pair(), ["a"], max_new_tokens=2, mode="autoregressive")
+        assert fixed.decisions == []
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            ({"keep_selection": True}, "mode auto may select nothing"),
+            ({"mode": "specattn", "lossless": True}, "lossless is set, but mode specattn is approximate"),
+            ({"mode": "fast"}, "expected one of auto, autoregressive"),
+            ({"window": 0}, "window is 0"),
+        ],
+    )
+    def test_mistakes(self, arguments, said):
+        with pytest.raises(UserError, match=said):
+            generate(tiny_pair(), ["a"], max_new_tokens=2, **arguments)
