@@ -90,6 +90,7 @@ AUTOREGRESSIVE: Mode = "autoregressive"
 SPECULATIVE: Mode = "speculative"
 SPECATTN: Mode = "specattn"
 RIVAL, DENSE_DRAFT = "sparse draft, dense verification", "specattn, dense draft"
+MOSAIC = "speculative (mosaic gpu)"
 # What `--mode auto` chooses from: the methods that are called as their modes.
 CHOICES = MODES
 
@@ -104,7 +105,7 @@ def methods() -> dict[str, Method]:
         AUTOREGRESSIVE: Method("autoregressive"),
         RIVAL: Method("specattn", policy=default),
         DENSE_DRAFT: Method("specattn", policy=dense, sparse_target=True),
-        "speculative (mosaic gpu)": Method("speculative", "pallas_mosaic_gpu", platform="gpu"),
+        MOSAIC: Method("speculative", "pallas_mosaic_gpu", platform="gpu"),
         "speculative (xla)": Method("speculative", "xla"),
         "specattn paper": Method("specattn", policy=load_policy("paper"), sparse_target=True),
     }
@@ -178,14 +179,16 @@ def decode_grid(grid: DecodeGrid) -> list[DecodePoint]:
         case = DecodeCase(*_TINY_PAIR, 2, 384, room=128, dtype="float32")
         return [*_points(case, names, (SPECULATIVE, SPECATTN)), *_real(TINY, 256, 16, (SPECULATIVE, SPECATTN, AUTO))]
     large = DecodeCase(*_LLAMA3, 8, 32768)
+    first = (*_MAIN, RIVAL, MOSAIC)
     small = [
-        *_points(large, names, (SPECULATIVE, SPECATTN, RIVAL, DENSE_DRAFT)),
-        *_points(DecodeCase(*_LLAMA3, 1, 131072), _MAIN, _MAIN),
-        *_points(DecodeCase(*_LLAMA3, 1, 2048), _MAIN, _MAIN),
-        *_points(DecodeCase(*_LLAMA3, 8, 8192), _MAIN, (SPECATTN,)),
-        *_points(DecodeCase(*_LLAMA3, 1, 8192), _MAIN, (SPECATTN,)),
-        *_points(DecodeCase(*_LLAMA2, 1, 32768), _MAIN, _MAIN),
+        *_points(large, first, (SPECATTN,)),
+        *_points(DecodeCase(*_LLAMA3, 1, 131072), _MAIN, (SPECATTN,)),
+        *_points(DecodeCase(*_LLAMA3, 1, 2048), _MAIN),
+        *_points(DecodeCase(*_LLAMA2, 1, 32768), _MAIN),
         *_real(REAL, 6400, 256),
+        *_points(DecodeCase(*_LLAMA3, 8, 8192), _MAIN, (SPECATTN,)),
+        *_points(DecodeCase(*_LLAMA3, 1, 8192), _MAIN),
+        *_points(large, [name for name in names if name not in first], (DENSE_DRAFT,)),
     ]
     if grid == "small":
         return small
