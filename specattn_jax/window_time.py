@@ -48,6 +48,7 @@ class DeviceProfile:
         selection_share: likewise, at which scores are written, mixed and selected from.
         draft_layer_s: fixed seconds of a draft layer in one step: what its kernels wait for, not what they move.
         target_layer_s: likewise, of a target layer in one pass.
+        least_layer_s: what a layer takes in one pass at least, however small: its kernels one after the other.
         selecting_layer_s: fixed seconds of a window for each layer of both, in mode `specattn`: scores, selection.
         forward_s: fixed seconds of a pass besides its layers: embedding, vocabulary, choosing a token.
         window_s: fixed seconds of a window besides its passes: acceptance, rollback, the loop.
@@ -62,6 +63,7 @@ class DeviceProfile:
     selection_share: float = 1.0
     draft_layer_s: float = 0.0
     target_layer_s: float = 0.0
+    least_layer_s: float = 0.0
     selecting_layer_s: float = 0.0
     forward_s: float = 0.0
     window_s: float = 0.0
@@ -114,20 +116,21 @@ def window_seconds(scenario: Scenario, mode: Mode, profile: DeviceProfile) -> Wi
         return max(nbytes / (profile.bandwidth * share), arithmetic / (profile.flops * profile.attention_flops_share))
 
     read_share = profile.sparse_share if sparse and scenario.kv_reduction > 0 else profile.attention_share
-    verify = (
+    verify = profile.forward_s + max(
         weights(moved.target_weights, target, 1 if alone else window + 1)
         + attention(moved.target_cache, target, 1 if alone else window + 1, read_share)
-        + target.num_layers * profile.target_layer_s
-        + profile.forward_s
+        + target.num_layers * profile.target_layer_s,
+        target.num_layers * profile.least_layer_s,
     )
     if alone:
         return WindowSeconds(0.0, 0.0, verify, 0.0)
     draft_share = profile.sparse_share if sparse and scenario.draft_share < 1 else profile.attention_share
-    drafting = (
-        weights(moved.draft_weights, draft, window + 1)
-        # The first step has two tokens.
-        + attention(moved.draft_cache, draft, (window + 1) / window, draft_share)
-        + window * (draft.num_layers * profile.draft_layer_s + profile.forward_s)
+    # Every step reads two tokens, the second-last one again.
+    drafting = window * profile.forward_s + max(
+        weights(moved.draft_weights, draft, 2 * window)
+        + attention(moved.draft_cache, draft, 2, draft_share)
+        + window * draft.num_layers * profile.draft_layer_s,
+        window * draft.num_layers * profile.least_layer_s,
     )
     selecting = 0.0
     if sparse:

@@ -81,7 +81,7 @@ class TestAcceptance:
 
     def test_what_is_known_before(self):
         assert prior_acceptance(tiny_pair()) == Acceptance()
-        assert get_preset("smollm2").acceptance == 0.8
+        assert get_preset("smollm2").acceptance == 0.87
 
 
 class TestDecision:
