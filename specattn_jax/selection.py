@@ -168,6 +168,30 @@ class Selection(Protocol):
         ...
 
 
+class DenseDraft:
+    """The part of a selection whose draft reads everything and tells of its attention step by step, if at all."""
+
+    @property
+    def scores_windows(self) -> bool:
+        """No."""
+        return False
+
+    @property
+    def drafts_sparsely(self) -> bool:
+        """No."""
+        return False
+
+    def score(
+        self, looks: Sequence[Look], cache: KVCache, past: Int32[Array, " B"], implementation: Implementation | None
+    ) -> DraftScores:
+        """Is never asked."""
+        raise NotImplementedError
+
+    def draft_plan(self, scores: DraftScores, past: Int32[Array, " B"], window: int) -> SelectionPlan | None:
+        """Everything."""
+        return None
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Selector:
@@ -227,8 +251,6 @@ class Selector:
         self, scores: DraftScores, observed: Sequence[Float[Array, "B r S"]], lengths: Int32[Array, " B"]
     ) -> DraftScores:
         """Adds one draft step, made with `lengths` entries in the draft's cache."""
-        if self.scores_windows:
-            return scores
         rows = jnp.concatenate(observed, axis=1)
         if self.policy.prediction == "mixture" and not self.policy.mixes_last:
             rows = self._mix(self.alignment.weights, rows)

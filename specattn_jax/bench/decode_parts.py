@@ -18,14 +18,13 @@ from specattn_kernels import SelectionPlan
 from specattn_jax.bench.decode_workload import Workload
 from specattn_jax.bench.timing import TimingSettings
 from specattn_jax.cache import KVCache
+from specattn_jax.drafting import Drafted, draft_window
 from specattn_jax.model import LanguageModel, LayerChoice, forward
 from specattn_jax.selection import DraftScores, Selector, read_fraction
 from specattn_jax.speculative import (
     DecodeSettings,
     DecodeState,
-    Drafted,
     WindowRead,
-    draft_window,
     judge_window,
 )
 

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int32
 from specattn_kernels import (
-    Implementation,
     SelectionPlan,
     compact_blocks,
     merge_states,
@@ -24,11 +23,10 @@ from specattn_kernels import (
 )
 
 from specattn_jax.alignment import Alignment
-from specattn_jax.cache import KVCache
 from specattn_jax.config import ModelConfig
 from specattn_jax.evaluation.learning import attend_plan, attention_read, remember
-from specattn_jax.model import LayerChoice, Look
-from specattn_jax.selection import DraftScores, past_mask
+from specattn_jax.model import LayerChoice
+from specattn_jax.selection import DenseDraft, DraftScores, past_mask
 from specattn_jax.speculative import WindowRead
 
 # What is selected: slots, blocks by the sum or maximum of their scores, or slots for which whole blocks are fetched.
@@ -123,7 +121,7 @@ class Ingredients(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Ablation:
+class Ablation(DenseDraft):
     """A selection made of `Ingredients`, a `learning.Learner`.
 
     Attributes:
@@ -247,26 +245,6 @@ class Ablation:
         maximum = jnp.where(counts, jnp.maximum(scores.maximum, rows), scores.maximum)
         sources = jnp.where(counts, jnp.maximum(scores.sources, groups), scores.sources)
         return StepScores(maximum, union, sources, scores.step + 1)
-
-    @property
-    def scores_windows(self) -> bool:
-        """No."""
-        return False
-
-    @property
-    def drafts_sparsely(self) -> bool:
-        """No."""
-        return False
-
-    def score(
-        self, looks: Sequence[Look], cache: KVCache, past: Int32[Array, " B"], implementation: Implementation | None
-    ) -> DraftScores:
-        """Is never asked."""
-        raise NotImplementedError
-
-    def draft_plan(self, scores: DraftScores, past: Int32[Array, " B"], window: int) -> SelectionPlan | None:
-        """The draft reads everything."""
-        return None
 
     def _current(self, scores: StepScores, past: Int32[Array, " B"]) -> tuple[StepScores, Int32[Array, " B"]]:
         """The scores for which is selected, and the past when they were made."""

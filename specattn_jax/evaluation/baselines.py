@@ -13,18 +13,17 @@ from typing import Literal, Self
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int32
-from specattn_kernels import Implementation, SelectionPlan, compact_blocks, decode_attention, select_blocks
+from specattn_kernels import SelectionPlan, compact_blocks, decode_attention, select_blocks
 
 from specattn_jax.alignment import NucleusMass, reduce_heads
-from specattn_jax.cache import KVCache
 from specattn_jax.config import ModelConfig
 from specattn_jax.evaluation.learning import attend_plan, attention_read, remember
-from specattn_jax.model import LayerChoice, Look
-from specattn_jax.selection import DraftScores
+from specattn_jax.model import LayerChoice
+from specattn_jax.selection import DenseDraft, DraftScores
 from specattn_jax.speculative import WindowRead
 
 
-class _WithoutDraft:
+class _WithoutDraft(DenseDraft):
     """The part of a selection that would listen to the draft."""
 
     @property
@@ -45,26 +44,6 @@ class _WithoutDraft:
     ) -> DraftScores:
         """Nothing."""
         return scores
-
-    @property
-    def scores_windows(self) -> bool:
-        """No."""
-        return False
-
-    @property
-    def drafts_sparsely(self) -> bool:
-        """No."""
-        return False
-
-    def score(
-        self, looks: Sequence[Look], cache: KVCache, past: Int32[Array, " B"], implementation: Implementation | None
-    ) -> DraftScores:
-        """Is never asked."""
-        raise NotImplementedError
-
-    def draft_plan(self, scores: DraftScores, past: Int32[Array, " B"], window: int) -> SelectionPlan | None:
-        """The draft reads everything."""
-        return None
 
 
 class _FixedShare(_WithoutDraft):
