@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 from specattn_kernels import Call, choose_implementation, current_device
-from specattn_kernels.dispatch import ATTENTION_OPS, SELECTION_OPS
+from specattn_kernels.dispatch import ATTENTION_OPS, SCORE_OPS, SELECTION_OPS
 
 from specattn_jax.config import ModelConfig
 from specattn_jax.loading.memory import available_bytes
@@ -43,4 +43,5 @@ def describe_kernels(config: ModelConfig, context: int, dtype: str) -> dict[str,
     rows = DecodeSettings().tokens_per_window * config.group_size
     call = Call((1, config.num_kv_heads, context, config.head_dim), rows, dtype)
     device = current_device()
-    return {op: choose_implementation(op, device, call)._asdict() for op in (*ATTENTION_OPS, *SELECTION_OPS)}
+    ops = (*ATTENTION_OPS, *SCORE_OPS, *SELECTION_OPS)
+    return {op: choose_implementation(op, device, call)._asdict() for op in ops}

@@ -268,7 +268,8 @@ def test_scripts(tmp_path, command):
     lost = subprocess.run([sys.executable, script, *command[1:], tmp_path / "x"], capture_output=True, text=True)
     assert "error: " in lost.stderr
     assert "there is no decode.json" in lost.stderr
-    assert ("weights_share = 0.85" if command[1:] == [] else "`--mode auto` chooses") in told.stdout
+    fitted = f"weights_share = {GPU.weights_share}"
+    assert (fitted if command[1:] == [] else "`--mode auto` chooses") in told.stdout
 
 
 HLO = """HloModule jit_decode, is_scheduled=true

@@ -403,7 +403,7 @@ class TestModels:
         assert report["kernels"]["select_blocks"]["name"] == "xla"
         assert "on a CPU" in report["kernels"]["decode_attention"]["reason"]
         shown = run("info", tiny_folders.target).stderr
-        assert "xla for decode_attention, sparse_decode_attention, top_p_threshold" in shown
+        assert "xla for decode_attention, sparse_decode_attention, score_cache" in shown
         assert "3 layers" in shown
         assert "256 tokens" in shown
 

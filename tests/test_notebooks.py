@@ -66,7 +66,7 @@ def test_tpu(tmp_path, monkeypatch):
     notebook = run("tpu", tmp_path, monkeypatch)
     device, kernels, times, results = shown(notebook, "text/html")
     assert "cpu" in device
-    assert kernels.count("faster on a CPU") == 5
+    assert kernels.count("faster on a CPU") == 6
     assert times.count("<tr>") == 3
     assert results.count("specattn</td>") == 4
     (benchmark,) = shown(notebook, "text/markdown")

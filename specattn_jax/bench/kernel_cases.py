@@ -57,7 +57,9 @@ def _attention(
         dataclasses.replace(dense, op="sparse_decode_attention", density=density, block_size=block)
         for density, block in itertools.product(densities, blocks)
     ]
-    return [dense, dataclasses.replace(dense, tokens=1), scores, *sparse]
+    # Once a window, for the queries of all its steps.
+    cache = dataclasses.replace(dense, op="score_cache")
+    return [dense, dataclasses.replace(dense, tokens=1), scores, cache, *sparse]
 
 
 def _selection(rows: tuple[tuple[int, int, int], ...], ps: tuple[float, ...], blocks: tuple[int, ...]) -> list[Case]:

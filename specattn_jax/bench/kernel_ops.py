@@ -18,11 +18,12 @@ from specattn_kernels import (
     current_device,
     decode_attention,
     find_obstacle,
+    score_cache,
     select_blocks,
     sparse_decode_attention,
     top_p_threshold,
 )
-from specattn_kernels.dispatch import ATTENTION_OPS, BACKEND_OPS, BACKEND_PLATFORMS
+from specattn_kernels.dispatch import ATTENTION_OPS, BACKEND_OPS, BACKEND_PLATFORMS, SCORE_OPS
 
 from specattn_jax.bench.kernel_cases import Case
 
@@ -60,6 +61,7 @@ def make_work(case: Case) -> Work:
     makers: dict[str, Callable[[Case], Work]] = {
         "decode_attention": _dense,
         "decode_attention_scores": functools.partial(_dense, scores=True),
+        "score_cache": _score,
         "sparse_decode_attention": _sparse,
         "top_p_threshold": _threshold,
         "select_blocks": _select,
@@ -72,7 +74,7 @@ def _backends(op: str, case: Case) -> list[Implementation]:
     """Our backends that can serve the case on this device."""
     device = current_device()
     call = None
-    if op in ATTENTION_OPS:
+    if op in ATTENTION_OPS + SCORE_OPS:
         cache = case.batch, case.kv_heads, case.slots, case.head_dim
         block_size = case.block_size if op == "sparse_decode_attention" else None
         call = Call(cache, case.tokens * case.group, case.dtype, block_size)
@@ -144,6 +146,35 @@ def _dense(case: Case, scores: bool = False) -> Work:
     if scores:
         nbytes += 4 * case.batch * case.tokens * case.kv_heads * case.group * case.slots
     return Work(nbytes, contenders)
+
+
+def _score(case: Case) -> Work:
+    def make(seed: int) -> Inputs:
+        q, k, _, lengths = _attention_inputs(case, seed)
+        # About the log-sum-exp of so many normal numbers.
+        return q, k, jnp.full(q.shape[:3], np.log(case.slots) + 0.5, jnp.float32), lengths
+
+    def call(*inputs: jax.Array, implementation: Implementation) -> jax.Array:
+        return score_cache(*inputs, dtype=jnp.dtype(case.dtype), implementation=implementation)
+
+    contenders = {
+        str(name): Contender(functools.partial(call, implementation=name), make, _score_error)
+        for name in _backends("score_cache", case)
+    }
+    slots = case.batch * case.kv_heads * case.slots
+    return Work(slots * (case.head_dim + 1) * jnp.dtype(case.dtype).itemsize, contenders)
+
+
+def _score_error(inputs: Inputs, output: Any) -> float:
+    """Of the first sequence and kv head: norm of the difference over the norm."""
+    q, k, lse, _ = inputs
+    group = q.shape[2] // k.shape[1]
+    queries = np.asarray(q[0, :, :group].astype(jnp.float32), np.float64)
+    keys = np.asarray(k[0, 0].astype(jnp.float32), np.float64)
+    logits = np.einsum("tgh,sh->tgs", queries, keys) * queries.shape[-1] ** -0.5
+    want = np.exp(logits - np.asarray(lse[0, :, :group], np.float64)[..., None]).mean(axis=1).max(axis=0)
+    got = np.asarray(output[0, 0].astype(jnp.float32), np.float64)
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
 def _library_attention(case: Case) -> dict[str, Contender]:

@@ -25,10 +25,15 @@ def kernel_table(report: dict[str, Any]) -> str:
     return f"{head}\n{unfinished}\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def _reads_cache(case: dict[str, Any]) -> bool:
+    """Whether the op of a case takes a cache, not scores."""
+    return "attention" in case["op"] or case["op"] == "score_cache"
+
+
 def _row(point: dict[str, Any]) -> tuple[str, ...]:
     case = point["case"]
     shape = f"B{case['batch']} K{case['kv_heads']} S{case['slots']}"
-    if "attention" in case["op"]:
+    if _reads_cache(case):
         shape += f" G{case['group']} T{case['tokens']} H{case['head_dim']} {case['dtype']}"
     where = {
         "sparse_decode_attention": f"{case['density']:.0%}, block {case['block_size']}",
@@ -110,7 +115,7 @@ _PICTURES = {
         "linear",
     ),
     "selection.png": _Picture(
-        lambda case: "attention" not in case["op"],
+        lambda case: not _reads_cache(case),
         "slots",
         _microseconds,
         lambda point: "{op}, p {p}, block {block_size}".format(**point["case"]),
