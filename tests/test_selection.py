@@ -48,7 +48,7 @@ def selected(selector: Selector, attention: np.ndarray) -> list[list[list[set[in
         # The largest attention over the steps, the mean of a kv head's group.
         sources = attention.reshape(STEPS, 3, BATCH, 2, 2, SLOTS).mean(4).max(0)
         scores = DraftScores(jnp.asarray(np.moveaxis(sources, 1, 0).reshape(BATCH, 6, SLOTS)), None)
-    for step in range(STEPS):
+    for step in range(0 if selector.scores_windows else STEPS):
         observed = [
             selector.observe(jnp.asarray(attention[step, layer])[:, None]) for layer in selector.observed_layers
         ]
