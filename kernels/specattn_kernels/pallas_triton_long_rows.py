@@ -22,8 +22,10 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
 from specattn_kernels.common import FLOAT32_TINY, interpreted
+from specattn_kernels.pallas_triton_merge import power_of_two
 from specattn_kernels.pallas_triton_tiles import (
     INFINITE_BITS,
+    LANES,
     bits_of,
     clean,
     float_of,
@@ -31,16 +33,19 @@ from specattn_kernels.pallas_triton_tiles import (
     halve,
     in_lanes,
     is_everything,
-    load_clean,
+    load_lines,
     lower_bound,
+    places,
+    ranked,
+    scatter,
+    tile_sum,
     wanted_of,
     weigh,
 )
 
-# Slots that one warp looks at: what it keeps it puts into order without waiting for others.
-GROUP_SLOTS = 1 << 10
-# Groups of one program.
-CHUNK_GROUPS = 8
+# Slots of one program, and its warps.
+TILE_SLOTS = 1 << 12
+TILE_WARPS = 4
 # The sample: so many scores of a row, a few in a place.
 SAMPLED = 1 << 12
 SAMPLED_TOGETHER = 4
@@ -55,14 +60,14 @@ class _Rows(NamedTuple):
     """Rows of scores.
 
     Attributes:
-        groups: of scores.
+        scores: in lines of lanes.
         lengths: valid slots.
         wanted: share of the mass, or how many scores.
         slots: of a row, static.
         measure: what is wanted, static.
     """
 
-    groups: Float[Array, "rows groups slots"]
+    scores: Float[Array, "rows lines lanes"]
     lengths: Int32[Array, "rows 1"]
     wanted: Float[Array, "rows 1"]
     slots: int
@@ -70,13 +75,13 @@ class _Rows(NamedTuple):
 
     @property
     def room(self) -> int:
-        """A power of two for the groups, as some launches have a number of each in one tile."""
-        return max(CHUNK_GROUPS, 1 << (self.groups.shape[1] - 1).bit_length())
+        """A power of two for the tiles, as some launches have a number of each in one tile."""
+        return power_of_two(-(-self.slots // TILE_SLOTS))
 
     @property
     def settings(self) -> dict[str, Any]:
         """What kernels know of them."""
-        return {"slots": self.slots, "measure": self.measure, "grain": grain_of(self.groups.dtype)}
+        return {"slots": self.slots, "measure": self.measure, "grain": grain_of(self.scores.dtype)}
 
 
 class _Bracket(NamedTuple):
@@ -88,13 +93,13 @@ class _Bracket(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """What lies in the brackets, group by group; groups beyond the row keep nothing.
+    """What lies in the brackets, tile by tile; tiles beyond the row keep nothing.
 
     Attributes:
-        scores: those in the bracket at the beginning of each group.
+        scores: those in the bracket at the beginning of each tile's room.
         counts: how many.
         inside: their mass.
-        above: mass of the group's scores above the bracket.
+        above: mass of the tile's scores above the bracket.
     """
 
     scores: Float[Array, "rows room slots"]
@@ -107,7 +112,7 @@ def threshold_of_long_rows(
     scores: Float[Array, "rows S"], wanted: Float[Array, " rows"], lengths: Int32[Array, " rows"], measure: str
 ) -> Float[Array, " rows"]:
     """Thresholds where several programs share a row; see `is_everything` for `wanted`."""
-    row = _Rows(in_lanes(scores, GROUP_SLOTS), lengths[:, None], wanted[:, None], scores.shape[1], measure)
+    row = _Rows(in_lanes(scores), lengths[:, None], wanted[:, None], scores.shape[1], measure)
     bracket = _sample(row, _sum(row))
     threshold = _finish(row, _keep(row, bracket), bracket)
     if measure == "count":
@@ -116,41 +121,42 @@ def threshold_of_long_rows(
     return jnp.where(is_everything(wanted, measure), 0.0, threshold)
 
 
-def _sum(row: _Rows) -> Float[Array, "rows chunks"]:
-    """Mass of every chunk of the rows; chunks beyond the row have none."""
-    rows, chunks = row.groups.shape[0], row.room // CHUNK_GROUPS
+def _sum(row: _Rows) -> Float[Array, "rows room"]:
+    """Mass of every tile of the rows; tiles beyond the row have none."""
+    rows = row.scores.shape[0]
     sums: jax.Array = pl.pallas_call(
-        functools.partial(_sum_of_chunk, **row.settings),
-        grid=(rows, chunks),
-        in_specs=[
-            pl.BlockSpec((None, CHUNK_GROUPS, GROUP_SLOTS), lambda r, c: (r, c, 0)),
-            pl.BlockSpec((None, 1), lambda r, _: (r, 0)),
-        ],
-        out_specs=pl.BlockSpec((None, 1), lambda r, c: (r, c)),
-        out_shape=jax.ShapeDtypeStruct((rows, chunks), jnp.float32),
-        compiler_params=plgpu.CompilerParams(num_warps=CHUNK_GROUPS),
+        functools.partial(_sum_of_tile, **row.settings),
+        grid=(rows, row.room),
+        in_specs=[_tile_of_row(), pl.BlockSpec((None, 1), lambda r, _: (r, 0))],
+        out_specs=pl.BlockSpec((None, 1), lambda r, t: (r, t)),
+        out_shape=jax.ShapeDtypeStruct((rows, row.room), jnp.float32),
+        compiler_params=plgpu.CompilerParams(num_warps=TILE_WARPS),
         interpret=interpreted(),
-        name="sum_chunks",
-    )(row.groups, row.lengths)
+        name="sum_tiles",
+    )(row.scores, row.lengths)
     return sums
 
 
-def _load_chunk(scores_ref: Any, length_ref: Any, slots: int) -> jax.Array:
-    """The clean scores of a program's chunk."""
-    group, slot = (lax.broadcasted_iota(jnp.int32, scores_ref.shape, axis) for axis in (0, 1))
-    place = (pl.program_id(1) * CHUNK_GROUPS + group) * GROUP_SLOTS + slot
-    return load_clean(scores_ref, place, length_ref[0], slots)
+def _tile_of_row() -> pl.BlockSpec:
+    """The scores of one tile of a program's row."""
+    return pl.BlockSpec((None, TILE_SLOTS // LANES, LANES), lambda r, t: (r, t, 0))
 
 
-def _sum_of_chunk(scores_ref: Any, length_ref: Any, sum_ref: Any, *, slots: int, measure: str, grain: int) -> None:
-    """The mass of one chunk."""
-    scores = _load_chunk(scores_ref, length_ref, slots)
-    sum_ref[0] = jnp.sum(jnp.sum(weigh(scores, scores > 0, measure), axis=0))
+def _load_tile(scores_ref: Any, length_ref: Any, slots: int) -> jax.Array:
+    """The clean scores of a program's tile."""
+    first, valid = pl.program_id(1) * TILE_SLOTS, jnp.minimum(length_ref[0], slots)
+    return clean(load_lines(scores_ref, first, valid), places(scores_ref.shape[0], first), valid, slots)
 
 
-def _sample(row: _Rows, sums: Float[Array, "rows chunks"]) -> _Bracket:
+def _sum_of_tile(scores_ref: Any, length_ref: Any, sum_ref: Any, *, slots: int, measure: str, grain: int) -> None:
+    """The mass of one tile."""
+    scores = _load_tile(scores_ref, length_ref, slots)
+    sum_ref[0] = tile_sum(weigh(scores, scores > 0, measure))
+
+
+def _sample(row: _Rows, sums: Float[Array, "rows room"]) -> _Bracket:
     """Bits between which the thresholds are likely to lie, by samples, and those between which they do."""
-    rows = row.groups.shape[0]
+    rows = row.scores.shape[0]
     one, pair = pl.BlockSpec((None, 1), lambda r: (r, 0)), pl.BlockSpec((None, 2), lambda r: (r, 0))
     bracket = pl.pallas_call(
         functools.partial(_sample_row, **row.settings),
@@ -161,13 +167,13 @@ def _sample(row: _Rows, sums: Float[Array, "rows chunks"]) -> _Bracket:
         compiler_params=plgpu.CompilerParams(num_warps=4),
         interpret=interpreted(),
         name="sample_bracket",
-    )(row.groups, row.lengths, row.wanted, sums)
+    )(row.scores, row.lengths, row.wanted, sums)
     return _Bracket(*bracket)
 
 
 def _whole_row(row: _Rows) -> pl.BlockSpec:
     """All scores of a program's row."""
-    return pl.BlockSpec((None, *row.groups.shape[1:]), lambda r: (r, 0, 0))
+    return pl.BlockSpec((None, *row.scores.shape[1:]), lambda r: (r, 0, 0))
 
 
 def _sample_row(
@@ -197,7 +203,7 @@ def _sample_row(
     number = lax.broadcasted_iota(jnp.int32, (SAMPLED,), 0)
     place = number // SAMPLED_TOGETHER * stride + number % SAMPLED_TOGETHER
     inside = jnp.minimum(place, slots - 1)
-    scores = clean(scores_ref[inside // GROUP_SLOTS, inside % GROUP_SLOTS], place, length_ref[0], slots)
+    scores = clean(scores_ref[inside // LANES, inside % LANES], place, length_ref[0], slots)
     bits = bits_of(scores)
     # What a score stands for, as a share of all.
     share = stride / SAMPLED_TOGETHER / jnp.maximum(total, FLOAT32_TINY)
@@ -239,30 +245,29 @@ def _up(bits: jax.Array, grain: int) -> jax.Array:
 
 def _keep(row: _Rows, bracket: _Bracket) -> _Kept:
     """Scores within the likely brackets, several programs a row."""
-    rows, room = row.groups.shape[0], row.room
-    per_chunk = pl.BlockSpec((None, CHUNK_GROUPS), lambda r, c: (r, c))
-    chunk = pl.BlockSpec((None, CHUNK_GROUPS, GROUP_SLOTS), lambda r, c: (r, c, 0))
+    rows, room = row.scores.shape[0], row.room
+    per_tile = pl.BlockSpec((None, 1), lambda r, t: (r, t))
     kept = pl.pallas_call(
-        functools.partial(_keep_of_chunk, **row.settings),
-        grid=(rows, room // CHUNK_GROUPS),
+        functools.partial(_keep_of_tile, **row.settings),
+        grid=(rows, room),
         in_specs=[
-            chunk,
+            _tile_of_row(),
             pl.BlockSpec((None, 1), lambda r, _: (r, 0)),
             pl.BlockSpec((None, 2), lambda r, _: (r, 0)),
         ],
-        out_specs=[chunk, per_chunk, per_chunk, per_chunk],
+        out_specs=[pl.BlockSpec((None, None, TILE_SLOTS), lambda r, t: (r, t, 0)), per_tile, per_tile, per_tile],
         out_shape=[
-            jax.ShapeDtypeStruct((rows, room, GROUP_SLOTS), jnp.float32),
+            jax.ShapeDtypeStruct((rows, room, TILE_SLOTS), jnp.float32),
             *(jax.ShapeDtypeStruct((rows, room), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32)),
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=CHUNK_GROUPS),
+        compiler_params=plgpu.CompilerParams(num_warps=TILE_WARPS),
         interpret=interpreted(),
         name="keep_bracket",
-    )(row.groups, row.lengths, bracket.likely)
+    )(row.scores, row.lengths, bracket.likely)
     return _Kept(*kept)
 
 
-def _keep_of_chunk(
+def _keep_of_tile(
     scores_ref: Any,
     length_ref: Any,
     bracket_ref: Any,
@@ -275,41 +280,36 @@ def _keep_of_chunk(
     measure: str,
     grain: int,
 ) -> None:
-    """Each group's scores within the bracket, in their order; zeros never matter."""
-    scores = _load_chunk(scores_ref, length_ref, slots)
-    group, slot = (lax.broadcasted_iota(jnp.int32, scores_ref.shape, axis) for axis in (0, 1))
+    """A tile's scores within the bracket, in their order; zeros never matter."""
+    scores = _load_tile(scores_ref, length_ref, slots)
     bits = bits_of(scores)
     above = bits >= bracket_ref[1]
     keep = (bits >= jnp.maximum(bracket_ref[0], 1)) & ~above
-    flags = keep.astype(jnp.int32)
-    count, rank = jnp.sum(flags, axis=1), jnp.cumsum(flags, axis=1)
-    # What is not kept has places of its own behind the rest, to which nothing is written.
-    target = jnp.where(keep, rank - 1, count[:, None] + slot - rank)
-    plgpu.store(kept_ref.at[group, target], scores, mask=keep)
-    count_ref[...] = count
-    inside_ref[...] = jnp.sum(weigh(scores, keep, measure), axis=1)
-    above_ref[...] = jnp.sum(weigh(scores, above, measure), axis=1)
+    scatter(kept_ref, scores, ranked(keep, 0), keep)
+    count_ref[0] = tile_sum(keep.astype(jnp.int32))
+    inside_ref[0] = tile_sum(weigh(scores, keep, measure))
+    above_ref[0] = tile_sum(weigh(scores, above, measure))
 
 
 def _finish(row: _Rows, kept: _Kept, bracket: _Bracket) -> Float[Array, " rows"]:
     """Halves the brackets over the scores inside them, one program a row."""
     rows, room = kept.counts.shape
-    per_group, pair = pl.BlockSpec((None, room), lambda r: (r, 0)), pl.BlockSpec((None, 2), lambda r: (r, 0))
+    per_tile, pair = pl.BlockSpec((None, room), lambda r: (r, 0)), pl.BlockSpec((None, 2), lambda r: (r, 0))
     threshold = pl.pallas_call(
         functools.partial(_finish_row, **row.settings),
         grid=(rows,),
         in_specs=[
             _whole_row(row),
             pl.BlockSpec((None, 1), lambda r: (r, 0)),
-            pl.BlockSpec((None, room, GROUP_SLOTS), lambda r: (r, 0, 0)),
-            *(per_group, per_group, per_group, pair, pair, pair),
+            pl.BlockSpec((None, room, TILE_SLOTS), lambda r: (r, 0, 0)),
+            *(per_tile, per_tile, per_tile, pair, pair, pair),
         ],
         out_specs=pl.BlockSpec((None, 1), lambda r: (r, 0)),
         out_shape=jax.ShapeDtypeStruct((rows, 1), jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=8),
         interpret=interpreted(),
         name="finish_threshold",
-    )(row.groups, row.lengths, kept.scores, kept.counts, kept.inside, kept.above, *bracket)
+    )(row.scores, row.lengths, kept.scores, kept.counts, kept.inside, kept.above, *bracket)
     return threshold[:, 0]
 
 
@@ -332,7 +332,7 @@ def _finish_row(
     """One row's threshold, from what was kept of it if the bracket holds, otherwise from all of it."""
     counts, above = counts_ref[...], jnp.sum(above_ref[...])
     room = counts.shape[0]
-    columns = max(1, min(KEPT_TOGETHER // room, GROUP_SLOTS))
+    columns = max(1, min(KEPT_TOGETHER // room, TILE_SLOTS))
     wanted, total = mass_ref[0], mass_ref[1]
     halve_over = functools.partial(_halve_over, wanted=wanted, total=total, measure=measure, grain=grain)
 
@@ -342,15 +342,16 @@ def _finish_row(
         return plgpu.load(here, mask=column < counts[:, None], other=0.0)
 
     def load_any(step: Any) -> jax.Array:
-        place = step * GROUP_SLOTS + lax.broadcasted_iota(jnp.int32, (1, GROUP_SLOTS), 1)
-        return load_clean(scores_ref.at[pl.ds(step, 1)], place, length_ref[0], slots)
+        place = places(TILE_SLOTS // LANES, step * TILE_SLOTS)
+        inside = jnp.minimum(place, slots - 1)
+        return clean(scores_ref[inside // LANES, inside % LANES], place, length_ref[0], slots)
 
     def from_kept() -> jax.Array:
         steps = pl.cdiv(jnp.max(counts), columns)
         return halve_over(load_kept, steps, bracket_ref[0], bracket_ref[1], above)
 
     def from_all() -> jax.Array:
-        return halve_over(load_any, scores_ref.shape[0], ends_ref[0], ends_ref[1], jnp.float32(0))
+        return halve_over(load_any, pl.cdiv(slots, TILE_SLOTS), ends_ref[0], ends_ref[1], jnp.float32(0))
 
     holds = (above < wanted) & (above + jnp.sum(inside_ref[...]) >= wanted)
     out_ref[0] = lax.cond(holds, from_kept, from_all)

@@ -32,7 +32,7 @@ from specattn_kernels.pallas_triton_tiles import (
     padded,
     places,
     ranked,
-    write_ids,
+    scatter,
 )
 from specattn_kernels.types import SelectionPlan
 
@@ -144,7 +144,7 @@ def _write_tile_of_mask(flags_ref: Any, before_ref: Any, ids_ref: Any) -> None:
     """One tile of a mask to ids."""
     lines = flags_ref.shape[0]
     chosen = flags_ref[...].astype(jnp.int32) > 0
-    write_ids(ids_ref, places(lines, pl.program_id(1) * (lines * LANES)), ranked(chosen, before_ref[0]), chosen)
+    scatter(ids_ref, places(lines, pl.program_id(1) * (lines * LANES)), ranked(chosen, before_ref[0]), chosen)
 
 
 def _write_chosen(
@@ -235,4 +235,4 @@ def _write_chosen_of_tile(
         span = choice.span(length_ref[0], threshold)
         chosen, place = _choose(scores_ref, tile, threshold, span)
         target, fits = choice.slot_in_plan(ranked(chosen, before), count, span.valid - span.recent)
-        write_ids(ids_ref, place, target, chosen & fits)
+        scatter(ids_ref, place, target, chosen & fits)

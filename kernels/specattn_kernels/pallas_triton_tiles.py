@@ -85,13 +85,13 @@ def padded(slots: int) -> int:
     return max(8 * LANES, 1 << (slots - 1).bit_length())
 
 
-def in_lanes(scores: Float[Array, "rows S"], lanes: int = LANES) -> Float[Array, "rows lines lanes"]:
+def in_lanes(scores: Float[Array, "rows S"]) -> Float[Array, "rows lines lanes"]:
     """Rows as lines of lanes; copied only if their length is no multiple of a line."""
     rows, slots = scores.shape
-    padding = -slots % lanes
+    padding = -slots % LANES
     if padding:
         scores = jnp.pad(scores, ((0, 0), (0, padding)))
-    return scores.reshape(rows, (slots + padding) // lanes, lanes)
+    return scores.reshape(rows, (slots + padding) // LANES, LANES)
 
 
 def places(lines: int, first: Any = 0) -> jax.Array:
@@ -108,11 +108,6 @@ def load_lines(ref: Any, first: Any, valid: Any) -> jax.Array:
     line = lax.broadcasted_iota(jnp.int32, (ref.shape[0],), 0)
     mask = jnp.broadcast_to((first + line * LANES < valid)[:, None], ref.shape)
     return plgpu.load(ref, mask=mask, other=0.0)
-
-
-def load_clean(ref: Any, place: jax.Array, valid: Any, slots: int) -> jax.Array:
-    """As `clean_scores`, of a tile; what lies beyond the row is not read."""
-    return clean(plgpu.load(ref, mask=place < slots, other=0.0), place, valid, slots)
 
 
 def clean(scores: jax.Array, place: jax.Array, valid: Any, slots: int) -> jax.Array:
@@ -230,6 +225,6 @@ def ranked(chosen: jax.Array, before: jax.Array) -> jax.Array:
     return jnp.cumsum(flags, axis=1) + (before + in_earlier_lines - 1)[:, None]
 
 
-def write_ids(ids_ref: Any, ids: jax.Array, target: jax.Array, written: jax.Array) -> None:
-    """Writes those ids that are to be `written`; the interpreter wants the others to aim beyond the end."""
-    plgpu.store(ids_ref.at[jnp.where(written, target, ids_ref.shape[0])], ids, mask=written)
+def scatter(ref: Any, values: jax.Array, target: jax.Array, written: jax.Array) -> None:
+    """Writes those values that are to be `written`; the interpreter wants the others to aim beyond the end."""
+    plgpu.store(ref.at[jnp.where(written, target, ref.shape[0])], values, mask=written)

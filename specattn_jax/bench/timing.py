@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from jax import lax
 _PAST_THE_CACHE = 128 * 2**20
 _MAX_SETS = 16
 _MAX_CALLS = 256
+# Calls in one step of the loop, so that the loop's own work between steps does not count.
+_LEAST_CALLS_A_STEP = 8
 # Half of what current accelerators read; only decides how many calls make one measurement.
 _ASSUMED_BANDWIDTH = {"cpu": 5e9, "gpu": 1.5e12, "tpu": 5e11}
 
@@ -66,30 +69,32 @@ def time_calls(
     """
     sets = min(_MAX_SETS, -(-settings.rotate // nbytes) + 1)
     wanted = settings.seconds * _ASSUMED_BANDWIDTH[jax.default_backend()] / nbytes
-    rounds = max(1, min(_MAX_CALLS, round(wanted)) // sets)
+    cycles = -(-_LEAST_CALLS_A_STEP // sets)
+    rounds = max(1, min(_MAX_CALLS, round(wanted)) // (cycles * sets))
     inputs = [make(seed) for seed in range(sets)]
-    loop = jax.jit(functools.partial(_loop, call, rounds))
+    loop = jax.jit(functools.partial(_loop, call, rounds, cycles))
+    calls = rounds * cycles * sets
     measured = []
     jax.block_until_ready(loop(inputs))
     for _ in range(settings.repeats):
         began = time.perf_counter()
         jax.block_until_ready(loop(inputs))
-        measured.append((time.perf_counter() - began) / (rounds * sets))
+        measured.append((time.perf_counter() - began) / calls)
     median = statistics.median(measured)
-    return Timing(median, (max(measured) - min(measured)) / median, rounds * sets, sets)
+    return Timing(median, (max(measured) - min(measured)) / median, calls, sets)
 
 
-def _loop(call: Callable[..., Any], rounds: int, inputs: Sequence[tuple[jax.Array, ...]]) -> Any:
-    """Every input set in turn, `rounds` times; each call waits for the one before.
+def _loop(call: Callable[..., Any], rounds: int, cycles: int, inputs: Sequence[tuple[jax.Array, ...]]) -> Any:
+    """Every input set in turn, `rounds` times `cycles` times; each call waits for the one before.
 
     The barrier makes the compiler believe that inputs depend on the results before, at no cost on the device. All
     results are carried along, or XLA would compute no more of them than is looked at.
     """
-    shapes = [jax.eval_shape(call, *arrays) for arrays in inputs]
+    shapes = [jax.eval_shape(call, *arrays) for arrays in inputs] * cycles
 
     def body(_: jax.Array, results: list[Any]) -> list[Any]:
         previous, results = results[-1], []
-        for arrays in inputs:
+        for arrays in itertools.chain(*itertools.repeat(inputs, cycles)):
             waiting, _ = lax.optimization_barrier((arrays, previous))
             previous = call(*waiting)
             results.append(previous)

@@ -28,7 +28,7 @@ TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 3e-2, jnp.float16: 4e-3}
 SMALL_TILES = (
     (pallas_triton_selection, {"TILE_SLOTS": 1024}),
     (pallas_triton_short_rows, {"ROW_SLOTS": 1024}),
-    (pallas_triton_long_rows, {"GROUP_SLOTS": 128, "KEPT_TOGETHER": 1024, "SAMPLED": 64}),
+    (pallas_triton_long_rows, {"TILE_SLOTS": 1024, "KEPT_TOGETHER": 1024, "SAMPLED": 64}),
 )
 
 
@@ -334,7 +334,7 @@ class TestLowering:
         wanted = ["select_in_rows", "write_chosen"]
         if not pallas_triton_short_rows.fits_one_program(slots // block_size):
             wanted = [
-                "sum_chunks",
+                "sum_tiles",
                 "sample_bracket",
                 "keep_bracket",
                 "finish_threshold",
