@@ -98,13 +98,11 @@ class _Kept(NamedTuple):
     Attributes:
         scores: those in the bracket at the beginning of each tile's room.
         counts: how many.
-        inside: their mass.
         above: mass of the tile's scores above the bracket.
     """
 
     scores: Float[Array, "rows room slots"]
     counts: Int32[Array, "rows room"]
-    inside: Float[Array, "rows room"]
     above: Float[Array, "rows room"]
 
 
@@ -255,10 +253,10 @@ def _keep(row: _Rows, bracket: _Bracket) -> _Kept:
             pl.BlockSpec((None, 1), lambda r, _: (r, 0)),
             pl.BlockSpec((None, 2), lambda r, _: (r, 0)),
         ],
-        out_specs=[pl.BlockSpec((None, None, TILE_SLOTS), lambda r, t: (r, t, 0)), per_tile, per_tile, per_tile],
+        out_specs=[pl.BlockSpec((None, None, TILE_SLOTS), lambda r, t: (r, t, 0)), per_tile, per_tile],
         out_shape=[
             jax.ShapeDtypeStruct((rows, room, TILE_SLOTS), jnp.float32),
-            *(jax.ShapeDtypeStruct((rows, room), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32)),
+            *(jax.ShapeDtypeStruct((rows, room), dtype) for dtype in (jnp.int32, jnp.float32)),
         ],
         compiler_params=plgpu.CompilerParams(num_warps=TILE_WARPS),
         interpret=interpreted(),
@@ -273,7 +271,6 @@ def _keep_of_tile(
     bracket_ref: Any,
     kept_ref: Any,
     count_ref: Any,
-    inside_ref: Any,
     above_ref: Any,
     *,
     slots: int,
@@ -285,9 +282,9 @@ def _keep_of_tile(
     bits = bits_of(scores)
     above = bits >= bracket_ref[1]
     keep = (bits >= jnp.maximum(bracket_ref[0], 1)) & ~above
-    scatter(kept_ref, scores, ranked(keep, 0), keep)
-    count_ref[0] = tile_sum(keep.astype(jnp.int32))
-    inside_ref[0] = tile_sum(weigh(scores, keep, measure))
+    scatter(kept_ref, scores, ranked(keep, jnp.int32(0)), keep)
+    # Sums over lines are there already, for the ranks.
+    count_ref[0] = jnp.sum(jnp.sum(keep.astype(jnp.int32), axis=1), axis=0)
     above_ref[0] = tile_sum(weigh(scores, above, measure))
 
 
@@ -302,14 +299,14 @@ def _finish(row: _Rows, kept: _Kept, bracket: _Bracket) -> Float[Array, " rows"]
             _whole_row(row),
             pl.BlockSpec((None, 1), lambda r: (r, 0)),
             pl.BlockSpec((None, room, TILE_SLOTS), lambda r: (r, 0, 0)),
-            *(per_tile, per_tile, per_tile, pair, pair, pair),
+            *(per_tile, per_tile, pair, pair, pair),
         ],
         out_specs=pl.BlockSpec((None, 1), lambda r: (r, 0)),
         out_shape=jax.ShapeDtypeStruct((rows, 1), jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=8),
         interpret=interpreted(),
         name="finish_threshold",
-    )(row.scores, row.lengths, kept.scores, kept.counts, kept.inside, kept.above, *bracket)
+    )(row.scores, row.lengths, *kept, *bracket)
     return threshold[:, 0]
 
 
@@ -318,7 +315,6 @@ def _finish_row(
     length_ref: Any,
     kept_ref: Any,
     counts_ref: Any,
-    inside_ref: Any,
     above_ref: Any,
     bracket_ref: Any,
     ends_ref: Any,
@@ -346,15 +342,20 @@ def _finish_row(
         inside = jnp.minimum(place, slots - 1)
         return clean(scores_ref[inside // LANES, inside % LANES], place, length_ref[0], slots)
 
+    def inside(step: Any, so_far: jax.Array) -> jax.Array:
+        scores = load_kept(step)
+        return so_far + jnp.sum(weigh(scores, scores > 0, measure), axis=0)
+
+    steps = pl.cdiv(jnp.max(counts), columns)
+    reached = above + jnp.sum(lax.fori_loop(0, steps, inside, jnp.zeros((columns,))))
+
     def from_kept() -> jax.Array:
-        steps = pl.cdiv(jnp.max(counts), columns)
         return halve_over(load_kept, steps, bracket_ref[0], bracket_ref[1], above)
 
     def from_all() -> jax.Array:
         return halve_over(load_any, pl.cdiv(slots, TILE_SLOTS), ends_ref[0], ends_ref[1], jnp.float32(0))
 
-    holds = (above < wanted) & (above + jnp.sum(inside_ref[...]) >= wanted)
-    out_ref[0] = lax.cond(holds, from_kept, from_all)
+    out_ref[0] = lax.cond((above < wanted) & (reached >= wanted), from_kept, from_all)
 
 
 def _halve_over(
