@@ -285,7 +285,8 @@ class Selector:
 
         Args:
             looks: queries of the W steps and their log-sum-exps over what they read, one per draft layer. Where a draft
-                read sparsely that makes all weights of a query a little larger, which changes no order.
+                read sparsely all weights of a query are a little too large, by what it left out, so that a step that
+                left out more counts a little more.
             cache: the draft's.
             past: slots to score.
             implementation: backend of the op; None lets the library choose.

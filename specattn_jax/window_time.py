@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from specattn_jax.bench.timing import TimingSettings, copy_bandwidth, time_calls
 from specattn_jax.config import ModelConfig
 from specattn_jax.cost import (
     Scenario,
@@ -24,6 +23,7 @@ from specattn_jax.cost import (
 )
 from specattn_jax.errors import UserError
 from specattn_jax.speculative import Mode
+from specattn_jax.timing import TimingSettings, copy_bandwidth, time_calls
 
 _MIB = 2**20
 # Arrays copied to measure the bandwidth, and bytes between two uses of one: a CPU copies slowly, a GPU caches much.

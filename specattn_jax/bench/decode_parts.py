@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 from specattn_kernels import SelectionPlan
 
 from specattn_jax.bench.decode_workload import Workload
-from specattn_jax.bench.timing import TimingSettings
 from specattn_jax.cache import KVCache
 from specattn_jax.drafting import Drafted, draft_window
 from specattn_jax.model import LanguageModel, LayerChoice, forward
@@ -27,6 +26,7 @@ from specattn_jax.speculative import (
     WindowRead,
     judge_window,
 )
+from specattn_jax.timing import TimingSettings
 
 # More calls of a part in one loop tell nothing more.
 _MAX_ROUNDS = 64

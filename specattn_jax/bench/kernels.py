@@ -14,10 +14,10 @@ import jax
 from specattn_jax.bench.kernel_cases import Case, Grid, make_grid
 from specattn_jax.bench.kernel_ops import Contender, make_work
 from specattn_jax.bench.kernel_report import draw, kernel_table
-from specattn_jax.bench.timing import TimingSettings, copy_bandwidth, time_calls
 from specattn_jax.errors import UserError
 from specattn_jax.files import atomic_file, first_line, read_json, write_json
 from specattn_jax.provenance import commit, versions
+from specattn_jax.timing import TimingSettings, copy_bandwidth, time_calls
 
 RESULTS = "kernels.json"
 _COPY_BYTES = {"cpu": 1 << 22}
