@@ -52,6 +52,13 @@ class Acceptance(NamedTuple):
         mean = (self.weight * self.expected(window) + accepted) / weight
         return Acceptance.of_mean(window, mean)._replace(weight=min(weight, _MOST_WEIGHT))
 
+    def bounds(self, window: int) -> tuple[Acceptance, Acceptance]:
+        """The rates at which windows of W would give one standard error less or more than they are thought to."""
+        mean = self.expected(window)
+        square = math.fsum((2 * place - 1) * self.rate**place for place in range(1, window + 1))
+        error = math.sqrt(max(0.0, square - mean**2) / self.weight)
+        return self.of_mean(window, mean - error), self.of_mean(window, mean + error)
+
     @classmethod
     def of_mean(cls, window: int, accepted: float) -> Acceptance:
         """The rate at which this many of W drafted tokens are accepted on average."""
@@ -134,7 +141,7 @@ class Situation(NamedTuple):
         kv_reduction: share of the target's reads that mode `specattn` saved here; None where it did not run yet.
         current: the plan that runs; None at the start.
         compiled: plans whose programs are there.
-        compile_s: seconds that a program took to compile.
+        compile_s: seconds that the slowest program of this run took to compile; little where all came from a cache.
     """
 
     context: int
@@ -177,8 +184,17 @@ def choose_plan(
     # Within one mode, only speed counts.
     chosen = next(one for one in best if one.seconds <= fastest.seconds * (1 + TIE))
     running = next((one for one in found if one.plan == situation.current), None)
-    if running is not None:
-        chosen, reason = _leave_or_stay(running, chosen, situation)
+    if running is not None and running.plan == chosen.plan:
+        reason = f"stays with {running.plan}, predicted to be the fastest."
+    elif running is not None:
+        # Few windows tell little of the acceptance: leaving has to pay if it is somewhat lower or higher too.
+        believed = situation.acceptance, *situation.acceptance.bounds(max(1, running.plan.window))
+        gain = min(
+            _seconds(scenario, profile, running.plan, rate) - _seconds(scenario, profile, chosen.plan, rate)
+            for rate in believed
+        )
+        cost = 0.0 if chosen.plan in situation.compiled else max(situation.compile_s, profile.compile_s)
+        chosen, reason = _leave_or_stay(running, chosen, gain, gain * situation.remaining, cost)
     elif chosen is fastest:
         reason = f"{chosen.plan}, predicted to be the fastest."
     else:
@@ -205,21 +221,32 @@ def predict(
     found = []
     for mode in modes:
         for window in (1,) if mode == "autoregressive" else windows:
-            case = scenario._replace(window=window, accepted=acceptance.expected(window))
             plan = Plan(mode, 0 if mode == "autoregressive" else window)
-            found.append(Prediction(plan, seconds_per_token(case, mode, profile)))
+            found.append(Prediction(plan, _seconds(scenario, profile, plan, acceptance)))
     return found
 
 
-def _leave_or_stay(running: Prediction, better: Prediction, situation: Situation) -> tuple[Prediction, str]:
-    """Whether another plan is worth leaving the one that runs, and why."""
-    gain = running.seconds - better.seconds
-    if better.plan == running.plan:
-        return running, f"stays with {running.plan}, predicted to be the fastest."
+def _seconds(scenario: Scenario, profile: DeviceProfile, plan: Plan, acceptance: Acceptance) -> float:
+    """Predicted seconds per token of one plan."""
+    window = max(1, plan.window)
+    case = scenario._replace(window=window, accepted=acceptance.expected(window))
+    return seconds_per_token(case, plan.mode, profile)
+
+
+def _leave_or_stay(
+    running: Prediction, better: Prediction, gain: float, saved: float, cost: float
+) -> tuple[Prediction, str]:
+    """Whether another plan is worth leaving the one that runs, and why.
+
+    Args:
+        running: what runs.
+        better: what is predicted to be faster.
+        gain: seconds per token that it saves for all that is known.
+        saved: seconds that it saves until the end.
+        cost: seconds that its program takes to compile.
+    """
     if gain <= HYSTERESIS * running.seconds:
-        return running, f"stays with {running.plan}: {better.plan} is not {HYSTERESIS:.0%} faster."
-    saved = gain * situation.remaining
-    cost = 0.0 if better.plan in situation.compiled else situation.compile_s
+        return running, f"stays with {running.plan}: {better.plan} is not {HYSTERESIS:.0%} faster beyond doubt."
     if saved <= COMPILE_MARGIN * cost:
         return running, (
             f"stays with {running.plan}: {better.plan} would save {saved:.2g} s, compiling it takes about {cost:.2g} s."

@@ -52,6 +52,7 @@ class DeviceProfile:
         selecting_layer_s: fixed seconds of a window for each layer of both, in mode `specattn`: scores, selection.
         forward_s: fixed seconds of a pass besides its layers: embedding, vocabulary, choosing a token.
         window_s: fixed seconds of a window besides its passes: acceptance, rollback, the loop.
+        compile_s: seconds that a program takes that was never compiled before.
     """
 
     bandwidth: float
@@ -67,6 +68,7 @@ class DeviceProfile:
     selecting_layer_s: float = 0.0
     forward_s: float = 0.0
     window_s: float = 0.0
+    compile_s: float = 0.0
 
 
 class WindowSeconds(NamedTuple):

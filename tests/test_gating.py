@@ -159,7 +159,7 @@ class TestPolicy:
 
 class TestSwitching:
     def situation(self, **changes):
-        known = Situation(131072, 2000, Acceptance(0.8), current=Plan("speculative", 5), compile_s=1.0)
+        known = Situation(131072, 20_000, Acceptance(0.8), current=Plan("speculative", 5), compile_s=10.0)
         return known._replace(**changes)
 
     def test_pays_over_what_remains(self):
@@ -172,6 +172,20 @@ class TestSwitching:
         better = choose_plan(LLAMA, GPU, self.situation())
         again = self.situation(remaining=100, compiled=frozenset({better.plan}))
         assert choose_plan(LLAMA, GPU, again).plan == better.plan
+
+    def test_where_a_program_came_from_a_cache_another_need_not(self):
+        known = self.situation(remaining=500, compile_s=0.0)
+        assert choose_plan(LLAMA, GPU, known).plan == known.current
+        assert choose_plan(LLAMA, dataclasses.replace(GPU, compile_s=0.0), known).mode == "specattn"
+
+    def test_few_windows_are_no_evidence(self):
+        """Half of what was hoped for, seen in a few windows, may be chance; seen in many it is not."""
+        known = Situation(6144, 10**6, current=Plan("speculative", 5))
+        few, many = Acceptance(0.7, 12.0), Acceptance(0.7, 64.0)
+        low, high = few.bounds(5)
+        assert low.rate < many.bounds(5)[0].rate < 0.7 < many.bounds(5)[1].rate < high.rate
+        assert choose_plan(SMOLLM2, GPU, known._replace(acceptance=few)).plan == known.current
+        assert choose_plan(SMOLLM2, GPU, known._replace(acceptance=many)).plan.window < 5
 
     def test_little_is_not_enough(self):
         """Just past the point where two modes are equally fast, either goes on if it runs."""
