@@ -78,7 +78,7 @@ def lower_decode(slots: int, policy: str):
     return lowered, SMOLLM2.cache_bytes(1, slots, 4), DRAFT.cache_bytes(1, slots, 4)
 
 
-@pytest.mark.parametrize("policy", ["default", "paper"])
+@pytest.mark.parametrize("policy", ["default", pytest.param("paper", marks=pytest.mark.slow)])
 def test_temporaries_stay_under_five_percent_of_the_cache(policy):
     temporaries = {}
     for slots in (4096, 8192):

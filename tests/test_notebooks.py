@@ -46,6 +46,7 @@ def shown(notebook: Any, kind: str) -> list[str]:
     return [output.data[kind] for output in outputs if kind in output.get("data", {})]
 
 
+@pytest.mark.slow
 @pytest.mark.smollm2
 @pytest.mark.usefixtures("smollm2_files")
 def test_quickstart(tmp_path, monkeypatch):
@@ -60,6 +61,7 @@ def test_quickstart(tmp_path, monkeypatch):
     assert len(shown(notebook, "image/png")) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.smollm2
 @pytest.mark.usefixtures("smollm2_files")
 def test_tpu(tmp_path, monkeypatch):

@@ -45,6 +45,7 @@ def test_full_perplexity_equals_transformers(tiny_pair, tiny_folders, tmp_path):
     assert row["perplexity"] == pytest.approx(expected, rel=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.smollm2
 def test_full_perplexity_of_smollm2_equals_transformers(smollm2, monkeypatch):
     path = cached_path(get_preset("smollm2").target)

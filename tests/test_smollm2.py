@@ -39,7 +39,11 @@ def expected(smollm2: ModelPair, prompts: list[list[int]]) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"mode": "speculative"}, {"mode": "specattn", "p": 1.0}, {"mode": "specattn", "p": 1.0, "policy": "paper"}],
+    [
+        pytest.param({"mode": "speculative"}, marks=pytest.mark.slow),
+        {"mode": "specattn", "p": 1.0},
+        pytest.param({"mode": "specattn", "p": 1.0, "policy": "paper"}, marks=pytest.mark.slow),
+    ],
     ids=["speculative", "specattn", "specattn-paper"],
 )
 def test_greedy_decoding_is_lossless(smollm2, prompts, expected, arguments):
@@ -51,6 +55,7 @@ def test_greedy_decoding_is_lossless(smollm2, prompts, expected, arguments):
         assert all(result.kv_reduction == pytest.approx(0.0, abs=1e-6) for result in run.results)
 
 
+@pytest.mark.slow
 def test_one_sequence_alone_gives_the_same(smollm2, prompts, expected):
     for mode in ("autoregressive", "speculative"):
         run = generate(smollm2, prompts[:1], mode=mode, max_new_tokens=NEW_TOKENS, stop_at_eos=False)
