@@ -108,6 +108,7 @@ class Decision:
         context: mean entries in a cache when it was made.
         acceptance: the assumed chance that a drafted token is accepted.
         bandwidth: measured bytes per second of a copy.
+        is_final: whether nothing that may be seen until the end could change it, so that nobody has to look.
     """
 
     mode: Mode
@@ -117,6 +118,7 @@ class Decision:
     context: int = 0
     acceptance: float = _DEFAULT_RATE
     bandwidth: float = 0.0
+    is_final: bool = False
 
     @property
     def plan(self) -> Plan:
@@ -207,7 +209,14 @@ def choose_plan(
         context=situation.context,
         acceptance=situation.acceptance.rate,
         bandwidth=profile.bandwidth,
+        is_final=_is_final(scenario, profile, chosen.plan, situation),
     )
+
+
+def _is_final(scenario: Scenario, profile: DeviceProfile, plan: Plan, situation: Situation) -> bool:
+    """Whether no switch can pay: all that is left, were nothing accepted, takes less than compiling another program."""
+    longest = situation.remaining * _seconds(scenario, profile, plan, Acceptance(0.0))
+    return situation.compiled <= {plan} and longest <= COMPILE_MARGIN * profile.compile_s
 
 
 def predict(

@@ -78,7 +78,8 @@ class Decoding:
         clock: told what took how long.
         writer: told the text.
         windows_per_call: windows after which text is shown; None is at the end.
-        decide: asked again after the first windows, and when the context enters the next power of two.
+        decide: asked again after the first windows, and when the context enters the next power of two, unless it said
+            that its decision is final.
         on_decision: told every decision after the first.
     """
 
@@ -100,12 +101,13 @@ class Decoding:
             acceptance: what is assumed until windows have passed.
         """
         known = Situation(0, 0, acceptance)
-        plan, decisions = first.plan, [first]
+        decisions = [first]
         done, tokens = _zeros(state.statistics), collections.Counter[Plan]()
         while True:
+            plan = decisions[-1].plan
             state, known = self._ready(state, plan, known)
             before = _Seen.of(state)
-            state, seen = self._segment(state, plan, before, may_leave=not tokens)
+            state, seen = self._segment(state, decisions[-1], before, trial=not tokens)
             tokens[plan] += int(np.sum(seen.emitted - before.emitted))
             if self.decide is None or seen.finished:
                 break
@@ -118,7 +120,6 @@ class Decoding:
                 # What `specattn` read is steered by what it read before, not by what other modes did.
                 done = jax.tree.map(np.add, done, jax.device_get(state.statistics))
                 state = dataclasses.replace(state, statistics=jax.tree.map(jnp.zeros_like, state.statistics))
-                plan = new.plan
         totals = jax.tree.map(np.add, done, jax.device_get(state.statistics))
         return Decoded(
             dataclasses.replace(state, statistics=totals), _most(tokens), decisions if self.decide is not None else []
@@ -155,23 +156,25 @@ class Decoding:
         seconds = self.clock.lap("compile", state)
         return state, known._replace(compiled=known.compiled | {plan}, compile_s=max(known.compile_s, seconds))
 
-    def _segment(self, state: DecodeState, plan: Plan, begun: _Seen, *, may_leave: bool) -> tuple[DecodeState, _Seen]:
+    def _segment(
+        self, state: DecodeState, decision: Decision, begun: _Seen, *, trial: bool
+    ) -> tuple[DecodeState, _Seen]:
         """Decodes until it is time to decide again, or to the end.
 
         Args:
             state: where decoding stands.
-            plan: how to decode.
+            decision: how to decode.
             begun: what is seen of the state.
-            may_leave: whether the first windows of this plan may be the last.
+            trial: whether the first windows may be the last.
         """
-        ends = self._ends(plan, begun, trial=may_leave)
+        plan, ends = decision.plan, self._ends(decision, begun, trial=trial)
         seen, windows = begun, 0
         most = self._settings(plan).tokens_per_window
         while not seen.finished and (ends.windows is None or windows < ends.windows) and seen.context < ends.context:
             steps = self.windows_per_call or seen.wanted
             if ends.windows is not None:
                 steps = min(steps, ends.windows - windows)
-            elif self._may_switch(plan):
+            elif self._may_switch(decision):
                 # A window gives each sequence so many tokens at most: the end of a bucket is not run over.
                 steps = min(steps, max(1, -(-(ends.context - seen.context) // most)))
             state = self._decode(state, plan, steps)
@@ -182,13 +185,13 @@ class Decoding:
         self.clock.lap("decode", state)
         return state, seen
 
-    def _may_switch(self, plan: Plan) -> bool:
+    def _may_switch(self, decision: Decision) -> bool:
         """Without the draft's cache there is no way back."""
-        return self.decide is not None and plan.mode != "autoregressive"
+        return self.decide is not None and decision.mode != "autoregressive" and not decision.is_final
 
-    def _ends(self, plan: Plan, seen: _Seen, *, trial: bool) -> _Ends:
+    def _ends(self, decision: Decision, seen: _Seen, *, trial: bool) -> _Ends:
         """When to decide again."""
-        if not self._may_switch(plan):
+        if not self._may_switch(decision):
             return _Ends(None, _NEVER)
         return _Ends(TRIAL_WINDOWS if trial else None, next_bucket(seen.context))
 

@@ -178,6 +178,13 @@ class TestSwitching:
         assert choose_plan(LLAMA, GPU, known).plan == known.current
         assert choose_plan(LLAMA, dataclasses.replace(GPU, compile_s=0.0), known).mode == "specattn"
 
+    def test_what_takes_less_than_compiling_is_decided_once(self):
+        short = choose_plan(SMOLLM2, GPU, Situation(6144, 256))
+        assert short.is_final
+        assert not choose_plan(SMOLLM2, GPU, Situation(6144, 10**5)).is_final
+        other = frozenset({short.plan, Plan("specattn", 3)})
+        assert not choose_plan(SMOLLM2, GPU, Situation(6144, 256, compiled=other)).is_final
+
     def test_few_windows_are_no_evidence(self):
         """Half of what was hoped for, seen in a few windows, may be chance; seen in many it is not."""
         known = Situation(6144, 10**6, current=Plan("speculative", 5))
@@ -277,6 +284,17 @@ class TestGenerate:
             assert result.kv_reduction == 0
         assert run.results[0].mode == "speculative"
         assert run.results[0].window in (3, 5)
+
+    def test_nobody_looks_again_where_a_decision_is_final(self, alone):
+        asked = []
+
+        def decide(situation):
+            asked.append(situation)
+            return Decision("speculative", 3, is_final=True)
+
+        run = generate(tiny_pair(), PROMPTS, max_new_tokens=240, stop_at_eos=False, decide=decide)
+        assert [result.tokens for result in run.results] == alone
+        assert len(asked) == len(run.decisions) == 1
 
     def test_sparse_without_an_alignment(self):
         pair = dataclasses.replace(tiny_pair(), alignment=None)
