@@ -186,17 +186,8 @@ def choose_plan(
     # Within one mode, only speed counts.
     chosen = next(one for one in best if one.seconds <= fastest.seconds * (1 + TIE))
     running = next((one for one in found if one.plan == situation.current), None)
-    if running is not None and running.plan == chosen.plan:
-        reason = f"stays with {running.plan}, predicted to be the fastest."
-    elif running is not None:
-        # Few windows tell little of the acceptance: leaving has to pay if it is somewhat lower or higher too.
-        believed = situation.acceptance, *situation.acceptance.bounds(max(1, running.plan.window))
-        gain = min(
-            _seconds(scenario, profile, running.plan, rate) - _seconds(scenario, profile, chosen.plan, rate)
-            for rate in believed
-        )
-        cost = 0.0 if chosen.plan in situation.compiled else max(situation.compile_s, profile.compile_s)
-        chosen, reason = _leave_or_stay(running, chosen, gain, gain * situation.remaining, cost)
+    if running is not None:
+        chosen, reason = _leave_or_stay(scenario, profile, situation, running, chosen)
     elif chosen is fastest:
         reason = f"{chosen.plan}, predicted to be the fastest."
     else:
@@ -243,17 +234,21 @@ def _seconds(scenario: Scenario, profile: DeviceProfile, plan: Plan, acceptance:
 
 
 def _leave_or_stay(
-    running: Prediction, better: Prediction, gain: float, saved: float, cost: float
+    scenario: Scenario, profile: DeviceProfile, situation: Situation, running: Prediction, better: Prediction
 ) -> tuple[Prediction, str]:
-    """Whether another plan is worth leaving the one that runs, and why.
+    """Whether what is predicted to be faster is worth leaving what runs, and why.
 
-    Args:
-        running: what runs.
-        better: what is predicted to be faster.
-        gain: seconds per token that it saves for all that is known.
-        saved: seconds that it saves until the end.
-        cost: seconds that its program takes to compile.
+    Few windows tell little of the acceptance: leaving has to pay if that is somewhat lower or higher too.
     """
+    if better.plan == running.plan:
+        return running, f"stays with {running.plan}, predicted to be the fastest."
+    believed = situation.acceptance, *situation.acceptance.bounds(max(1, running.plan.window))
+    gain = min(
+        _seconds(scenario, profile, running.plan, rate) - _seconds(scenario, profile, better.plan, rate)
+        for rate in believed
+    )
+    saved = gain * situation.remaining
+    cost = 0.0 if better.plan in situation.compiled else max(situation.compile_s, profile.compile_s)
     if gain <= HYSTERESIS * running.seconds:
         return running, f"stays with {running.plan}: {better.plan} is not {HYSTERESIS:.0%} faster beyond doubt."
     if saved <= COMPILE_MARGIN * cost:

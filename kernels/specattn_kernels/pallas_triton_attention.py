@@ -163,14 +163,15 @@ def _choose_tile(k: jax.Array, rows: int, plan: SelectionPlan | None) -> _Tile:
     block = max(16, min(most, 1 << (max(fitting, 1).bit_length() - 1)))
     # A warp takes 16 rows; more warps than that have to share sums over the entries.
     warps = max(2 if gathers and not short else 4, padded // 16)
-    if k.dtype == jnp.float32:
+    if is_float32 := k.dtype == jnp.float32:
         # No matrix unit takes part, so a step's products have to fit the registers.
         block = min(block, 32)
         warps = max(warps, block // 8)
     capacity = slots if plan is None else min(slots, plan.block_ids.shape[2] * plan.block_size)
     cores = device.cores or USUAL_CORES
     programs = (PROGRAMS_PER_CORE + (gathers and short)) * cores
-    if gathers and not short and not small and capacity * batch * kv_heads // (cores * block) in FEW_STEPS:
+    steps = capacity * batch * kv_heads // (cores * block)
+    if gathers and not (short or small or is_float32) and steps in FEW_STEPS:
         programs, warps, stages = cores, max(warps, 4), 5
     splits = max(1, min(MAX_SPLITS, programs // (batch * kv_heads), -(-capacity // (2 * block))))
     return _Tile(padded, parts_of(head_dim), block, splits, warps, stages)
