@@ -80,6 +80,7 @@ def test_prefill_returns_each_prompts_last_hidden_state(pairs):
     assert_same(model.logits(hidden), theirs[np.arange(2), lengths - 1])
 
 
+@pytest.mark.slow
 @pytest.mark.smollm2
 def test_smollm2_equals_transformers_reading_the_same_gguf(monkeypatch):
     file = get_preset("smollm2").target

@@ -76,6 +76,7 @@ def test_tpu(tmp_path, monkeypatch):
     assert "failed" not in benchmark
 
 
+@pytest.mark.slow
 def test_your_own_models(tmp_path, monkeypatch):
     notebook = run("your_own_models", tmp_path, monkeypatch)
     assert len(shown(notebook, "image/png")) == 3

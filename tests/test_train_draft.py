@@ -34,6 +34,7 @@ def interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_its_draft_serves(train, tiny_folders, tmp_path, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
