@@ -9,11 +9,12 @@ sanitizer saw one.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,11 @@ from specattn_jax.provenance import commit, hardware, versions
 
 # XLA's search for the best library calls makes many; the sanitizer would watch them all.
 ENVIRONMENT = {"XLA_FLAGS": "--xla_gpu_autotune_level=0", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-TRITON: kernels.Implementation = "pallas_triton"
+
+
+def compiled(op: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """An op of the Triton backend, jitted with its options."""
+    return jax.jit(functools.partial(op, implementation="pallas_triton", **options))
 
 
 def attention_cases(head_dim: int, slots: int, dtype: str) -> Iterator[tuple[str, Any]]:
@@ -40,27 +45,19 @@ def attention_cases(head_dim: int, slots: int, dtype: str) -> Iterator[tuple[str
     keys, n = jnp.asarray(cache, dtype), jnp.asarray(lengths)
     what = f"H{head_dim} S{slots} {dtype}"
 
-    def dense(q: Any, k: Any, n: Any) -> Any:
-        return kernels.decode_attention(q, k, k, n, return_scores="newest", return_lse=True, implementation=TRITON)
-
-    yield f"decode_attention {what}", jax.jit(dense)(q, keys, n)
-
-    def score(q: Any, k: Any, lse: Any, n: Any) -> Any:
-        return kernels.score_cache(q, k, lse, n, dtype=jnp.dtype(dtype), implementation=TRITON)
-
-    yield f"score_cache {what}", jax.jit(score)(q, keys, jnp.ones(q.shape[:3]), n)
+    dense = compiled(kernels.decode_attention, return_scores="newest", return_lse=True)
+    yield f"decode_attention {what}", dense(q, keys, keys, n)
+    score = compiled(kernels.score_cache, dtype=jnp.dtype(dtype))
+    yield f"score_cache {what}", score(q, keys, jnp.ones(q.shape[:3]), n)
+    sparse = compiled(kernels.sparse_decode_attention)
     for block_size in (1, 16):
         blocks = -(-slots // block_size)
         # The plan has the rows of two layers, of which the second is attended with.
         ids = np.argsort(rng.random((2, 4, blocks)), axis=-1).astype(np.int32)[..., : blocks // 3]
         counts = rng.integers(0, blocks // 3 + 1, (2, 4)).astype(np.int32)
         ids[np.arange(blocks // 3) >= counts[..., None]] = np.iinfo(np.int32).max
-        plan = kernels.SelectionPlan(jnp.asarray(ids), jnp.asarray(counts), block_size)
-
-        def sparse(q: Any, k: Any, plan: kernels.SelectionPlan, n: Any) -> Any:
-            return kernels.sparse_decode_attention(q, k, k, plan.layer(1, 2), n, implementation=TRITON)
-
-        yield f"sparse_decode_attention {what} block {block_size}", jax.jit(sparse)(q, keys, plan, n)
+        plan = kernels.SelectionPlan(jnp.asarray(ids), jnp.asarray(counts), block_size).layer(1, 2)
+        yield f"sparse_decode_attention {what} block {block_size}", sparse(q, keys, keys, plan, n)
 
 
 def selection_cases(slots: int, dtype: str) -> Iterator[tuple[str, Any]]:
@@ -69,15 +66,10 @@ def selection_cases(slots: int, dtype: str) -> Iterator[tuple[str, Any]]:
     scores = jnp.asarray(rng.random((2, 3, slots)).astype(np.float32) ** 8, dtype)
     n = jnp.asarray([slots, slots - 77], jnp.int32)
     for measure, p, capacity in (("mass", 0.9, None), ("count", 0.15, slots // 5)):
-
-        def select(scores: Any, n: Any, p: Any = p, how: Any = (measure, capacity)) -> Any:
-            sizes = {"num_sink": 4, "num_recent": 16, "measure": how[0], "capacity": how[1]}
-            return kernels.select_blocks(scores, p, n, implementation=TRITON, **sizes)
-
-        yield f"select_blocks S{slots} {dtype} {measure}", jax.jit(select)(scores, n)
+        select = compiled(kernels.select_blocks, num_sink=4, num_recent=16, measure=measure, capacity=capacity)
+        yield f"select_blocks S{slots} {dtype} {measure}", select(scores, p, n)
     mask = jnp.asarray(rng.random((2, 3, slots)) < 0.2)
-    compact = jax.jit(lambda mask: kernels.compact_blocks(mask, block_size=1, implementation=TRITON))
-    yield f"compact_blocks S{slots}", compact(mask)
+    yield f"compact_blocks S{slots}", compiled(kernels.compact_blocks, block_size=1)(mask)
 
 
 def run_cases() -> None:

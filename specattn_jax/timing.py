@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -90,11 +89,12 @@ def _loop(call: Callable[..., Any], rounds: int, cycles: int, inputs: Sequence[t
     The barrier makes the compiler believe that inputs depend on the results before, at no cost on the device. All
     results are carried along, or XLA would compute no more of them than is looked at.
     """
-    shapes = [jax.eval_shape(call, *arrays) for arrays in inputs] * cycles
+    inputs = [*inputs] * cycles
+    shapes = [jax.eval_shape(call, *arrays) for arrays in inputs]
 
     def body(_: jax.Array, results: list[Any]) -> list[Any]:
         previous, results = results[-1], []
-        for arrays in itertools.chain(*itertools.repeat(inputs, cycles)):
+        for arrays in inputs:
             waiting, _ = lax.optimization_barrier((arrays, previous))
             previous = call(*waiting)
             results.append(previous)

@@ -83,7 +83,15 @@ def test_reading_everything_is_lossless(models, policy):
     np.testing.assert_allclose(counts.read, np.broadcast_to(np.asarray(counts.windows)[:, None], counts.read.shape))
 
 
-@pytest.mark.parametrize(("policy", "block_size"), [("default", 1), ("paper", 4)])
+@pytest.mark.parametrize(
+    ("policy", "block_size"),
+    [
+        ("default", 1),
+        ("paper", 4),
+        pytest.param("default", 4, marks=pytest.mark.slow),
+        pytest.param("paper", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_sparse_decoding_reads_less_and_does_not_depend_on_the_batch(models, policy, block_size):
     target, draft = models
     forced = {"num_sink": 1, "num_recent": 2, "block_size": block_size, "dense_layers": 1}

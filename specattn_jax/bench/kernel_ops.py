@@ -107,20 +107,30 @@ def _attention_bytes(case: Case, share: float) -> int:
 def _attention_error(inputs: Inputs, output: Any, block_size: int = 1) -> float:
     """Of the first sequence and kv head: norm of the difference over the norm."""
     q, k, v, _, *plan = inputs
-    tokens, heads = q.shape[1:3]
-    group, slots = heads // k.shape[1], k.shape[2]
-    queries = np.asarray(q[0, :, :group].astype(jnp.float32), np.float64)
-    keys, values = (np.asarray(x[0, 0].astype(jnp.float32), np.float64) for x in (k, v))
+    tokens, slots = q.shape[1], k.shape[2]
     seen = np.arange(slots) <= (slots - tokens + np.arange(tokens))[:, None]
     if plan:
         chosen = np.isin(np.arange(slots) // block_size, np.asarray(plan[0][0, 0]))
         seen &= chosen | (np.arange(slots) >= slots - tokens)
-    logits = np.einsum("tgh,sh->tgs", queries, keys) * queries.shape[-1] ** -0.5
-    logits = np.where(seen[:, None], logits, -np.inf)
+    logits = np.where(seen[:, None], _logits(q, k), -np.inf)
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    want = np.einsum("tgs,sh->tgh", weights / weights.sum(axis=-1, keepdims=True), values)
-    got = np.asarray(jax.tree.leaves(output)[0][0, :, :group].astype(jnp.float32), np.float64)
-    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+    want = np.einsum("tgs,sh->tgh", weights / weights.sum(axis=-1, keepdims=True), _float64(v[0, 0]))
+    return _distance(jax.tree.leaves(output)[0][0, :, : logits.shape[1]], want)
+
+
+def _logits(q: jax.Array, k: jax.Array) -> np.ndarray:
+    """Float64 logits [T, G, S] of the first sequence and kv head."""
+    group = q.shape[2] // k.shape[1]
+    return np.einsum("tgh,sh->tgs", _float64(q[0, :, :group]), _float64(k[0, 0])) * q.shape[-1] ** -0.5
+
+
+def _float64(array: jax.Array) -> np.ndarray:
+    return np.asarray(array.astype(jnp.float32), np.float64)
+
+
+def _distance(got: jax.Array, want: np.ndarray) -> float:
+    """Norm of the difference over the norm."""
+    return float(np.linalg.norm(_float64(got) - want) / np.linalg.norm(want))
 
 
 def _attention_contenders(
@@ -168,13 +178,9 @@ def _score(case: Case) -> Work:
 def _score_error(inputs: Inputs, output: Any) -> float:
     """Of the first sequence and kv head: norm of the difference over the norm."""
     q, k, lse, _ = inputs
-    group = q.shape[2] // k.shape[1]
-    queries = np.asarray(q[0, :, :group].astype(jnp.float32), np.float64)
-    keys = np.asarray(k[0, 0].astype(jnp.float32), np.float64)
-    logits = np.einsum("tgh,sh->tgs", queries, keys) * queries.shape[-1] ** -0.5
-    want = np.exp(logits - np.asarray(lse[0, :, :group], np.float64)[..., None]).mean(axis=1).max(axis=0)
-    got = np.asarray(output[0, 0].astype(jnp.float32), np.float64)
-    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+    logits = _logits(q, k)
+    want = np.exp(logits - _float64(lse[0, :, : logits.shape[1]])[..., None]).mean(axis=1).max(axis=0)
+    return _distance(output[0, 0], want)
 
 
 def _library_attention(case: Case) -> dict[str, Contender]:

@@ -372,7 +372,7 @@ class TestSelectBlocks:
             assert ids == sorted(set(ids))
             assert set(ids) <= set(range(blocks))
 
-    @examples(max_examples=8)
+    @examples(max_examples=15)
     @given(
         options=st.sampled_from(
             [
