@@ -125,6 +125,11 @@ class Decision:
         """Mode and window."""
         return Plan(self.mode, 0 if self.mode == "autoregressive" else self.window)
 
+    @property
+    def may_change(self) -> bool:
+        """Whether another decision can follow. Without the draft's cache there is no way back."""
+        return self.mode != "autoregressive" and not self.is_final
+
     def explain(self) -> list[str]:
         """Lines for people: what was known, what each mode was thought to take, and the reason."""
         known = f"at {self.context:,} tokens, {self.acceptance:.0%} of drafted tokens accepted one by one"

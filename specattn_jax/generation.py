@@ -282,7 +282,10 @@ def generate(
         if on_decision is not None:
             on_decision(first)
     else:
-        first, decide = Decision(mode, base.window), None
+        first, decide = Decision(mode, base.window, is_final=True), None
+    if not first.may_change:
+        # Nothing longer comes: this is the program of the fixed mode, to the shape.
+        base = dataclasses.replace(base, mode=first.mode, window=first.window or window or DEFAULT_WINDOW)
     draft = None if first.mode == "autoregressive" else pair.draft
 
     clock = Clock()

@@ -97,7 +97,7 @@ class Decoding:
 
         Args:
             state: where decoding starts; it has a draft's cache unless the first plan needs none.
-            first: the first decision, or the fixed plan.
+            first: the first decision, or the fixed plan, which is final.
             acceptance: what is assumed until windows have passed.
         """
         known = Situation(0, 0, acceptance)
@@ -136,25 +136,36 @@ class Decoding:
         return decode(self.pair.target, draft, selector, state, jnp.int32(windows), settings=settings)
 
     def _ready(self, state: DecodeState, plan: Plan, known: Situation) -> tuple[DecodeState, Situation]:
-        """Drops the draft's cache where nobody needs it any more, and compiles the plan's program."""
+        """Drops the draft's cache where nobody needs it any more, and compiles the plan's programs."""
         if plan.window > self.base.window:
             raise ValueError(f"decide chose window {plan.window}; caches and output have room for {self.base.window}.")
         if plan.mode == "autoregressive" and state.draft_cache is not None:
             state = dataclasses.replace(state, draft_cache=None)
+        compiled, seconds = plan in known.compiled, 0.0
         if plan != known.current:
             # What the draft reads was planned for another window, or not at all.
             state = dataclasses.replace(state, draft_plan=None)
             if plan.mode == "specattn":
-                if self.selector is None:
-                    raise ValueError(f"decide chose {plan}, but there is no selector.")
-                state = prepare_windows(self.pair.draft, self.selector, state, settings=self._settings(plan))
+                state, seconds = self._prepare(state, plan, compiled=compiled)
         known = known._replace(current=plan)
-        if plan in known.compiled:
+        if compiled:
             return state, known
         self.clock.lap("decode", state)
         state = self._decode(state, plan, 0)
-        seconds = self.clock.lap("compile", state)
+        seconds += self.clock.lap("compile", state)
         return state, known._replace(compiled=known.compiled | {plan}, compile_s=max(known.compile_s, seconds))
+
+    def _prepare(self, state: DecodeState, plan: Plan, *, compiled: bool) -> tuple[DecodeState, float]:
+        """The state with what the draft reads in the next window, and the seconds that compiling took."""
+        if self.selector is None:
+            raise ValueError(f"decide chose {plan}, but there is no selector.")
+        settings, seconds = self._settings(plan), 0.0
+        if not compiled:
+            self.clock.lap("decode", state)
+            # Not by a call: a pass of the draft belongs to decoding.
+            prepare_windows.lower(self.pair.draft, self.selector, state, settings=settings).compile()
+            seconds = self.clock.lap("compile")
+        return prepare_windows(self.pair.draft, self.selector, state, settings=settings), seconds
 
     def _segment(
         self, state: DecodeState, decision: Decision, begun: _Seen, *, trial: bool
@@ -174,7 +185,7 @@ class Decoding:
             steps = self.windows_per_call or seen.wanted
             if ends.windows is not None:
                 steps = min(steps, ends.windows - windows)
-            elif self._may_switch(decision):
+            elif decision.may_change:
                 # A window gives each sequence so many tokens at most: the end of a bucket is not run over.
                 steps = min(steps, max(1, -(-(ends.context - seen.context) // most)))
             state = self._decode(state, plan, steps)
@@ -185,13 +196,9 @@ class Decoding:
         self.clock.lap("decode", state)
         return state, seen
 
-    def _may_switch(self, decision: Decision) -> bool:
-        """Without the draft's cache there is no way back."""
-        return self.decide is not None and decision.mode != "autoregressive" and not decision.is_final
-
     def _ends(self, decision: Decision, seen: _Seen, *, trial: bool) -> _Ends:
         """When to decide again."""
-        if not self._may_switch(decision):
+        if not decision.may_change:
             return _Ends(None, _NEVER)
         return _Ends(TRIAL_WINDOWS if trial else None, next_bucket(seen.context))
 

@@ -78,6 +78,7 @@ def test_the_table_shows_texts_and_peers(first_run):
     out, report = first_run
     real = [point for point in report["points"] if not point["case"]["accepted"]]
     assert all(point["text"] and point["prompt_tokens"] == 240 for point in real)
+    assert all(len(point["decode_seconds"]) == point["repeats"] == 2 for point in real)
     peer = {"pair": "llama", "batch": 8, "context": 100, "tokens": 6, "failure": None, "seconds": 0.01}
     broken = {**peer, "failure": "OutOfMemoryError: no | room"}
     peers = {"device": "abacus", "versions": {"transformers": "5", "torch": "2"}, "points": [peer, broken]}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+import jax
 import pytest
 
+from specattn_jax import generation, segments
 from specattn_jax.cost import Scenario, load_shape, window_bytes
 from specattn_jax.errors import UserError
 from specattn_jax.examples import tiny_pair
@@ -26,7 +28,8 @@ from specattn_jax.generation import generate, make_selector
 from specattn_jax.loading import get_preset
 from specattn_jax.segments import TRIAL_WINDOWS
 from specattn_jax.selection import load_policy
-from specattn_jax.speculative import MODES
+from specattn_jax.speculative import MODES, decode, prepare_windows
+from specattn_jax.starting import Clock
 from specattn_jax.window_time import DeviceProfile, load_profile, seconds_per_token, window_seconds
 
 LLAMA = Scenario(load_shape("llama-3.1-8b"), load_shape("llama-3.2-1b"), kv_reduction=0.88, draft_reads=0.3)
@@ -295,6 +298,54 @@ class TestGenerate:
         run = generate(tiny_pair(), PROMPTS, max_new_tokens=240, stop_at_eos=False, decide=decide)
         assert [result.tokens for result in run.results] == alone
         assert len(asked) == len(run.decisions) == 1
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_a_final_decision_runs_the_program_of_the_fixed_mode(self, monkeypatch, mode):
+        programs = []
+
+        def record(target, draft, selector, state, windows, *, settings):
+            shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
+            programs.append((settings, draft is None, jax.tree.structure(selector), shapes))
+            return decode(target, draft, selector, state, windows, settings=settings)
+
+        monkeypatch.setattr(segments, "decode", record)
+        decided = Decision(mode, 0 if mode == "autoregressive" else 5, is_final=True)
+        texts = [
+            generate(tiny_pair(), PROMPTS[:1], max_new_tokens=20, stop_at_eos=False, **how).results[0].tokens
+            for how in ({"mode": mode}, {"mode": "auto", "decide": lambda _: decided})
+        ]
+        assert texts[0] == texts[1]
+        fixed, auto = programs[: len(programs) // 2], programs[len(programs) // 2 :]
+        assert fixed == auto
+
+    def test_what_preparing_windows_takes_to_compile_is_no_decoding(self, monkeypatch):
+        laps = []
+
+        class Watched(Clock):
+            def lap(self, kind, value=None):
+                laps.append(kind)
+                return super().lap(kind, value)
+
+        class Prepare:
+            def __call__(self, *arguments, settings):
+                laps.append("prepare")
+                return prepare_windows(*arguments, settings=settings)
+
+            def lower(self, *arguments, settings):
+                laps.append("lower")
+                return prepare_windows.lower(*arguments, settings=settings)
+
+        monkeypatch.setattr(generation, "Clock", Watched)
+        monkeypatch.setattr(segments, "prepare_windows", Prepare())
+        plans = iter([Plan("specattn", 3), Plan("speculative", 3), Plan("specattn", 3), Plan("autoregressive", 0)])
+        generate(
+            tiny_pair(), PROMPTS[:1], max_new_tokens=240, stop_at_eos=False, decide=lambda _: Decision(*next(plans))
+        )
+        prepared = [index for index, what in enumerate(laps) if what == "prepare"]
+        assert laps[prepared[0] - 3 : prepared[0] + 3] == ["decode", "lower", "compile", "prepare", "decode", "compile"]
+        # The second time its program is there.
+        assert len(prepared) == 2
+        assert laps.count("lower") == 1
 
     def test_sparse_without_an_alignment(self):
         pair = dataclasses.replace(tiny_pair(), alignment=None)

@@ -8,7 +8,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,7 +101,8 @@ def run_decode_benchmark(
             break
         if progress is not None:
             progress("measuring", index, len(todo), _title(point))
-        report["points"].append(bench.measure(point))
+        beside = [other.method for other in todo if other.case == point.case]
+        report["points"].append(bench.measure(point, beside))
         _write(out / DECODE_RESULTS, report)
     else:
         report["complete"] = True
@@ -192,14 +193,14 @@ class _Bench:
         self._copy = copy
         self._workload: Workload | None = None
 
-    def measure(self, point: DecodePoint) -> dict[str, Any]:
-        """One point; what fails says why in `failure`."""
+    def measure(self, point: DecodePoint, beside: Sequence[str]) -> dict[str, Any]:
+        """One point, of whose case the methods `beside` are wanted; what fails says why in `failure`."""
         began = time.monotonic()
         found: dict[str, Any] = {"case": dataclasses.asdict(point.case), "method": point.method, "failure": None}
         try:
             if point.case.real:
                 self._workload = None
-                found |= measure_real(point.case, point.method)
+                found |= measure_real(point.case, point.method, beside, self._settings.timing.repeats)
             else:
                 found |= self._measure_random(point)
         except Exception as failure:  # a method may fail in any way, and the others are still worth measuring

@@ -108,7 +108,8 @@ def _real_section(points: list[dict[str, Any]]) -> str:
     texts = "".join(f"\n{point['method']}:\n\n{_quoted(point['text'])}\n" for point in good)
     head = f"### {points[0]['case']['target']}, real weights\n"
     if good:
-        head += f"\nAfter the first {good[0]['prompt_tokens']:,} tokens of {good[0]['book']}.\n"
+        after = f"After the first {good[0]['prompt_tokens']:,} tokens of {good[0]['book']}"
+        head += f"\n{after}; median of {good[0]['repeats']} runs, all methods in turns.\n"
     return f"{head}\n{_rows(columns, rows)}{texts}"
 
 
