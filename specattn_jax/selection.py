@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int32
 from specattn_kernels import (
     Implementation,
+    SelectionCall,
     SelectionPlan,
     choose_implementation,
     compact_blocks,
@@ -313,22 +314,19 @@ class Selector:
         policy = self.policy
         if not self.drafts_sparsely or scores.maximum is None:
             return None
-        slots, size = scores.maximum.shape[-1], policy.block_size
+        slots = scores.maximum.shape[-1]
         new = 2 * (window + 1)
         share = jnp.maximum(policy.draft_reads, LEAST_DRAFT_ENTRIES / (past + new))
-        blocks, recent = -(-slots // size), policy.num_recent + new
-        wanted = max(math.ceil(policy.draft_reads * blocks), -(-LEAST_DRAFT_ENTRIES // size)) + 1
-        # Blocks that sinks and recent window touch come on top of the share.
-        forced = -(-policy.num_sink // size) + -(-recent // size) + 1
+        recent = policy.num_recent + new
         return select_blocks(
             scores.maximum,
             share[:, None],
             jnp.minimum(past + new, slots),
-            block_size=size,
+            block_size=policy.block_size,
             num_sink=policy.num_sink,
             num_recent=recent,
             measure="count",
-            capacity=min(blocks, wanted + forced),
+            capacity=_draft_room(policy, slots, recent),
             implementation=self.implementation,
         )
 
@@ -392,7 +390,7 @@ class Selector:
         """
         unit = self.target.num_kv_heads if self.policy.prediction == "mixture" else 1
         units = self._rows // unit
-        most = units if self._has_kernels() else _LAYERS_AT_ONCE
+        most = units if self._has_kernels(scores.shape) else _LAYERS_AT_ONCE
         size = unit * max(count for count in range(1, min(most, units) + 1) if units % count == 0)
 
         def select(first: Int32[Array, ""] | int) -> SelectionPlan:
@@ -418,9 +416,14 @@ class Selector:
         groups = jax.lax.map(select, jnp.arange(0, self._rows, size))
         return [jax.tree.map(lambda x, i=i: x[i], groups) for i in range(self._rows // size)]
 
-    def _has_kernels(self) -> bool:
-        """Whether selection is done by kernels, which hold no arrays besides scores and ids."""
-        chosen = self.implementation or choose_implementation("select_blocks", current_device()).name
+    def _has_kernels(self, shape: tuple[int, ...]) -> bool:
+        """Whether kernels select from all rows at once; they hold no arrays besides scores and ids.
+
+        Args:
+            shape: [B, any, S] of the scores, or of the sources that they are mixed from.
+        """
+        call = SelectionCall(shape[0] * self._rows * shape[-1], self.policy.threshold)
+        chosen = self.implementation or choose_implementation("select_blocks", current_device(), call).name
         return chosen != "xla"
 
     def _forced(self, union: Bool[Array, "B rows S"], past: Int32[Array, " B"]) -> Bool[Array, "B rows blocks"]:
@@ -442,6 +445,16 @@ class Selector:
         group, place = groups[row // size], row % size
         ids, counts = (jnp.repeat(x[:, place : place + 1], heads, axis=1) for x in (group.block_ids, group.counts))
         return SelectionPlan(ids, counts, group.block_size)
+
+
+def _draft_room(policy: SelectionPolicy, slots: int, recent: int) -> int:
+    """Most blocks that the draft reads of so many slots, of which so many belong to the recent window."""
+    size = policy.block_size
+    blocks = -(-slots // size)
+    share = max(math.ceil(policy.draft_reads * blocks), -(-LEAST_DRAFT_ENTRIES // size)) + 1
+    # Blocks that sinks and recent window touch come on top of the share.
+    forced = -(-policy.num_sink // size) + -(-recent // size) + 1
+    return min(blocks, share + forced)
 
 
 def head_fraction(

@@ -7,6 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from specattn_kernels import Device, select_blocks
 from tiny import random_alignment, tiny_config
 
 from specattn_jax import selection
@@ -185,6 +186,22 @@ def test_a_window_is_scored_by_the_largest_attention_of_each_draft_kv_head():
     scores = selector.score(looks, cache, jnp.asarray(PAST, jnp.int32), None)
     expected = np.exp(logits - lse[..., None]).mean(4).max(2)
     np.testing.assert_allclose(scores.maximum, np.moveaxis(expected, 0, 1).reshape(BATCH, 6, SLOTS), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("threshold", "rows"), [("exact", 8), ("linear", 2)])
+def test_only_kernels_select_for_all_layers_at_once(monkeypatch, threshold, rows):
+    seen = []
+
+    def record(scores, *arguments, **options):
+        seen.append(scores.shape[1])
+        return select_blocks(scores, *arguments, **options)
+
+    monkeypatch.setattr(selection, "_LAYERS_AT_ONCE", 1)
+    monkeypatch.setattr(selection, "select_blocks", record)
+    # Its kernels find exact nuclei alone.
+    monkeypatch.setattr(selection, "current_device", lambda: Device("gpu", (9, 0), (0, 11), 132))
+    selected(make_selector("default", 0.8, threshold=threshold), draft_attention(1))
+    assert set(seen) == {rows}
 
 
 @pytest.mark.parametrize("block_size", [1, 8])

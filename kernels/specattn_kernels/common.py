@@ -23,6 +23,11 @@ def interpreted() -> bool:
     return jax.default_backend() == "cpu"
 
 
+def power_of_two(number: int) -> int:
+    """The least power of two that is no smaller: the only lengths that a tile of Triton has."""
+    return 1 << (number - 1).bit_length()
+
+
 def group_queries(q: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B K T G H"]:
     """Puts the query heads that share a kv head side by side."""
     batch, tokens, heads, head_dim = q.shape

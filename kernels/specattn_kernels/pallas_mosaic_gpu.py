@@ -21,9 +21,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from specattn_kernels.common import LOG2_E, group_queries, interpreted
+from specattn_kernels.common import LOG2_E, group_queries, interpreted, power_of_two
 from specattn_kernels.compat import mosaic_gpu_interpreter
-from specattn_kernels.pallas_triton_merge import merge_splits, power_of_two
+from specattn_kernels.pallas_triton_merge import merge_splits
 from specattn_kernels.types import AttentionOutput, Scores, SelectionPlan
 
 BLOCK_SIZES = (16, 32, 64, 128)

@@ -19,9 +19,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
-from specattn_kernels.common import LOG2_E, interpreted, ungroup
+from specattn_kernels.common import LOG2_E, interpreted, power_of_two, ungroup
 from specattn_kernels.dispatch import current_device
-from specattn_kernels.pallas_triton_merge import merge_splits, parts_of, place_of, power_of_two
+from specattn_kernels.pallas_triton_merge import merge_splits, parts_of, place_of
 from specattn_kernels.types import AttentionOutput, Scores, SelectionPlan
 
 # What a multiprocessor's shared memory has room for at once: so all programs run together, and none waits for a place.

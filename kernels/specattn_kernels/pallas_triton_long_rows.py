@@ -21,8 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
-from specattn_kernels.common import FLOAT32_TINY, interpreted
-from specattn_kernels.pallas_triton_merge import power_of_two
+from specattn_kernels.common import FLOAT32_TINY, interpreted, power_of_two
 from specattn_kernels.pallas_triton_tiles import (
     INFINITE_BITS,
     LANES,

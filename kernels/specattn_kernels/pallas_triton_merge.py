@@ -99,11 +99,6 @@ def place_of(row: Any, group: int) -> tuple[Any, Any]:
     return row // group, row % group
 
 
-def power_of_two(number: int) -> int:
-    """The next power of two."""
-    return 1 << (number - 1).bit_length()
-
-
 def parts_of(head_dim: int) -> tuple[tuple[int, int], ...]:
     """Beginning and width, a power of two, of the pieces of a head dim: tiles have no other widths."""
     parts, begin = [], 0

@@ -16,10 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, DTypeLike, Float, Int32
 
-from specattn_kernels.common import LOG2_E, interpreted
+from specattn_kernels.common import LOG2_E, interpreted, power_of_two
 from specattn_kernels.dispatch import current_device
 from specattn_kernels.pallas_triton_attention import USUAL_CORES, dot, refusal
-from specattn_kernels.pallas_triton_merge import parts_of, power_of_two
+from specattn_kernels.pallas_triton_merge import parts_of
 
 # Keys of one step.
 STEP_BYTES = 1 << 15

@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, DTypeLike, Float
 
-from specattn_kernels.common import FLOAT32_MAX, FLOAT32_TINY, recent_blocks
+from specattn_kernels.common import FLOAT32_MAX, FLOAT32_TINY, power_of_two, recent_blocks
 
 # Width of the two-axis tiles in which programs hold their part of a row: sums go along the other axis first, so that
 # threads add up what they hold and rounding errors stay those of a short sum.
@@ -82,7 +82,7 @@ class Span(NamedTuple):
 
 def padded(slots: int) -> int:
     """The next power of two, at least a few lines of lanes: what a tile can hold."""
-    return max(8 * LANES, 1 << (slots - 1).bit_length())
+    return max(8 * LANES, power_of_two(slots))
 
 
 def in_lanes(scores: Float[Array, "rows S"]) -> Float[Array, "rows lines lanes"]:
