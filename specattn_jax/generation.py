@@ -18,7 +18,7 @@ from specattn_jax.gating import WINDOWS, Decide, Decision, Plan, Situation, make
 from specattn_jax.model import LanguageModel
 from specattn_jax.pair import ModelPair
 from specattn_jax.sampling import Sampling
-from specattn_jax.segments import Decoded, Decoding, Writer, new_tokens
+from specattn_jax.segments import Decoded, Decoding, Pace, Writer, new_tokens
 from specattn_jax.selection import Selector, load_policy
 from specattn_jax.shading import SelectionRecord, shade_window
 from specattn_jax.speculative import MODES, DecodeSettings, DecodeState, Mode, prepare_windows, watched_step
@@ -197,7 +197,7 @@ def generate(
     seed: int = 0,
     stop_at_eos: bool = True,
     prefill_chunk: int = 512,
-    windows_per_call: int = 4,
+    windows_per_call: int | None = None,
     keep_selection: bool = False,
     lossless: bool = False,
     on_text: Callable[[int, str], None] | None = None,
@@ -226,7 +226,8 @@ def generate(
         seed: of the random draws; sequence i of a batch draws the same whatever the other sequences are.
         stop_at_eos: whether the tokenizer's end tokens end a sequence.
         prefill_chunk: prompt tokens read at a time.
-        windows_per_call: windows per jitted call when streaming.
+        windows_per_call: windows per jitted call when streaming; without it so many that text appears some five
+            times a second.
         keep_selection: whether to keep which tokens each window read, for `Generation.plot_selection`; the host then
             sees every window, which costs time.
         lossless: whether `auto` leaves `specattn` out.
@@ -261,7 +262,7 @@ def generate(
     if isinstance(prompts, str):
         raise UserError(f"prompts is one text, {prompts[:40]!r}; expected a list of prompts: put it into brackets.")
     for name, value in {"prefill_chunk": prefill_chunk, "windows_per_call": windows_per_call}.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise UserError(f"{name} is {value}; expected at least 1.")
     selector = _choose_selector(pair, mode, policy, p, kv_reduction, keep_selection, lossless)
     base = DecodeSettings(
@@ -296,8 +297,8 @@ def generate(
         clock.lap("decode", state)
         decoded = Decoded(state, first.plan, [])
     else:
-        per_call = None if on_text is None else windows_per_call
-        decoding = Decoding(pair, selector, base, clock, writer, per_call, decide, on_decision)
+        pace = None if on_text is None else Pace(windows_per_call)
+        decoding = Decoding(pair, selector, base, clock, writer, pace, decide, on_decision)
         decoded, watched = decoding.run(state, first, prior), None
     state = decoded.state
     writer.finish(new_tokens(state))

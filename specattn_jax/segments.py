@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from specattn_jax.starting import Clock
 
 # Windows after which the true acceptance is looked at for the first time.
 TRIAL_WINDOWS = 8
+# How often text is shown. Every call costs the host some milliseconds, in which nothing is decoded.
+_SHOWN_EVERY_S = 0.2
 
 
 class Writer:
@@ -45,6 +48,21 @@ class Writer:
     def _tell(self, index: int, text: str) -> None:
         if text:
             self._on_text(index, text)
+
+
+class Pace:
+    """How many windows the next call takes while text is shown: as many as fit between two looks at it."""
+
+    def __init__(self, windows: int | None = None) -> None:
+        """With a fixed number of windows, or one that begins with one window and at most doubles from call to call."""
+        self._fixed = windows is not None
+        self.windows = windows or 1
+
+    def took(self, windows: int, seconds: float) -> None:
+        """Learns how long a call took; the first of a program may be slow, and the last may end early."""
+        if not self._fixed:
+            fitting = int(windows * _SHOWN_EVERY_S / max(seconds, 1e-9))
+            self.windows = max(1, min(fitting, 2 * self.windows))
 
 
 def new_tokens(state: DecodeState) -> list[list[int]]:
@@ -77,7 +95,7 @@ class Decoding:
         base: settings, of which mode and window are the plan's.
         clock: told what took how long.
         writer: told the text.
-        windows_per_call: windows after which text is shown; None is at the end.
+        pace: after how many windows text is shown; None is at the end.
         decide: asked again after the first windows, and when the context enters the next power of two, unless it said
             that its decision is final.
         on_decision: told every decision after the first.
@@ -88,7 +106,7 @@ class Decoding:
     base: DecodeSettings
     clock: Clock
     writer: Writer
-    windows_per_call: int | None
+    pace: Pace | None
     decide: Decide | None = None
     on_decision: Callable[[Decision], None] | None = None
 
@@ -182,16 +200,18 @@ class Decoding:
         seen, windows = begun, 0
         most = self._settings(plan).tokens_per_window
         while not seen.finished and (ends.windows is None or windows < ends.windows) and seen.context < ends.context:
-            steps = self.windows_per_call or seen.wanted
+            steps = seen.wanted if self.pace is None else self.pace.windows
             if ends.windows is not None:
                 steps = min(steps, ends.windows - windows)
             elif decision.may_change:
                 # A window gives each sequence so many tokens at most: the end of a bucket is not run over.
                 steps = min(steps, max(1, -(-(ends.context - seen.context) // most)))
+            called = time.perf_counter()
             state = self._decode(state, plan, steps)
             windows += steps
             seen = _Seen.of(state)
-            if self.windows_per_call is not None:
+            if self.pace is not None:
+                self.pace.took(steps, time.perf_counter() - called)
                 self.writer.show(new_tokens(state))
         self.clock.lap("decode", state)
         return state, seen

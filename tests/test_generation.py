@@ -10,11 +10,12 @@ import pytest
 
 from specattn_jax.errors import UserError
 from specattn_jax.generation import generate
+from specattn_jax.segments import Pace
 from specattn_jax.shading import SelectionRecord, shade_window
 
 
-@pytest.mark.parametrize("mode", ["autoregressive", "specattn"])
-def test_text_arrives_in_pieces_of_whole_characters(tiny_pair, mode):
+@pytest.mark.parametrize(("mode", "windows"), [("autoregressive", 1), ("specattn", 1), ("specattn", None)])
+def test_text_arrives_in_pieces_of_whole_characters(tiny_pair, mode, windows):
     pieces = {0: [], 1: []}
     run = generate(
         tiny_pair,
@@ -22,12 +23,32 @@ def test_text_arrives_in_pieces_of_whole_characters(tiny_pair, mode):
         mode=mode,
         max_new_tokens=24,
         temperature=1.0,
-        windows_per_call=1,
+        windows_per_call=windows,
         on_text=lambda index, text: pieces[index].append(text),
     )
     for index, result in enumerate(run.results):
         assert "".join(pieces[index]) == result.text
         assert len(pieces[index]) > 1
+
+
+class TestPace:
+    def test_grows_from_one_window_to_what_fits_a_fifth_of_a_second(self):
+        pace, taken = Pace(), []
+        for _ in range(6):
+            taken.append(pace.windows)
+            pace.took(pace.windows, 0.024 * pace.windows)
+        assert taken == [1, 2, 4, 8, 8, 8]
+
+    @pytest.mark.parametrize(("windows", "seconds", "then"), [(8, 4.0, 1), (8, 0.8, 2), (1, 0.0, 2)])
+    def test_slow_calls_shorten_it_at_once(self, windows, seconds, then):
+        pace = Pace()
+        pace.took(windows, seconds)
+        assert pace.windows == then
+
+    def test_a_fixed_number_stays(self):
+        pace = Pace(4)
+        pace.took(4, 10.0)
+        assert pace.windows == 4
 
 
 PROMPTS = ("It is a truth universally acknowledged", "naïve 日本語 🙂")
