@@ -79,8 +79,13 @@ def time_calls(
         began = time.perf_counter()
         jax.block_until_ready(loop(inputs))
         measured.append((time.perf_counter() - began) / calls)
+    return Timing(*median_and_spread(measured), calls, sets)
+
+
+def median_and_spread(measured: Sequence[float]) -> tuple[float, float]:
+    """The median of measurements, and the largest minus the smallest over it."""
     median = statistics.median(measured)
-    return Timing(median, (max(measured) - min(measured)) / median, calls, sets)
+    return median, (max(measured) - min(measured)) / median
 
 
 def _loop(call: Callable[..., Any], rounds: int, cycles: int, inputs: Sequence[tuple[jax.Array, ...]]) -> Any:
@@ -89,12 +94,11 @@ def _loop(call: Callable[..., Any], rounds: int, cycles: int, inputs: Sequence[t
     The barrier makes the compiler believe that inputs depend on the results before, at no cost on the device. All
     results are carried along, or XLA would compute no more of them than is looked at.
     """
-    inputs = [*inputs] * cycles
-    shapes = [jax.eval_shape(call, *arrays) for arrays in inputs]
+    shapes = [jax.eval_shape(call, *arrays) for arrays in inputs] * cycles
 
     def body(_: jax.Array, results: list[Any]) -> list[Any]:
         previous, results = results[-1], []
-        for arrays in inputs:
+        for arrays in [*inputs] * cycles:
             waiting, _ = lax.optimization_barrier((arrays, previous))
             previous = call(*waiting)
             results.append(previous)

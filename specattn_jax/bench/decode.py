@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from specattn_jax.files import atomic_file, first_line, read_json, write_json
 from specattn_jax.provenance import commit, versions
 from specattn_jax.selection import Selector
 from specattn_jax.speculative import DecodeSettings, DecodeState, decode
-from specattn_jax.timing import TimingSettings, copy_bandwidth
+from specattn_jax.timing import TimingSettings, copy_bandwidth, median_and_spread
 from specattn_jax.window_time import measure_profile
 
 DECODE_RESULTS, HF_RESULTS = "decode.json", "hf.json"
@@ -341,11 +340,11 @@ def _time_loop(
     loop.run(selector, windows)
     runs = [loop.run(selector, windows) for _ in range(timing.repeats)]
     seconds = [run.seconds for run in runs]
-    median = statistics.median(seconds)
+    median, spread = median_and_spread(seconds)
     return {
         "tokens_per_second": runs[0].tokens / median,
         "window_seconds": median / windows,
-        "spread": (max(seconds) - min(seconds)) / median,
+        "spread": spread,
         "windows": windows,
         "repeats": timing.repeats,
         "density": runs[-1].density,

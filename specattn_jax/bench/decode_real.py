@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import statistics
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 from specattn_jax.bench.decode_cases import REAL_METHODS, TINY, DecodeCase
 from specattn_jax.gating import Plan
 from specattn_jax.generation import Generations, generate
 from specattn_jax.pair import ModelPair, load_pair
 from specattn_jax.texts import read_text, shipped_books
+from specattn_jax.timing import median_and_spread
 
 
 @functools.lru_cache(maxsize=1)
@@ -23,38 +25,30 @@ def _pair(name: str) -> ModelPair:
     return load_pair(name)
 
 
-class _Runs(NamedTuple):
-    """What one method gave.
-
-    Attributes:
-        first: the run in which its programs were compiled.
-        others: the runs that count.
-    """
-
-    first: Generations
-    others: list[Generations]
+def _book() -> Path:
+    """What is continued."""
+    return shipped_books("valid")[0]
 
 
 @functools.lru_cache(maxsize=1)
-def _side_by_side(case: DecodeCase, methods: tuple[str, ...], repeats: int) -> dict[str, _Runs]:
-    """Runs all methods in turns, once for compiling and so often for timing.
+def _side_by_side(case: DecodeCase, methods: tuple[str, ...], repeats: int) -> dict[str, list[Generations]]:
+    """Runs all methods in turns: once for compiling, then so often for timing.
 
     Each alone, one after the other, they would not be equals: windows of one program were measured 15 % slower once
     another, larger one had been loaded.
     """
     pair = _pair(case.target)
-    book = shipped_books("valid")[0]
     # A part of the text suffices: no token of any tokenizer is longer than some letters on average.
-    prompt = list(pair.encode(read_text(book)[: 16 * case.context]))[: case.context]
+    prompt = list(pair.encode(read_text(_book())[: 16 * case.context]))[: case.context]
 
     def run(method: str) -> Generations:
         arguments: dict[str, Any] = {"max_new_tokens": case.room, "window": case.window, **REAL_METHODS[method]}
         return generate(pair, [prompt], stop_at_eos=False, **arguments)
 
-    found = {method: _Runs(run(method), []) for method in methods}
-    for _ in range(repeats):
+    found: dict[str, list[Generations]] = {method: [] for method in methods}
+    for _ in range(1 + repeats):
         for method, runs in found.items():
-            runs.others.append(run(method))
+            runs.append(run(method))
     return found
 
 
@@ -70,15 +64,16 @@ def measure_real(case: DecodeCase, method: str, methods: Sequence[str], repeats:
     Raises:
         UserError: the weights cannot be fetched.
     """
-    first, runs = _side_by_side(case, tuple(methods), repeats)[method]
+    first, *runs = _side_by_side(case, tuple(methods), repeats)[method]
     seconds = [run.timing.decode_s for run in runs]
-    run, median = runs[-1], statistics.median(seconds)
+    median, spread = median_and_spread(seconds)
+    # The text is the same in all of them.
+    run = dataclasses.replace(runs[-1], timing=dataclasses.replace(runs[-1].timing, decode_s=median))
     result = run.results[0]
     return {
-        # The first token is the prefill's.
-        "tokens_per_second": (len(result.tokens) - 1) / median,
+        "tokens_per_second": run.tokens_per_s,
         "window_seconds": median / max(result.windows, 1),
-        "spread": (max(seconds) - min(seconds)) / median,
+        "spread": spread,
         "decode_seconds": seconds,
         "repeats": repeats,
         "windows": result.windows,
@@ -88,7 +83,7 @@ def measure_real(case: DecodeCase, method: str, methods: Sequence[str], repeats:
         "first_decode_seconds": first.timing.decode_s,
         "prefill_seconds": run.timing.prefill_s,
         "prompt_tokens": result.prompt_tokens,
-        "book": shipped_books("valid")[0].name,
+        "book": _book().name,
         "text": result.text,
         "plan": str(Plan(result.mode, result.window or 0)),
         "decisions": [decision.reason for decision in run.decisions],
