@@ -27,18 +27,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from specattn_jax.alignment import Alignment, load_alignment
-from specattn_jax.calibration import CalibrationSettings
+from specattn_jax.calibration.calibrate import CalibrationSettings
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.ablations import Ablation, Ingredients, head_weights, map_weights
 from specattn_jax.evaluation.baselines import Quest, Streaming
 from specattn_jax.evaluation.documents import cut_documents
 from specattn_jax.evaluation.forced import Reading, read_documents, read_together
 from specattn_jax.files import atomic_file, exists, read_json, write_json
-from specattn_jax.pair import ModelPair, load_pair
-from specattn_jax.provenance import commit, hardware, versions
-from specattn_jax.selection import Selection, Selector, load_policy
-from specattn_jax.texts import read_text, shipped_books
+from specattn_jax.loading.pair import ModelPair, load_pair
+from specattn_jax.loading.texts import read_text, shipped_books
+from specattn_jax.reporting.provenance import commit, hardware, versions
+from specattn_jax.selection.alignment import Alignment, load_alignment
+from specattn_jax.selection.policies import Selection, Selector, load_policy
 
 # Savings are equal if they differ by less.
 TOLERANCE = 0.005

@@ -24,7 +24,7 @@ import numpy as np
 import specattn_kernels as kernels
 
 from specattn_jax.files import atomic_file, write_json
-from specattn_jax.provenance import commit, hardware, versions
+from specattn_jax.reporting.provenance import commit, hardware, versions
 
 # XLA's search for the best library calls makes many; the sanitizer would watch them all.
 ENVIRONMENT = {"XLA_FLAGS": "--xla_gpu_autotune_level=0", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}

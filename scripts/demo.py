@@ -15,12 +15,12 @@ from rich.text import Text
 
 from specattn_jax.cli.process import importing, prepare_process
 from specattn_jax.cli.terminal import mendable_errors, stage_bar
-from specattn_jax.texts import find_text, read_text
+from specattn_jax.loading.texts import find_text, read_text
 
 if TYPE_CHECKING:
-    from specattn_jax.generation import Generations
+    from specattn_jax.decoding.speculative import Mode
     from specattn_jax.loading.tokenizer import Tokenizer
-    from specattn_jax.speculative import Mode
+    from specattn_jax.runtime.generate import Generations
 
 BOOK, FIRST_WORDS = "pride_and_prejudice", "It is a truth universally acknowledged"
 NAMES: dict[Mode, str] = {"speculative": "dense", "specattn": "SpecAttn"}
@@ -40,8 +40,8 @@ def passage(tokenizer: Tokenizer, at_least: int) -> str:
 def run_both(options: argparse.Namespace) -> tuple[str, dict[Mode, Generations]]:
     """The passage, and what each way of verifying made of it."""
     with importing():
-        from specattn_jax.generation import generate
-        from specattn_jax.pair import load_pair
+        from specattn_jax.loading.pair import load_pair
+        from specattn_jax.runtime.generate import generate
 
     runs: dict[Mode, Generations] = {}
     with stage_bar() as bar:

@@ -14,7 +14,7 @@ from pathlib import Path
 from specattn_jax.bench.decode import read_decode_report
 from specattn_jax.bench.decode_fit import FITTED, fit_profile, fit_terms
 from specattn_jax.errors import UserError
-from specattn_jax.window_time import load_profile
+from specattn_jax.planning.device import load_profile
 
 
 def main() -> None:

@@ -6,23 +6,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specattn_jax.calibration import calibrate
-    from specattn_jax.comparison import compare
+    from specattn_jax.calibration.calibrate import calibrate
     from specattn_jax.errors import UserError
-    from specattn_jax.evaluation.sweep import sweep
-    from specattn_jax.generation import generate
-    from specattn_jax.pair import ModelPair, load_pair
+    from specattn_jax.loading.pair import ModelPair, load_pair
+    from specattn_jax.notebook.compare import compare
+    from specattn_jax.notebook.sweep import sweep
+    from specattn_jax.runtime.generate import generate
 
 __all__ = ["ModelPair", "UserError", "calibrate", "compare", "generate", "load_pair", "sweep"]
 
 _HOMES = {
-    "ModelPair": "pair",
+    "ModelPair": "loading.pair",
     "UserError": "errors",
-    "calibrate": "calibration",
-    "compare": "comparison",
-    "generate": "generation",
-    "load_pair": "pair",
-    "sweep": "evaluation.sweep",
+    "calibrate": "calibration.calibrate",
+    "compare": "notebook.compare",
+    "generate": "runtime.generate",
+    "load_pair": "loading.pair",
+    "sweep": "notebook.sweep",
 }
 
 

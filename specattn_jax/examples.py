@@ -17,12 +17,12 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from specattn_jax.alignment import Alignment
-from specattn_jax.config import ModelConfig
 from specattn_jax.loading.hf import save_hf
+from specattn_jax.loading.pair import ModelPair
 from specattn_jax.loading.tokenizer import Tokenizer, make_tokenizer
-from specattn_jax.model import LanguageModel, abstract_model
-from specattn_jax.pair import ModelPair
+from specattn_jax.models.config import ModelConfig
+from specattn_jax.models.transformer import LanguageModel, abstract_model
+from specattn_jax.selection.alignment import Alignment
 
 _CONFIG = ModelConfig(
     family="llama",

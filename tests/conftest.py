@@ -15,11 +15,11 @@ import jax
 import pytest
 from tiny import random_alignment, tiny_config
 
-from specattn_jax.alignment import save_alignment
 from specattn_jax.examples import byte_tokenizer
 from specattn_jax.loading import get_preset, is_cached, save_hf
-from specattn_jax.model import init_model
-from specattn_jax.pair import ModelPair, load_pair
+from specattn_jax.loading.pair import ModelPair, load_pair
+from specattn_jax.models.transformer import init_model
+from specattn_jax.selection.alignment import save_alignment
 
 
 @pytest.fixture(autouse=True, scope="module")

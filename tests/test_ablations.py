@@ -13,6 +13,7 @@ from test_evaluation import LAYERS, masks, nucleus, read_text
 from test_speculative import selector_for
 from tiny import tiny_config, tiny_model
 
+from specattn_jax.decoding.speculative import WindowRead
 from specattn_jax.evaluation.ablations import (
     TAIL,
     Ablation,
@@ -22,7 +23,6 @@ from specattn_jax.evaluation.ablations import (
     head_weights,
     map_weights,
 )
-from specattn_jax.speculative import WindowRead
 
 TARGET, DRAFT = tiny_config(num_layers=LAYERS), tiny_config()
 ROWS, SLOTS, PAST = LAYERS * 2, 48, np.array([37, 23])

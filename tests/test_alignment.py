@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 from tiny import random_alignment, tiny_config, tiny_model
 
-from specattn_jax.alignment import (
+from specattn_jax.calibration.calibrate import (
+    CalibrationSettings,
+    attention_at,
+    calibrate,
+    capture,
+    output_gradients,
+    price_layer,
+)
+from specattn_jax.errors import UserError
+from specattn_jax.models.transformer import read_sequence
+from specattn_jax.selection.alignment import (
     NucleusMass,
     attention_kl,
     fit_mixture,
@@ -21,18 +31,8 @@ from specattn_jax.alignment import (
     reduce_heads,
     save_alignment,
 )
-from specattn_jax.budgets import fit_budgets
-from specattn_jax.calibration import (
-    CalibrationSettings,
-    attention_at,
-    calibrate,
-    capture,
-    output_gradients,
-    price_layer,
-)
-from specattn_jax.errors import UserError
-from specattn_jax.model import read_sequence
-from specattn_jax.selection import load_policy
+from specattn_jax.selection.budgets import fit_budgets
+from specattn_jax.selection.policies import load_policy
 
 
 def random_rows(rng: np.random.Generator, *shape: int) -> np.ndarray:

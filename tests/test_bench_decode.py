@@ -34,10 +34,10 @@ from specattn_jax.bench.decode_hlo import loop_facts
 from specattn_jax.bench.decode_report import decode_table
 from specattn_jax.bench.decode_roofline import roofline, scenario_of
 from specattn_jax.bench.decode_workload import Workload, make_bench_selector, make_settings
+from specattn_jax.decoding.speculative import DecodeSettings, decode
 from specattn_jax.errors import UserError
-from specattn_jax.selection import load_policy
-from specattn_jax.speculative import DecodeSettings, decode
-from specattn_jax.window_time import load_profile, window_seconds
+from specattn_jax.planning.device import load_profile, window_seconds
+from specattn_jax.selection.policies import load_policy
 
 
 @pytest.fixture(scope="module")

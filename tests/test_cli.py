@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from command import mistake, run
 
-from specattn_jax import plots
 from specattn_jax.loading import get_preset, is_cached
-from specattn_jax.texts import shipped_books
+from specattn_jax.loading.texts import shipped_books
+from specattn_jax.reporting import plots
 
 JSON_KEYS = {
     "text", "new_tokens", "prompt_tokens", "mode", "windows", "accepted_per_window", "kv_reduction", "prefill_s",
@@ -255,14 +255,14 @@ class TestMistakes:
         def fail(*_, **__):
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte")
 
-        monkeypatch.setattr("specattn_jax.pair.load_pair", fail)
+        monkeypatch.setattr("specattn_jax.loading.pair.load_pair", fail)
         assert "ran out of memory" in mistake("generate", "--prompt", "a")
 
     def test_a_bug_keeps_its_traceback(self, monkeypatch):
         def fail(*_, **__):
             raise RuntimeError("a bug")
 
-        monkeypatch.setattr("specattn_jax.pair.load_pair", fail)
+        monkeypatch.setattr("specattn_jax.loading.pair.load_pair", fail)
         with pytest.raises(RuntimeError, match="a bug"):
             run("generate", "--prompt", "a")
 
@@ -309,16 +309,16 @@ def interrupt(*_, **__):
 
 class TestInterrupt:
     def test_generate(self, generate, monkeypatch):
-        monkeypatch.setattr("specattn_jax.segments.decode", interrupt)
+        monkeypatch.setattr("specattn_jax.runtime.segments.decode", interrupt)
         result = run(*generate("--prompt", PROMPT, "--mode", "speculative"))
         assert (result.exit_code, result.stdout, result.stderr) == (130, "", "Interrupted.\n")
 
-    @pytest.mark.parametrize("where", ["calibration.target_rows", "calibration.save_alignment"])
+    @pytest.mark.parametrize("where", ["calibration.calibrate.target_rows", "calibration.calibrate.save_alignment"])
     def test_calibrate_leaves_nothing(self, tiny_folders, tiny_pair, tmp_path, monkeypatch, where):
-        if where != "calibration.target_rows":
+        if where != "calibration.calibrate.target_rows":
             fitted = dataclasses.replace(tiny_pair.alignment, provenance='{"mixture_kl": 0, "layer_map_kl": 0}')
             found = fitted, np.zeros((2, 3))
-            monkeypatch.setattr("specattn_jax.pair.calibrate", lambda *_, **__: found)
+            monkeypatch.setattr("specattn_jax.loading.pair.calibrate", lambda *_, **__: found)
         monkeypatch.setattr(f"specattn_jax.{where}", interrupt)
         arguments = ["--target", tiny_folders.target, "--draft", tiny_folders.draft, "--text", "milton"]
         result = run("calibrate", *arguments, "--context", 64, "--passages", 2, "--out", tmp_path / "out")
@@ -337,7 +337,7 @@ class TestInterrupt:
     @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
     def test_a_real_signal_ends_the_program(self, tiny_folders, tmp_path):
         code = (
-            "import os, signal, specattn_jax.cli as cli, specattn_jax.calibration as calibration\n"
+            "import os, signal, specattn_jax.cli as cli, specattn_jax.calibration.calibrate as calibration\n"
             # A shell that runs the tests in the background has it ignored.
             "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             "calibration.target_rows = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"

@@ -8,14 +8,14 @@ import re
 import numpy as np
 import pytest
 
-from specattn_jax.comparison import MODES, Comparison, compare
-from specattn_jax.display import PngPicture, Table, columns
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.documents import cut_documents
 from specattn_jax.evaluation.forced import read_documents
-from specattn_jax.evaluation.sweep import sweep
 from specattn_jax.examples import tiny_pair
-from specattn_jax.generation import generate, make_selector
+from specattn_jax.notebook.compare import MODES, Comparison, compare
+from specattn_jax.notebook.sweep import sweep
+from specattn_jax.reporting.display import PngPicture, Table, columns
+from specattn_jax.runtime.generate import generate, make_selector
 
 PROMPT = "Once upon a time there was a cache. "
 TEXT = PROMPT * 8

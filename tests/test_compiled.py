@@ -21,12 +21,12 @@ from specattn_kernels import (
 )
 from tiny import random_alignment
 
-from specattn_jax.alignment import NucleusMass
-from specattn_jax.cache import init_cache
-from specattn_jax.config import ModelConfig
-from specattn_jax.model import abstract_model
-from specattn_jax.selection import Selector, load_policy
-from specattn_jax.speculative import DecodeSettings, decode, start_decoding
+from specattn_jax.decoding.speculative import DecodeSettings, decode, start_decoding
+from specattn_jax.models.cache import init_cache
+from specattn_jax.models.config import ModelConfig
+from specattn_jax.models.transformer import abstract_model
+from specattn_jax.selection.alignment import NucleusMass
+from specattn_jax.selection.policies import Selector, load_policy
 
 pytestmark = pytest.mark.optimised
 

@@ -8,11 +8,19 @@ import jax
 import pytest
 from command import mistake, run
 
-from specattn_jax.cost import Scenario, load_shape, shape_names, speedup, tokens_per_window, weights_read, window_bytes
 from specattn_jax.errors import UserError
 from specattn_jax.loading import draft_reference, resolve
-from specattn_jax.model import abstract_model
-from specattn_jax.selection import load_policy
+from specattn_jax.models.transformer import abstract_model
+from specattn_jax.planning.cost import (
+    Scenario,
+    load_shape,
+    shape_names,
+    speedup,
+    tokens_per_window,
+    weights_read,
+    window_bytes,
+)
+from specattn_jax.selection.policies import load_policy
 
 LLAMA = Scenario(load_shape("llama-3.1-8b"), load_shape("llama-3.2-1b"), batch=8)
 DRAFT_READS = load_policy("default").draft_reads

@@ -12,13 +12,13 @@ import pytest
 from test_speculative import selector_for
 from tiny import tiny_config, tiny_model
 
-from specattn_jax.alignment import NucleusMass
+from specattn_jax.decoding.speculative import DecodeSettings, WindowRead, read_window
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.baselines import Oracle, Quest, Streaming, Vegas
 from specattn_jax.evaluation.forced import _reader, read_documents, read_together, start_reading
 from specattn_jax.evaluation.learning import Learner
-from specattn_jax.model import read_sequence
-from specattn_jax.speculative import DecodeSettings, WindowRead, read_window
+from specattn_jax.models.transformer import read_sequence
+from specattn_jax.selection.alignment import NucleusMass
 
 LAYERS, WINDOW, LENGTH, PROMPT = 4, 3, 30, 6
 CONFIG = tiny_config(num_layers=LAYERS)

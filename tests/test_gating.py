@@ -8,11 +8,13 @@ import itertools
 import jax
 import pytest
 
-from specattn_jax import generation, segments
-from specattn_jax.cost import Scenario, load_shape, window_bytes
+from specattn_jax.decoding.speculative import MODES, decode, prepare_windows
 from specattn_jax.errors import UserError
 from specattn_jax.examples import tiny_pair
-from specattn_jax.gating import (
+from specattn_jax.loading import get_preset
+from specattn_jax.planning.cost import Scenario, load_shape, window_bytes
+from specattn_jax.planning.device import DeviceProfile, load_profile, seconds_per_token, window_seconds
+from specattn_jax.planning.gate import (
     HYSTERESIS,
     TIE,
     Acceptance,
@@ -24,13 +26,12 @@ from specattn_jax.gating import (
     make_gate,
     prior_acceptance,
 )
-from specattn_jax.generation import generate, make_selector
-from specattn_jax.loading import get_preset
-from specattn_jax.segments import TRIAL_WINDOWS
-from specattn_jax.selection import load_policy
-from specattn_jax.speculative import MODES, decode, prepare_windows
-from specattn_jax.starting import Clock
-from specattn_jax.window_time import DeviceProfile, load_profile, seconds_per_token, window_seconds
+from specattn_jax.runtime import generate as generation
+from specattn_jax.runtime import segments
+from specattn_jax.runtime.generate import generate, make_selector
+from specattn_jax.runtime.segments import TRIAL_WINDOWS
+from specattn_jax.runtime.starting import Clock
+from specattn_jax.selection.policies import load_policy
 
 LLAMA = Scenario(load_shape("llama-3.1-8b"), load_shape("llama-3.2-1b"), kv_reduction=0.88, draft_reads=0.3)
 SMOLLM2 = Scenario(load_shape("smollm2-135m"), load_shape("smollm2-draft"), itemsize=4)
@@ -150,7 +151,7 @@ class TestPolicy:
             seen.append(selector and selector.policy.draft_reads)
             return lambda _: Decision("autoregressive", 0)
 
-        monkeypatch.setattr("specattn_jax.generation.make_gate", gate)
+        monkeypatch.setattr("specattn_jax.runtime.generate.make_gate", gate)
         generate(tiny_pair(), ["a"], max_new_tokens=2, **options)
         assert seen == [reads]
 

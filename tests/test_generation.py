@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from specattn_jax.errors import UserError
-from specattn_jax.generation import generate
-from specattn_jax.segments import Pace
-from specattn_jax.shading import SelectionRecord, shade_window
+from specattn_jax.reporting.shading import SelectionRecord, shade_window
+from specattn_jax.runtime.generate import generate
+from specattn_jax.runtime.segments import Pace
 
 
 @pytest.mark.parametrize(("mode", "windows"), [("autoregressive", 1), ("specattn", 1), ("specattn", None)])

@@ -14,13 +14,13 @@ import pytest
 from loading.tiny_models import CONFIGS, LENGTH, reference_logits, save, tiny, tokens, torch
 from transformers import AutoModelForCausalLM
 
-from specattn_jax.cache import init_cache
 from specattn_jax.loading import get_preset, is_cached, load_model
 from specattn_jax.loading.fetch import cached_path
 from specattn_jax.loading.gguf import reader_class
 from specattn_jax.loading.hf import open_hf
 from specattn_jax.loading.tensors import build_model
-from specattn_jax.model import LanguageModel, forward, prefill
+from specattn_jax.models.cache import init_cache
+from specattn_jax.models.transformer import LanguageModel, forward, prefill
 
 TOLERANCE = 1e-3
 PIECES = {"one chunk": LENGTH, "chunks": 128, "four at a time": 4, "one at a time": 1}

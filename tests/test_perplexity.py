@@ -19,7 +19,7 @@ from specattn_jax.evaluation.perplexity import Evaluation, EvaluationSettings, o
 from specattn_jax.evaluation.pictures import selection_picture, slots_read
 from specattn_jax.evaluation.search import READINGS, TOLERANCE, find_left_out
 from specattn_jax.evaluation.tables import Measured, make_row, standard_error
-from specattn_jax.generation import make_selector
+from specattn_jax.runtime.generate import make_selector
 
 CONTEXT = 96
 CONTRACT = [

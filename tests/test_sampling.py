@@ -14,10 +14,10 @@ from scipy import stats
 from test_speculative import selector_for
 from tiny import causal_attention, outputs, run, tiny_model
 
+from specattn_jax.decoding.sampling import Sampling, match_vocabulary, token_distribution, verify
+from specattn_jax.decoding.speculative import DecodeSettings
 from specattn_jax.errors import UserError
-from specattn_jax.model import read_sequence
-from specattn_jax.sampling import Sampling, match_vocabulary, token_distribution, verify
-from specattn_jax.speculative import DecodeSettings
+from specattn_jax.models.transformer import read_sequence
 
 DRAWS = 24_000
 PROMPT = [1, 3, 2]

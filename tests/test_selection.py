@@ -10,12 +10,12 @@ import pytest
 from specattn_kernels import Device, select_blocks
 from tiny import random_alignment, tiny_config
 
-from specattn_jax import selection
-from specattn_jax.alignment import NucleusMass
-from specattn_jax.cache import KVCache
 from specattn_jax.errors import UserError
-from specattn_jax.model import Look
-from specattn_jax.selection import DraftScores, Selector, load_policy, read_fraction
+from specattn_jax.models.cache import KVCache
+from specattn_jax.models.transformer import Look
+from specattn_jax.selection import policies as selection
+from specattn_jax.selection.alignment import NucleusMass
+from specattn_jax.selection.policies import DraftScores, Selector, load_policy, read_fraction
 
 SLOTS, STEPS, BATCH = 50, 4, 2
 PAST = np.array([41, 9])

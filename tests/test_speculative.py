@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from tiny import causal_attention, outputs, random_alignment, run, start, tiny_model
 
-from specattn_jax.alignment import NucleusMass
+from specattn_jax.decoding.sampling import Sampling
+from specattn_jax.decoding.speculative import DecodeSettings, decode
 from specattn_jax.errors import UserError
-from specattn_jax.model import read_sequence
-from specattn_jax.sampling import Sampling
-from specattn_jax.selection import Selector, load_policy
-from specattn_jax.speculative import DecodeSettings, decode
+from specattn_jax.models.transformer import read_sequence
+from specattn_jax.selection.alignment import NucleusMass
+from specattn_jax.selection.policies import Selector, load_policy
 
 RAGGED = [[1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 1, 4], [5], [2, 2, 7, 1, 1, 3, 6], [3, 1]]
 LIMIT = 40

@@ -16,10 +16,10 @@ import tpu_window
 from jax.experimental.pallas import tpu as pltpu
 from tiny import outputs, random_alignment, run, tiny_model
 
-from specattn_jax.alignment import NucleusMass
-from specattn_jax.sampling import Sampling
-from specattn_jax.selection import Selector, load_policy
-from specattn_jax.speculative import DecodeSettings
+from specattn_jax.decoding.sampling import Sampling
+from specattn_jax.decoding.speculative import DecodeSettings
+from specattn_jax.selection.alignment import NucleusMass
+from specattn_jax.selection.policies import Selector, load_policy
 
 TOPOLOGIES = ["v5e:2x2", "v6e:2x2"]
 

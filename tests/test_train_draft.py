@@ -8,8 +8,8 @@ import shutil
 import pytest
 from command import mistake, run
 
-from specattn_jax import plots
 from specattn_jax.cli.terminal import console
+from specattn_jax.reporting import plots
 
 SMALL = [
     *("--num-layers", 1, "--steps", 8, "--rows", 2, "--length", 128, "--continuations", 12, "--prompt", 32),

@@ -13,11 +13,11 @@ import pytest
 from test_speculative import selector_for
 from tiny import causal_attention, outputs, run, tiny_model
 
-from specattn_jax.alignment import attention_kl, fit_mixture
+from specattn_jax.decoding.speculative import DecodeSettings
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.forced import read_documents
-from specattn_jax.model import read_sequence
-from specattn_jax.speculative import DecodeSettings
+from specattn_jax.models.transformer import read_sequence
+from specattn_jax.selection.alignment import attention_kl, fit_mixture
 from specattn_jax.training import trainer
 from specattn_jax.training.data import make_data
 from specattn_jax.training.objective import attention_loss, read, token_loss

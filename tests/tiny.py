@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specattn_jax.alignment import Alignment
-from specattn_jax.cache import init_cache
-from specattn_jax.config import ModelConfig
-from specattn_jax.model import LanguageModel, init_model, prefill
-from specattn_jax.selection import Selector
-from specattn_jax.speculative import DecodeSettings, DecodeState, decode, start_decoding
+from specattn_jax.decoding.speculative import DecodeSettings, DecodeState, decode, start_decoding
+from specattn_jax.models.cache import init_cache
+from specattn_jax.models.config import ModelConfig
+from specattn_jax.models.transformer import LanguageModel, init_model, prefill
+from specattn_jax.selection.alignment import Alignment
+from specattn_jax.selection.policies import Selector
 
 
 def tiny_config(**changes) -> ModelConfig:

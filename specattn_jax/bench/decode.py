@@ -23,13 +23,13 @@ from specattn_jax.bench.decode_real import measure_real
 from specattn_jax.bench.decode_report import decode_table, draw_decode
 from specattn_jax.bench.decode_roofline import compare, roofline
 from specattn_jax.bench.decode_workload import Workload, make_bench_selector, make_settings
+from specattn_jax.decoding.speculative import DecodeSettings, DecodeState, decode
 from specattn_jax.errors import UserError
 from specattn_jax.files import atomic_file, first_line, read_json, write_json
-from specattn_jax.provenance import commit, versions
-from specattn_jax.selection import Selector
-from specattn_jax.speculative import DecodeSettings, DecodeState, decode
+from specattn_jax.planning.device import measure_profile
+from specattn_jax.reporting.provenance import commit, versions
+from specattn_jax.selection.policies import Selector
 from specattn_jax.timing import TimingSettings, copy_bandwidth, median_and_spread
-from specattn_jax.window_time import measure_profile
 
 DECODE_RESULTS, HF_RESULTS = "decode.json", "hf.json"
 _COPY_BYTES = {"cpu": 1 << 22}

@@ -6,8 +6,8 @@ from typing import Any
 
 from specattn_jax.bench.decode_cases import AUTO, CHOICES, SPECATTN, DecodeCase, by_case, case_of, methods
 from specattn_jax.bench.decode_roofline import scenario_of
-from specattn_jax.gating import Acceptance, Situation, choose_plan
-from specattn_jax.window_time import DeviceProfile, device_kind, load_profile, window_seconds
+from specattn_jax.planning.device import DeviceProfile, device_kind, load_profile, window_seconds
+from specattn_jax.planning.gate import Acceptance, Situation, choose_plan
 
 # More tokens than any compilation costs; at the start it does not matter anyway.
 _REMAINING = 10**6

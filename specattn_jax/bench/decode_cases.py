@@ -8,10 +8,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from specattn_jax.config import ModelConfig
-from specattn_jax.cost import load_shape
-from specattn_jax.selection import SelectionPolicy, load_policy
-from specattn_jax.speculative import MODES, Mode
+from specattn_jax.decoding.speculative import MODES, Mode
+from specattn_jax.models.config import ModelConfig
+from specattn_jax.planning.cost import load_shape
+from specattn_jax.selection.policies import SelectionPolicy, load_policy
 
 DecodeGrid: TypeAlias = Literal["tiny", "small", "full"]
 # What is in no file of shapes: two that are made on the spot for tests, by their number of layers.

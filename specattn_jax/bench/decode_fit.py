@@ -12,10 +12,10 @@ from scipy.optimize import least_squares
 
 from specattn_jax.bench.decode_cases import CHOICES, case_of, methods
 from specattn_jax.bench.decode_roofline import scenario_of
-from specattn_jax.cost import Scenario
+from specattn_jax.decoding.speculative import Mode
 from specattn_jax.errors import UserError
-from specattn_jax.speculative import Mode
-from specattn_jax.window_time import DeviceProfile, window_seconds
+from specattn_jax.planning.cost import Scenario
+from specattn_jax.planning.device import DeviceProfile, window_seconds
 
 FITTED = (
     "weights_share", "attention_share", "sparse_share", "selection_share", "draft_layer_s", "target_layer_s",

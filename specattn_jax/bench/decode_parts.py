@@ -16,16 +16,16 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 from specattn_kernels import SelectionPlan
 
 from specattn_jax.bench.decode_workload import Workload
-from specattn_jax.cache import KVCache
-from specattn_jax.drafting import Drafted, draft_window
-from specattn_jax.model import LanguageModel, LayerChoice, forward
-from specattn_jax.selection import DraftScores, Selector, read_fraction
-from specattn_jax.speculative import (
+from specattn_jax.decoding.drafting import Drafted, draft_window
+from specattn_jax.decoding.speculative import (
     DecodeSettings,
     DecodeState,
     WindowRead,
     judge_window,
 )
+from specattn_jax.models.cache import KVCache
+from specattn_jax.models.transformer import LanguageModel, LayerChoice, forward
+from specattn_jax.selection.policies import DraftScores, Selector, read_fraction
 from specattn_jax.timing import TimingSettings
 
 # More calls of a part in one loop tell nothing more.

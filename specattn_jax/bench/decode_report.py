@@ -6,7 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 from specattn_jax.bench.decode_cases import AUTO, AUTOREGRESSIVE, CHOICES, RIVAL, SPECULATIVE, by_case
-from specattn_jax.plots import as_png, new_figure
+from specattn_jax.reporting.plots import as_png, new_figure
 
 _PARTS = ("draft", "select", "verify", "rest")
 _COLUMNS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from specattn_jax.bench.decode_cases import AUTOREGRESSIVE, RIVAL, SPECULATIVE, DecodeCase, Method, shape
-from specattn_jax.cost import Scenario, scored_bytes, scoring_bytes, window_bytes
+from specattn_jax.planning.cost import Scenario, scored_bytes, scoring_bytes, window_bytes
 
 # Whose best is the baseline "dense speculative decoding with our best dense attention".
 _BEST_DENSE = (SPECULATIVE, "speculative (mosaic gpu)")

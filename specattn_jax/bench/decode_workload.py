@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 from specattn_kernels import Implementation, SelectionPlan
 
-from specattn_jax.alignment import Alignment, NucleusMass
 from specattn_jax.bench.decode_cases import DecodeCase, Method, shape
-from specattn_jax.cache import KVCache
-from specattn_jax.config import ModelConfig
+from specattn_jax.decoding.speculative import DecodeSettings, DecodeState, Statistics
 from specattn_jax.errors import UserError
-from specattn_jax.model import LanguageModel, abstract_model
-from specattn_jax.selection import DraftScores, Selector
-from specattn_jax.speculative import DecodeSettings, DecodeState, Statistics
+from specattn_jax.models.cache import KVCache
+from specattn_jax.models.config import ModelConfig
+from specattn_jax.models.transformer import LanguageModel, abstract_model
+from specattn_jax.selection.alignment import Alignment, NucleusMass
+from specattn_jax.selection.policies import DraftScores, Selector
 
 # Standard deviation of all matrices, that of the published models when they were new.
 _WEIGHT_SCALE = 0.02

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from specattn_jax.plots import as_png, new_figure
+from specattn_jax.reporting.plots import as_png, new_figure
 
 _COLUMNS = ("op", "shape", "point", "contender", "us", "GB/s", "of copy", "speed-up", "error")
 

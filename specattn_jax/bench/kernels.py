@@ -16,7 +16,7 @@ from specattn_jax.bench.kernel_ops import Contender, make_work
 from specattn_jax.bench.kernel_report import draw, kernel_table
 from specattn_jax.errors import UserError
 from specattn_jax.files import atomic_file, first_line, read_json, write_json
-from specattn_jax.provenance import commit, versions
+from specattn_jax.reporting.provenance import commit, versions
 from specattn_jax.timing import TimingSettings, copy_bandwidth, time_calls
 
 RESULTS = "kernels.json"

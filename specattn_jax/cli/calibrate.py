@@ -41,8 +41,8 @@ def calibrate_command(
         raise UserError(f"--window is {window}; expected at least 1 drafted token per window.")
 
     with importing():
-        from specattn_jax.calibration import CalibrationSettings
-        from specattn_jax.pair import load_pair
+        from specattn_jax.calibration.calibrate import CalibrationSettings
+        from specattn_jax.loading.pair import load_pair
 
     settings = CalibrationSettings(
         context=context,

@@ -12,7 +12,7 @@ from specattn_jax.cli.terminal import print_json, print_table, size, stage_bar
 from specattn_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from specattn_jax.config import ModelConfig
+    from specattn_jax.models.config import ModelConfig
 
 _SHAPE = "a shape from configs/shapes.toml, such as llama-3.1-8b, or any model reference"
 
@@ -38,8 +38,8 @@ def estimate_command(
     Ratios of tokens per second that memory allows: upper bounds, as whatever else takes time is left out.
     """
     with importing():
-        from specattn_jax.cost import Scenario, estimate
-        from specattn_jax.selection import load_policy
+        from specattn_jax.planning.cost import Scenario, estimate
+        from specattn_jax.selection.policies import load_policy
 
     contexts = [_whole_number(part) for part in context.split(",") if part.strip()]
     if not contexts:
@@ -79,8 +79,8 @@ def _whole_number(part: str) -> int:
 
 def _shape(reference: str) -> ModelConfig:
     """A known shape, or that of a model; its weights are not read."""
-    from specattn_jax.cost import load_shape, shape_names
     from specattn_jax.loading import resolve
+    from specattn_jax.planning.cost import load_shape, shape_names
 
     if reference in shape_names():
         return load_shape(reference)

@@ -12,12 +12,12 @@ from specattn_jax.cli import options
 from specattn_jax.cli.process import importing
 from specattn_jax.cli.terminal import print_json, print_table, read_stdin, say, stage_bar
 from specattn_jax.errors import UserError
-from specattn_jax.texts import read_text
+from specattn_jax.loading.texts import read_text
 
 if TYPE_CHECKING:
-    from specattn_jax.gating import Decision
-    from specattn_jax.generation import Generations
     from specattn_jax.loading.tokenizer import Tokenizer
+    from specattn_jax.planning.gate import Decision
+    from specattn_jax.runtime.generate import Generations
 
 
 def generate_command(
@@ -87,11 +87,11 @@ def generate_command(
     text = _read_prompt(prompt, prompt_file)
 
     with importing():
-        from specattn_jax.generation import DEFAULT_WINDOW, check_mode, generate
-        from specattn_jax.pair import load_pair
-        from specattn_jax.sampling import Sampling
-        from specattn_jax.selection import load_policy
-        from specattn_jax.speculative import DecodeSettings
+        from specattn_jax.decoding.sampling import Sampling
+        from specattn_jax.decoding.speculative import DecodeSettings
+        from specattn_jax.loading.pair import load_pair
+        from specattn_jax.runtime.generate import DEFAULT_WINDOW, check_mode, generate
+        from specattn_jax.selection.policies import load_policy
 
     policy = policy or "default"
     load_policy(policy)

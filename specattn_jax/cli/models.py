@@ -48,7 +48,7 @@ def convert_command(
 
     with importing():
         from specattn_jax.loading import load_model, save_checkpoint, save_hf
-        from specattn_jax.pair import choose_dtype
+        from specattn_jax.loading.pair import choose_dtype
 
     kind = choose_dtype(dtype)
     with stage_bar() as bar:
@@ -73,9 +73,9 @@ def info_command(
 ) -> None:
     """Describe a model: shape, memory, tokenizer, devices, kernels, alignment. Weights are not read."""
     with importing():
-        from specattn_jax.devices import describe_devices, describe_kernels
         from specattn_jax.loading import resolve
-        from specattn_jax.pair import choose_dtype
+        from specattn_jax.loading.pair import choose_dtype
+        from specattn_jax.notebook.devices import describe_devices, describe_kernels
 
     kind = choose_dtype(dtype)
     with stage_bar() as bar:
@@ -118,7 +118,7 @@ def _describe_tokenizer(files: ModelFiles) -> dict[str, Any]:
 def _describe_pair(reference: str) -> dict[str, str | None]:
     """What a preset adds to its target."""
     from specattn_jax.loading import get_preset, preset_names
-    from specattn_jax.pair import shipped_alignment
+    from specattn_jax.loading.pair import shipped_alignment
 
     if reference not in preset_names():
         return {"preset": None, "alignment": None}

@@ -103,7 +103,7 @@ def perplexity_command(
         from specattn_jax.evaluation.methods import list_cases, without_p
         from specattn_jax.evaluation.perplexity import EvaluationSettings
         from specattn_jax.evaluation.report import evaluate_into
-        from specattn_jax.pair import load_pair
+        from specattn_jax.loading.pair import load_pair
 
     if dataset is not None:
         load_dataset_preset(dataset)

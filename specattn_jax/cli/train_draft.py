@@ -81,9 +81,9 @@ def train_draft_command(
         seed=seed,
     )
     with importing():
-        from specattn_jax.calibration import CalibrationSettings
+        from specattn_jax.calibration.calibrate import CalibrationSettings
         from specattn_jax.loading import load_model, resolve
-        from specattn_jax.pair import choose_dtype, load_pair
+        from specattn_jax.loading.pair import choose_dtype, load_pair
         from specattn_jax.training.distil import ALIGNMENT, DRAFT, check_room, distil
         from specattn_jax.training.trainer import METRICS, read_metrics
 

@@ -22,12 +22,12 @@ from specattn_kernels import (
     top_p_threshold,
 )
 
-from specattn_jax.alignment import Alignment
-from specattn_jax.config import ModelConfig
+from specattn_jax.decoding.speculative import WindowRead
 from specattn_jax.evaluation.learning import attend_plan, attention_read, remember
-from specattn_jax.model import LayerChoice
-from specattn_jax.selection import DenseDraft, DraftScores, past_mask
-from specattn_jax.speculative import WindowRead
+from specattn_jax.models.config import ModelConfig
+from specattn_jax.models.transformer import LayerChoice
+from specattn_jax.selection.alignment import Alignment
+from specattn_jax.selection.policies import DenseDraft, DraftScores, past_mask
 
 # What is selected: slots, blocks by the sum or maximum of their scores, or slots for which whole blocks are fetched.
 Grain = Literal["slot", "sum 4", "sum 8", "sum 16", "max 16", "inside 16"]

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int32
 from specattn_kernels import SelectionPlan, compact_blocks, decode_attention, select_blocks
 
-from specattn_jax.alignment import NucleusMass, reduce_heads
-from specattn_jax.config import ModelConfig
+from specattn_jax.decoding.speculative import WindowRead
 from specattn_jax.evaluation.learning import attend_plan, attention_read, remember
-from specattn_jax.model import LayerChoice
-from specattn_jax.selection import DenseDraft, DraftScores
-from specattn_jax.speculative import WindowRead
+from specattn_jax.models.config import ModelConfig
+from specattn_jax.models.transformer import LayerChoice
+from specattn_jax.selection.alignment import NucleusMass, reduce_heads
+from specattn_jax.selection.policies import DenseDraft, DraftScores
 
 
 class _WithoutDraft(DenseDraft):

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from specattn_jax.cache import init_cache
+from specattn_jax.decoding.sampling import Sampling
+from specattn_jax.decoding.speculative import DecodeSettings, DecodeState, plan_first_window, speculative_step
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.forced import start_reading
-from specattn_jax.model import LanguageModel, forward
-from specattn_jax.pair import ModelPair
-from specattn_jax.sampling import Sampling
-from specattn_jax.selection import Selection
-from specattn_jax.speculative import DecodeSettings, DecodeState, plan_first_window, speculative_step
+from specattn_jax.loading.pair import ModelPair
+from specattn_jax.models.cache import init_cache
+from specattn_jax.models.transformer import LanguageModel, forward
+from specattn_jax.selection.policies import Selection
 
 _CHUNK = 128
 # Positions whose distributions are compared at a time.

@@ -13,12 +13,18 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 from specattn_kernels import SelectionPlan
 
-from specattn_jax.cache import KVCache, init_cache
+from specattn_jax.decoding.speculative import (
+    DecodeSettings,
+    DecodeState,
+    plan_first_window,
+    read_window,
+    start_decoding,
+)
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.learning import Learner, attend_plan, mass_read
-from specattn_jax.model import LanguageModel, LayerReader, forward, prefill
-from specattn_jax.selection import Selection, head_fraction
-from specattn_jax.speculative import DecodeSettings, DecodeState, plan_first_window, read_window, start_decoding
+from specattn_jax.models.cache import KVCache, init_cache
+from specattn_jax.models.transformer import LanguageModel, LayerReader, forward, prefill
+from specattn_jax.selection.policies import Selection, head_fraction
 
 _CHUNK = 256
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 from specattn_kernels import SelectionPlan, decode_attention, sparse_decode_attention
 
-from specattn_jax.selection import Selection, past_mask
-from specattn_jax.speculative import WindowRead
+from specattn_jax.decoding.speculative import WindowRead
+from specattn_jax.selection.policies import Selection, past_mask
 
 
 @runtime_checkable

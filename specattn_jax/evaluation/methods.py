@@ -8,12 +8,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from specattn_jax.alignment import NucleusMass
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.baselines import Oracle, Quest, Streaming, Vegas
-from specattn_jax.generation import make_selector
-from specattn_jax.pair import ModelPair
-from specattn_jax.selection import Selection, load_policy
+from specattn_jax.loading.pair import ModelPair
+from specattn_jax.runtime.generate import make_selector
+from specattn_jax.selection.alignment import NucleusMass
+from specattn_jax.selection.policies import Selection, load_policy
 
 FULL, SPECATTN = "full", "specattn"
 # What they read is a share of the cache, whatever the attention is; p means nothing to them.

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int32
 
+from specattn_jax.decoding.speculative import DecodeSettings, DecodeState, read_window
 from specattn_jax.evaluation.forced import start_reading
 from specattn_jax.evaluation.methods import Case
 from specattn_jax.evaluation.tables import Row
-from specattn_jax.model import LanguageModel
-from specattn_jax.pair import ModelPair
-from specattn_jax.plots import as_png, new_figure
-from specattn_jax.selection import Selection, past_mask
-from specattn_jax.speculative import DecodeSettings, DecodeState, read_window
+from specattn_jax.loading.pair import ModelPair
+from specattn_jax.models.transformer import LanguageModel
+from specattn_jax.reporting.plots import as_png, new_figure
+from specattn_jax.selection.policies import Selection, past_mask
 
 # Table 1 of arXiv 2510.27641: share of reads saved and relative increase of perplexity (Llama-2-7b, PG-19).
 PUBLISHED = {

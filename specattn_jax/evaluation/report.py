@@ -18,9 +18,9 @@ from specattn_jax.evaluation.pictures import drift_curves, pareto, selection_pic
 from specattn_jax.evaluation.store import Store
 from specattn_jax.evaluation.tables import Row
 from specattn_jax.files import atomic_file
-from specattn_jax.pair import ModelPair
-from specattn_jax.plots import mixture_heatmap, short_name
-from specattn_jax.provenance import commit, hardware, versions
+from specattn_jax.loading.pair import ModelPair
+from specattn_jax.reporting.plots import mixture_heatmap, short_name
+from specattn_jax.reporting.provenance import commit, hardware, versions
 
 RUN, PARETO, ALIGNMENT, SELECTION = "run.json", "pareto.png", "alignment.png", "selection.png"
 DRIFT, DRIFT_PICTURE = "drift.json", "drift.png"

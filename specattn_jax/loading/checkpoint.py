@@ -10,13 +10,13 @@ import jax
 import numpy as np
 from jaxtyping import DTypeLike
 
-from specattn_jax.config import ModelConfig
 from specattn_jax.errors import UserError
 from specattn_jax.files import atomic_folder, first_line, read_json, sha256, write_json
 from specattn_jax.loading.memory import weight_bytes
 from specattn_jax.loading.tensors import all_finite, array_path
 from specattn_jax.loading.tokenizer import Tokenizer
-from specattn_jax.model import LanguageModel, abstract_model
+from specattn_jax.models.config import ModelConfig
+from specattn_jax.models.transformer import LanguageModel, abstract_model
 
 MARKER = "specattn_model.json"
 _FORMAT = 1

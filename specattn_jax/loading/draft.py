@@ -21,13 +21,13 @@ import numpy as np
 from jaxtyping import Float, Float32, Int8, Shaped
 from safetensors.numpy import save_file
 
-from specattn_jax.config import ModelConfig
 from specattn_jax.errors import UserError
 from specattn_jax.files import atomic_folder, exists, read_json, write_json
 from specattn_jax.loading.hf import HFSource, tensor_names
 from specattn_jax.loading.presets import preset_names
 from specattn_jax.loading.tensors import AnyTensor, array_path, hf_tensors
-from specattn_jax.model import LanguageModel
+from specattn_jax.models.config import ModelConfig
+from specattn_jax.models.transformer import LanguageModel
 
 MARKER = "specattn_draft.json"
 Storage = Literal["int8", "bfloat16"]

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from specattn_jax.config import Family, ModelConfig, RopeScaling
 from specattn_jax.errors import UserError
 from specattn_jax.loading.tensors import AnyTensor
+from specattn_jax.models.config import Family, ModelConfig, RopeScaling
 
 # Mistral models call themselves "llama" in GGUF files.
 _FAMILIES: dict[str, Family] = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}

@@ -11,14 +11,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from specattn_jax.config import ModelConfig
 from specattn_jax.errors import UserError
 from specattn_jax.files import atomic_folder, read_json, write_json
 from specattn_jax.loading.hf_config import hf_config, read_hf_config
 from specattn_jax.loading.memory import weight_bytes
 from specattn_jax.loading.tensors import AnyTensor, hf_tensors
 from specattn_jax.loading.tokenizer import Tokenizer
-from specattn_jax.model import LanguageModel
+from specattn_jax.models.config import ModelConfig
+from specattn_jax.models.transformer import LanguageModel
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD_BYTES = 4 << 30

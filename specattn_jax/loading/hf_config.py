@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from specattn_jax.config import Family, ModelConfig, RopeScaling
 from specattn_jax.errors import UserError
 from specattn_jax.files import read_json
+from specattn_jax.models.config import Family, ModelConfig, RopeScaling
 
 _ARCHITECTURES: dict[Family, str] = {
     "llama": "LlamaForCausalLM",

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from specattn_jax.config import ModelConfig
 from specattn_jax.errors import UserError
+from specattn_jax.models.config import ModelConfig
 
 _MIB, _GIB = 1 << 20, 1 << 30
 

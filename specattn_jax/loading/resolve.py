@@ -12,7 +12,6 @@ from typing import Literal
 
 from jaxtyping import DTypeLike
 
-from specattn_jax.config import ModelConfig
 from specattn_jax.errors import UserError
 from specattn_jax.files import exists, sensible
 from specattn_jax.loading import checkpoint, draft, hub
@@ -25,7 +24,8 @@ from specattn_jax.loading.memory import check_memory, weight_bytes
 from specattn_jax.loading.presets import HubRepository, Origin, PackagedModel, PyPIFile, get_preset, preset_names
 from specattn_jax.loading.tensors import AnyTensor, Progress, build_model, checked_dtype, hf_tensors
 from specattn_jax.loading.tokenizer import Tokenizer
-from specattn_jax.model import LanguageModel
+from specattn_jax.models.config import ModelConfig
+from specattn_jax.models.transformer import LanguageModel
 
 Kind = Literal["gguf", "hf", "orbax", "draft"]
 _AGAIN = "download or convert it again"

@@ -17,10 +17,10 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import DTypeLike, Shaped
 
-from specattn_jax.config import ModelConfig
 from specattn_jax.errors import UserError
 from specattn_jax.files import sensible
-from specattn_jax.model import LanguageModel, abstract_model
+from specattn_jax.models.config import ModelConfig
+from specattn_jax.models.transformer import LanguageModel, abstract_model
 
 # What is being done, how many bytes are done, how many there are (0 when nobody knows).
 Progress = Callable[[str, int, int], None]

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specattn_jax.cache import init_cache
+from specattn_jax.decoding.sampling import Sampling
+from specattn_jax.decoding.speculative import DecodeSettings, decode, start_decoding
 from specattn_jax.errors import UserError
 from specattn_jax.files import atomic_file, sensible
 from specattn_jax.loading.draft import embedding_fingerprint
-from specattn_jax.model import LanguageModel, prefill
-from specattn_jax.sampling import Sampling
-from specattn_jax.speculative import DecodeSettings, decode, start_decoding
+from specattn_jax.models.cache import init_cache
+from specattn_jax.models.transformer import LanguageModel, prefill
 from specattn_jax.training.settings import TrainSettings
 
 # The last part of every text is kept from training, to watch acceptance on.

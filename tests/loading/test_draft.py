@@ -16,15 +16,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tiny import causal_attention, tiny_config
 
-from specattn_jax.config import ModelConfig
 from specattn_jax.errors import UserError
 from specattn_jax.examples import byte_tokenizer
-from specattn_jax.layers import rotation
 from specattn_jax.loading import load_model, resolve, save_checkpoint, save_draft, save_hf, share_embedding
 from specattn_jax.loading.draft import embedding_fingerprint, quantise
+from specattn_jax.loading.pair import load_pair
 from specattn_jax.loading.tensors import array_path, hf_tensors
-from specattn_jax.model import LanguageModel, abstract_model
-from specattn_jax.pair import load_pair
+from specattn_jax.models.config import ModelConfig
+from specattn_jax.models.layers import rotation
+from specattn_jax.models.transformer import LanguageModel, abstract_model
 
 SHARED = ("model.embed_tokens.weight", "lm_head.weight")
 NOTES = {"steps": 3, "texts": ["books/train"]}

@@ -12,11 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loading.tiny_gguf import hf_weights, quantised, random_blocks, write_gguf
 from loading.tiny_models import CONFIGS, save, tiny
-from specattn_jax.config import RopeScaling
 from specattn_jax.errors import UserError
 from specattn_jax.loading.gguf import open_gguf
 from specattn_jax.loading.hf import open_hf
 from specattn_jax.loading.tensors import build_model
+from specattn_jax.models.config import RopeScaling
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loading.tiny_models import CONFIGS, reference_logits, save, tiny, tokens, torch
 from loading.tiny_tokenizer import tiny_tokenizer
-from specattn_jax.config import RopeScaling
 from specattn_jax.errors import UserError
 from specattn_jax.loading.hf import open_hf, save_hf
 from specattn_jax.loading.hf_config import parse_hf_config
 from specattn_jax.loading.resolve import load_model
 from specattn_jax.loading.tensors import build_model
+from specattn_jax.models.config import RopeScaling
 
 BASE = {
     "model_type": "llama",

@@ -10,18 +10,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from specattn_jax.alignment import Alignment, load_alignment
-from specattn_jax.calibration import CalibrationSettings, calibrate, save_calibration
+from specattn_jax.calibration.calibrate import CalibrationSettings, calibrate, save_calibration
 from specattn_jax.errors import UserError
 from specattn_jax.loading.draft import share_embedding
 from specattn_jax.loading.memory import check_memory
 from specattn_jax.loading.presets import get_preset, preset_names
 from specattn_jax.loading.resolve import draft_reference, load_model, resolve
 from specattn_jax.loading.tensors import Progress
+from specattn_jax.loading.texts import read_text
 from specattn_jax.loading.tokenizer import Tokenizer, check_compatible
-from specattn_jax.model import LanguageModel
-from specattn_jax.selection import load_policy
-from specattn_jax.texts import read_text
+from specattn_jax.models.transformer import LanguageModel
+from specattn_jax.selection.alignment import Alignment, load_alignment
+from specattn_jax.selection.policies import load_policy
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -75,9 +75,9 @@ class ModelPair:
             UserError: the documents are too short, a file cannot be read, or `out` is taken or cannot be written.
 
         Example:
-            >>> from specattn_jax.calibration import CalibrationSettings
+            >>> from specattn_jax.calibration.calibrate import CalibrationSettings
             >>> from specattn_jax.examples import tiny_pair
-            >>> from specattn_jax.texts import find_text
+            >>> from specattn_jax.loading.texts import find_text
             >>> settings = CalibrationSettings(context=128, passages=2, windows=4)  # for real models leave this out
             >>> pair = tiny_pair().calibrate([find_text("northanger_abbey")], settings=settings)
             >>> pair.alignment.weights.shape  # 4 target layers of 2 kv heads, and as many draft heads

@@ -8,11 +8,11 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from specattn_jax.display import Table, columns, tinted
+from specattn_jax.decoding.speculative import Mode
 from specattn_jax.errors import UserError
-from specattn_jax.generation import Generation, Generations, generate
-from specattn_jax.pair import ModelPair
-from specattn_jax.speculative import Mode
+from specattn_jax.loading.pair import ModelPair
+from specattn_jax.reporting.display import Table, columns, tinted
+from specattn_jax.runtime.generate import Generation, Generations, generate
 
 MODES: tuple[Mode, ...] = ("autoregressive", "speculative", "specattn")
 _DIFFERENT = 0.4

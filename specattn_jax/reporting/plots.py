@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from specattn_jax.alignment import Alignment
+from specattn_jax.selection.alignment import Alignment
 
 _CELL_INCHES = 0.22
 _TITLE = "Draft {} predicts the attention of target {}"

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from specattn_jax.display import PngPicture, Table
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.documents import cut_documents
 from specattn_jax.evaluation.forced import Reading, read_documents, read_together
 from specattn_jax.evaluation.pictures import trade_off
-from specattn_jax.generation import make_selector
-from specattn_jax.pair import ModelPair
+from specattn_jax.loading.pair import ModelPair
+from specattn_jax.reporting.display import PngPicture, Table
+from specattn_jax.runtime.generate import make_selector
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ def sweep(
 
     Example:
         >>> from specattn_jax.examples import tiny_pair
-        >>> from specattn_jax.texts import find_text
+        >>> from specattn_jax.loading.texts import find_text
         >>> found = sweep(tiny_pair(), find_text("pride_and_prejudice"), p=[0.8, 0.99], context=128)
         >>> low, high = found.points
         >>> low.kv_reduction > high.kv_reduction and low.kl > high.kl

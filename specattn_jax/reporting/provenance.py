@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt32
 
-from specattn_jax.alignment import Alignment
-from specattn_jax.model import LanguageModel
+from specattn_jax.models.transformer import LanguageModel
+from specattn_jax.selection.alignment import Alignment
 
 _PACKAGES = ("specattn-jax", "jax", "jaxlib", "flax", "numpy")
 

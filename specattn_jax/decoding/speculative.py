@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 from specattn_kernels import Implementation, SelectionPlan
 
-from specattn_jax.cache import KVCache
-from specattn_jax.drafting import Drafted, draft_window
+from specattn_jax.decoding.drafting import Drafted, draft_window
+from specattn_jax.decoding.sampling import Sampling, Verdict, choose, verify
 from specattn_jax.errors import UserError
-from specattn_jax.model import LanguageModel, LayerReader, forward
-from specattn_jax.sampling import Sampling, Verdict, choose, verify
-from specattn_jax.selection import Selection, past_mask, read_fraction
+from specattn_jax.models.cache import KVCache
+from specattn_jax.models.transformer import LanguageModel, LayerReader, forward
+from specattn_jax.selection.policies import Selection, past_mask, read_fraction
 
 Mode = Literal["autoregressive", "speculative", "specattn"]
 # Far beyond what pays: the chance that a token is accepted falls with every one before it.

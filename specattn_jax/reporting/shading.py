@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from specattn_jax.display import Picture, tinted
+from specattn_jax.reporting.display import Picture, tinted
 
 _LEVELS = 12
 

@@ -11,8 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from specattn_jax.config import ModelConfig
-from specattn_jax.cost import (
+from specattn_jax.decoding.speculative import Mode
+from specattn_jax.errors import UserError
+from specattn_jax.models.config import ModelConfig
+from specattn_jax.planning.cost import (
     Scenario,
     planning_bytes,
     scored_bytes,
@@ -21,8 +23,6 @@ from specattn_jax.cost import (
     weights_read,
     window_bytes,
 )
-from specattn_jax.errors import UserError
-from specattn_jax.speculative import Mode
 from specattn_jax.timing import TimingSettings, copy_bandwidth, time_calls
 
 _MIB = 2**20

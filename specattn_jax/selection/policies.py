@@ -25,11 +25,11 @@ from specattn_kernels import (
     top_p_threshold,
 )
 
-from specattn_jax.alignment import Alignment, NucleusMass, reduce_heads
-from specattn_jax.cache import KVCache
-from specattn_jax.config import ModelConfig
 from specattn_jax.errors import UserError
-from specattn_jax.model import LayerChoice, Look
+from specattn_jax.models.cache import KVCache
+from specattn_jax.models.config import ModelConfig
+from specattn_jax.models.transformer import LayerChoice, Look
+from specattn_jax.selection.alignment import Alignment, NucleusMass, reduce_heads
 
 # Layers for which is selected at a time where there are no kernels.
 _LAYERS_AT_ONCE = 8

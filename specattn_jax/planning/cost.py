@@ -11,10 +11,10 @@ import tomllib
 from importlib import resources
 from typing import Any, NamedTuple
 
-from specattn_jax.config import ModelConfig
+from specattn_jax.decoding.speculative import MODES, Mode
 from specattn_jax.errors import UserError
-from specattn_jax.selection import LEAST_DRAFT_ENTRIES
-from specattn_jax.speculative import MODES, Mode
+from specattn_jax.models.config import ModelConfig
+from specattn_jax.selection.policies import LEAST_DRAFT_ENTRIES
 
 # Largest and mixed attention is kept in 16 bits; ids are int32.
 _SCORE_BYTES, _ID_BYTES = 2, 4

@@ -11,18 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
-from specattn_jax.alignment import NucleusMass
-from specattn_jax.display import Picture
+from specattn_jax.decoding.sampling import Sampling
+from specattn_jax.decoding.speculative import MODES, DecodeSettings, DecodeState, Mode, prepare_windows, watched_step
 from specattn_jax.errors import UserError
-from specattn_jax.gating import WINDOWS, Decide, Decision, Plan, Situation, make_gate, prior_acceptance
-from specattn_jax.model import LanguageModel
-from specattn_jax.pair import ModelPair
-from specattn_jax.sampling import Sampling
-from specattn_jax.segments import Decoded, Decoding, Pace, Writer, new_tokens
-from specattn_jax.selection import Selector, load_policy
-from specattn_jax.shading import SelectionRecord, shade_window
-from specattn_jax.speculative import MODES, DecodeSettings, DecodeState, Mode, prepare_windows, watched_step
-from specattn_jax.starting import Clock, check_lengths, encode_prompt, prefill_both
+from specattn_jax.loading.pair import ModelPair
+from specattn_jax.models.transformer import LanguageModel
+from specattn_jax.planning.gate import WINDOWS, Decide, Decision, Plan, Situation, make_gate, prior_acceptance
+from specattn_jax.reporting.display import Picture
+from specattn_jax.reporting.shading import SelectionRecord, shade_window
+from specattn_jax.runtime.segments import Decoded, Decoding, Pace, Writer, new_tokens
+from specattn_jax.runtime.starting import Clock, check_lengths, encode_prompt, prefill_both
+from specattn_jax.selection.alignment import NucleusMass
+from specattn_jax.selection.policies import Selector, load_policy
 
 DEFAULT_KV_REDUCTION = 0.75
 DEFAULT_P = 0.95

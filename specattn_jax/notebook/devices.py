@@ -8,9 +8,9 @@ import jax
 from specattn_kernels import Call, choose_implementation, current_device
 from specattn_kernels.dispatch import ATTENTION_OPS, SCORE_OPS, SELECTION_OPS
 
-from specattn_jax.config import ModelConfig
+from specattn_jax.decoding.speculative import DecodeSettings
 from specattn_jax.loading.memory import available_bytes
-from specattn_jax.speculative import DecodeSettings
+from specattn_jax.models.config import ModelConfig
 
 
 def describe_devices() -> list[dict[str, Any]]:

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from specattn_jax.cache import init_cache
+from specattn_jax.decoding.speculative import DecodeSettings, DecodeState, start_decoding
 from specattn_jax.errors import UserError
 from specattn_jax.loading.memory import check_memory
-from specattn_jax.model import LanguageModel, prefill
-from specattn_jax.pair import ModelPair
-from specattn_jax.speculative import DecodeSettings, DecodeState, start_decoding
+from specattn_jax.loading.pair import ModelPair
+from specattn_jax.models.cache import init_cache
+from specattn_jax.models.transformer import LanguageModel, prefill
 
 
 class Clock:

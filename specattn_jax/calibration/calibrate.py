@@ -26,7 +26,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 from specattn_kernels import top_p_threshold
 
-from specattn_jax.alignment import (
+from specattn_jax.errors import UserError
+from specattn_jax.files import atomic_folder
+from specattn_jax.models.transformer import LanguageModel, causal_attention, read_sequence
+from specattn_jax.reporting.plots import alignment_heatmap
+from specattn_jax.selection.alignment import (
     Alignment,
     Granularity,
     attention_kl,
@@ -36,12 +40,8 @@ from specattn_jax.alignment import (
     reduce_heads,
     save_alignment,
 )
-from specattn_jax.budgets import fit_budgets, length_knots
-from specattn_jax.errors import UserError
-from specattn_jax.files import atomic_folder
-from specattn_jax.model import LanguageModel, causal_attention, read_sequence
-from specattn_jax.plots import alignment_heatmap
-from specattn_jax.selection import SelectionPolicy
+from specattn_jax.selection.budgets import fit_budgets, length_knots
+from specattn_jax.selection.policies import SelectionPolicy
 
 # Nucleus masses at which layers are priced: the mass left out shrinks geometrically.
 LEFT_OUT_GRID = np.geomspace(0.9, 5e-4, 16)

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from specattn_jax.cost import Scenario
+from specattn_jax.decoding.speculative import MODES, Mode
+from specattn_jax.loading.pair import ModelPair
 from specattn_jax.loading.presets import get_preset, preset_names
-from specattn_jax.pair import ModelPair
-from specattn_jax.selection import Selector
-from specattn_jax.speculative import MODES, Mode
-from specattn_jax.window_time import DeviceProfile, measure_profile, seconds_per_token
+from specattn_jax.planning.cost import Scenario
+from specattn_jax.planning.device import DeviceProfile, measure_profile, seconds_per_token
+from specattn_jax.selection.policies import Selector
 
 # Drafted tokens per window that `auto` considers; longer ones pay for drafts that accept nearly everything only.
 WINDOWS = (1, 2, 3, 4, 5, 6, 8)

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specattn_jax.gating import Acceptance, Decide, Decision, Plan, Situation
+from specattn_jax.decoding.speculative import DecodeSettings, DecodeState, Mode, Statistics, decode, prepare_windows
+from specattn_jax.loading.pair import ModelPair
 from specattn_jax.loading.tokenizer import TextStream, Tokenizer
-from specattn_jax.pair import ModelPair
-from specattn_jax.selection import Selector
-from specattn_jax.speculative import DecodeSettings, DecodeState, Mode, Statistics, decode, prepare_windows
-from specattn_jax.starting import Clock
+from specattn_jax.planning.gate import Acceptance, Decide, Decision, Plan, Situation
+from specattn_jax.runtime.starting import Clock
+from specattn_jax.selection.policies import Selector
 
 # Windows after which the true acceptance is looked at for the first time.
 TRIAL_WINDOWS = 8

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 from specattn_kernels import Implementation, SelectionPlan
 
-from specattn_jax.cache import KVCache
-from specattn_jax.config import ModelConfig
-from specattn_jax.model import LanguageModel, Look, forward
-from specattn_jax.sampling import Sampling, choose, match_vocabulary
-from specattn_jax.selection import DraftScores, Selection
+from specattn_jax.decoding.sampling import Sampling, choose, match_vocabulary
+from specattn_jax.models.cache import KVCache
+from specattn_jax.models.config import ModelConfig
+from specattn_jax.models.transformer import LanguageModel, Look, forward
+from specattn_jax.selection.policies import DraftScores, Selection
 
 
 class Drafted(NamedTuple):

@@ -17,9 +17,9 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32, PRNGKeyArray
 from specattn_kernels import Implementation, Scores, SelectionPlan, decode_attention, sparse_decode_attention
 
-from specattn_jax.cache import KVCache, append
-from specattn_jax.config import ModelConfig
-from specattn_jax.layers import Block, RMSNorm, Rotation, rotation
+from specattn_jax.models.cache import KVCache, append
+from specattn_jax.models.config import ModelConfig
+from specattn_jax.models.layers import Block, RMSNorm, Rotation, rotation
 
 Attend = Callable[
     [int, Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]], Float[Array, "B T N H"]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from specattn_jax.config import ModelConfig
+from specattn_jax.models.config import ModelConfig
 
 _INIT = nnx.initializers.normal(stddev=0.02)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int32
 
-from specattn_jax.config import ModelConfig
+from specattn_jax.models.config import ModelConfig
 
 
 @jax.tree_util.register_dataclass

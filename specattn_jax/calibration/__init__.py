@@ -1,0 +1,1 @@
+"""Fits alignments and budgets on text."""

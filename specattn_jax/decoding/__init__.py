@@ -1,0 +1,1 @@
+"""Decoding, window by window: states, sampling, strategies, and the loop that runs them."""

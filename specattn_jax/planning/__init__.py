@@ -1,0 +1,1 @@
+"""What decoding costs, and which way of decoding is the fastest here."""

@@ -1,0 +1,1 @@
+"""Plots, tables and notes on where numbers come from."""
