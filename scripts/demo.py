@@ -15,7 +15,7 @@ from rich.text import Text
 
 from specattn_jax.cli.process import importing, prepare_process
 from specattn_jax.cli.terminal import mendable_errors, stage_bar
-from specattn_jax.loading.texts import find_text, read_text
+from specattn_jax.texts import find_text, read_text
 
 if TYPE_CHECKING:
     from specattn_jax.decoding.speculative import Mode

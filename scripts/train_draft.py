@@ -19,7 +19,7 @@ from specattn_jax.calibration.calibrate import CalibrationSettings
 from specattn_jax.loading import load_model
 from specattn_jax.loading.draft import read_draft, save_draft
 from specattn_jax.loading.pair import load_pair
-from specattn_jax.loading.texts import read_text, shipped_books
+from specattn_jax.texts import read_text, shipped_books
 from specattn_jax.training.distil import DRAFT, SAMPLES, distil
 from specattn_jax.training.settings import TrainSettings
 

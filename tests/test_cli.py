@@ -17,8 +17,8 @@ import pytest
 from command import mistake, run
 
 from specattn_jax.loading import get_preset, is_cached
-from specattn_jax.loading.texts import shipped_books
 from specattn_jax.reporting import plots
+from specattn_jax.texts import shipped_books
 
 JSON_KEYS = {
     "text", "new_tokens", "prompt_tokens", "mode", "windows", "accepted_per_window", "kv_reduction", "prefill_s",

@@ -7,7 +7,10 @@ import importlib
 
 import pytest
 
-MODULES = ("comparison", "devices", "display", "evaluation.sweep", "examples", "generation", "pair")
+MODULES = (
+    "notebook.compare", "notebook.devices", "reporting.display", "notebook.sweep", "examples", "runtime.generate",
+    "loading.pair",
+)  # fmt: skip
 
 
 def examples(name: str) -> list[doctest.DocTest]:
@@ -30,12 +33,12 @@ def test_example(name, request):
 
 def test_what_users_call_first_has_an_example():
     wanted = {
-        "comparison.compare",
-        "evaluation.sweep.sweep",
-        "generation.Generation.plot_selection",
-        "generation.Generation.stats",
-        "generation.generate",
-        "pair.ModelPair.calibrate",
-        "pair.load_pair",
+        "notebook.compare.compare",
+        "notebook.sweep.sweep",
+        "runtime.generate.Generation.plot_selection",
+        "runtime.generate.Generation.stats",
+        "runtime.generate.generate",
+        "loading.pair.ModelPair.calibrate",
+        "loading.pair.load_pair",
     }
     assert {f"specattn_jax.{name}" for name in wanted} <= set(CASES)

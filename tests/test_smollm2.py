@@ -7,8 +7,8 @@ import pytest
 from specattn_jax.evaluation.documents import cut_documents
 from specattn_jax.evaluation.forced import read_documents
 from specattn_jax.loading.pair import ModelPair
-from specattn_jax.loading.texts import find_text, read_text
 from specattn_jax.runtime.generate import generate, make_selector
+from specattn_jax.texts import find_text, read_text
 
 pytestmark = pytest.mark.smollm2
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from specattn_jax.bench.decode_cases import REAL_METHODS, TINY, DecodeCase
 from specattn_jax.loading.pair import ModelPair, load_pair
-from specattn_jax.loading.texts import read_text, shipped_books
 from specattn_jax.planning.gate import Plan
 from specattn_jax.runtime.generate import Generations, generate
+from specattn_jax.texts import read_text, shipped_books
 from specattn_jax.timing import median_and_spread
 
 

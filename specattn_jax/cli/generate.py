@@ -12,7 +12,7 @@ from specattn_jax.cli import options
 from specattn_jax.cli.process import importing
 from specattn_jax.cli.terminal import print_json, print_table, read_stdin, say, stage_bar
 from specattn_jax.errors import UserError
-from specattn_jax.loading.texts import read_text
+from specattn_jax.texts import read_text
 
 if TYPE_CHECKING:
     from specattn_jax.loading.tokenizer import Tokenizer

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from specattn_jax.errors import UserError
-from specattn_jax.loading.texts import find_text, shipped_books
+from specattn_jax.texts import find_text, shipped_books
 
 _REFERENCE = "a preset, a Hugging Face folder, a .gguf file, a folder written by `specattn convert`, or a hub id"
 

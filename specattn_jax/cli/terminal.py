@@ -24,7 +24,7 @@ from rich.text import Text
 
 from specattn_jax.errors import UserError
 from specattn_jax.files import is_taken
-from specattn_jax.loading.texts import read_text
+from specattn_jax.texts import read_text
 
 if TYPE_CHECKING:
     from specattn_jax.loading.tokenizer import Tokenizer

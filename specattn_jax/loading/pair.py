@@ -17,11 +17,11 @@ from specattn_jax.loading.memory import check_memory
 from specattn_jax.loading.presets import get_preset, preset_names
 from specattn_jax.loading.resolve import draft_reference, load_model, resolve
 from specattn_jax.loading.tensors import Progress
-from specattn_jax.loading.texts import read_text
 from specattn_jax.loading.tokenizer import Tokenizer, check_compatible
 from specattn_jax.models.transformer import LanguageModel
 from specattn_jax.selection.alignment import Alignment, load_alignment
 from specattn_jax.selection.policies import load_policy
+from specattn_jax.texts import read_text
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -77,7 +77,7 @@ class ModelPair:
         Example:
             >>> from specattn_jax.calibration.calibrate import CalibrationSettings
             >>> from specattn_jax.examples import tiny_pair
-            >>> from specattn_jax.loading.texts import find_text
+            >>> from specattn_jax.texts import find_text
             >>> settings = CalibrationSettings(context=128, passages=2, windows=4)  # for real models leave this out
             >>> pair = tiny_pair().calibrate([find_text("northanger_abbey")], settings=settings)
             >>> pair.alignment.weights.shape  # 4 target layers of 2 kv heads, and as many draft heads

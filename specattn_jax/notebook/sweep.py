@@ -116,7 +116,7 @@ def sweep(
 
     Example:
         >>> from specattn_jax.examples import tiny_pair
-        >>> from specattn_jax.loading.texts import find_text
+        >>> from specattn_jax.texts import find_text
         >>> found = sweep(tiny_pair(), find_text("pride_and_prejudice"), p=[0.8, 0.99], context=128)
         >>> low, high = found.points
         >>> low.kv_reduction > high.kv_reduction and low.kl > high.kl
