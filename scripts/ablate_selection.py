@@ -37,7 +37,9 @@ from specattn_jax.files import atomic_file, exists, read_json, write_json
 from specattn_jax.loading.pair import ModelPair, load_pair
 from specattn_jax.reporting.provenance import commit, hardware, versions
 from specattn_jax.selection.alignment import Alignment, load_alignment
-from specattn_jax.selection.policies import Selection, Selector, load_policy
+from specattn_jax.selection.protocol import Selection
+from specattn_jax.selection.TODO import Selector
+from specattn_jax.selection.policy import load_policy
 from specattn_jax.texts import read_text, shipped_books
 
 # Savings are equal if they differ by less.

@@ -13,11 +13,12 @@ import numpy as np
 
 from specattn_jax.evaluation.forced import read_documents
 from specattn_jax.loading.pair import ModelPair, load_pair
-from specattn_jax.models.transformer import likeliest_next
+from specattn_jax.models.forward import likeliest_next
 from specattn_jax.reporting.provenance import commit
 from specattn_jax.runtime.generate import generate
 from specattn_jax.selection.alignment import NucleusMass
-from specattn_jax.selection.policies import Selector, load_policy
+from specattn_jax.selection.TODO import Selector
+from specattn_jax.selection.policy import load_policy
 from specattn_jax.texts import read_text, shipped_books
 
 MASSES = (0.9, 0.95, 0.97)

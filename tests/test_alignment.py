@@ -20,7 +20,7 @@ from specattn_jax.calibration.calibrate import (
     price_layer,
 )
 from specattn_jax.errors import UserError
-from specattn_jax.models.transformer import read_sequence
+from specattn_jax.models.forward import read_sequence
 from specattn_jax.selection.alignment import (
     NucleusMass,
     attention_kl,
@@ -32,7 +32,7 @@ from specattn_jax.selection.alignment import (
     save_alignment,
 )
 from specattn_jax.selection.budgets import fit_budgets
-from specattn_jax.selection.policies import load_policy
+from specattn_jax.selection.policy import load_policy
 
 
 def random_rows(rng: np.random.Generator, *shape: int) -> np.ndarray:

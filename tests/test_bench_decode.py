@@ -37,7 +37,7 @@ from specattn_jax.bench.decode_workload import Workload, make_bench_selector, ma
 from specattn_jax.decoding.speculative import DecodeSettings, decode
 from specattn_jax.errors import UserError
 from specattn_jax.planning.device import load_profile, window_seconds
-from specattn_jax.selection.policies import load_policy
+from specattn_jax.selection.policy import load_policy
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,8 @@ from specattn_jax.models.cache import init_cache
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.models.transformer import abstract_model
 from specattn_jax.selection.alignment import NucleusMass
-from specattn_jax.selection.policies import Selector, load_policy
+from specattn_jax.selection.TODO import Selector
+from specattn_jax.selection.policy import load_policy
 
 pytestmark = pytest.mark.optimised
 

@@ -20,7 +20,7 @@ from specattn_jax.planning.cost import (
     weights_read,
     window_bytes,
 )
-from specattn_jax.selection.policies import load_policy
+from specattn_jax.selection.policy import load_policy
 
 LLAMA = Scenario(load_shape("llama-3.1-8b"), load_shape("llama-3.2-1b"), batch=8)
 DRAFT_READS = load_policy("default").draft_reads

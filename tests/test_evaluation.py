@@ -17,7 +17,7 @@ from specattn_jax.errors import UserError
 from specattn_jax.evaluation.baselines import Oracle, Quest, Streaming, Vegas
 from specattn_jax.evaluation.forced import _reader, read_documents, read_together, start_reading
 from specattn_jax.evaluation.learning import Learner
-from specattn_jax.models.transformer import read_sequence
+from specattn_jax.models.forward import read_sequence
 from specattn_jax.selection.alignment import NucleusMass
 
 LAYERS, WINDOW, LENGTH, PROMPT = 4, 3, 30, 6

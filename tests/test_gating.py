@@ -31,7 +31,7 @@ from specattn_jax.runtime import segments
 from specattn_jax.runtime.generate import generate, make_selector
 from specattn_jax.runtime.segments import TRIAL_WINDOWS
 from specattn_jax.runtime.starting import Clock
-from specattn_jax.selection.policies import load_policy
+from specattn_jax.selection.policy import load_policy
 
 LLAMA = Scenario(load_shape("llama-3.1-8b"), load_shape("llama-3.2-1b"), kv_reduction=0.88, draft_reads=0.3)
 SMOLLM2 = Scenario(load_shape("smollm2-135m"), load_shape("smollm2-draft"), itemsize=4)

@@ -20,7 +20,8 @@ from specattn_jax.loading.gguf import reader_class
 from specattn_jax.loading.hf import open_hf
 from specattn_jax.loading.tensors import build_model
 from specattn_jax.models.cache import init_cache
-from specattn_jax.models.transformer import LanguageModel, forward, prefill
+from specattn_jax.models.forward import forward, prefill
+from specattn_jax.models.transformer import LanguageModel
 
 TOLERANCE = 1e-3
 PIECES = {"one chunk": LENGTH, "chunks": 128, "four at a time": 4, "one at a time": 1}

@@ -17,7 +17,7 @@ from tiny import causal_attention, outputs, run, tiny_model
 from specattn_jax.decoding.sampling import Sampling, match_vocabulary, token_distribution, verify
 from specattn_jax.decoding.speculative import DecodeSettings
 from specattn_jax.errors import UserError
-from specattn_jax.models.transformer import read_sequence
+from specattn_jax.models.forward import read_sequence
 
 DRAWS = 24_000
 PROMPT = [1, 3, 2]

@@ -15,7 +15,8 @@ from specattn_jax.models.cache import KVCache
 from specattn_jax.models.transformer import Look
 from specattn_jax.selection import policies as selection
 from specattn_jax.selection.alignment import NucleusMass
-from specattn_jax.selection.policies import DraftScores, Selector, load_policy, read_fraction
+from specattn_jax.selection.TODO import DraftScores, Selector, read_fraction
+from specattn_jax.selection.policy import load_policy
 
 SLOTS, STEPS, BATCH = 50, 4, 2
 PAST = np.array([41, 9])

@@ -13,9 +13,10 @@ from tiny import causal_attention, outputs, random_alignment, run, start, tiny_m
 from specattn_jax.decoding.sampling import Sampling
 from specattn_jax.decoding.speculative import DecodeSettings, decode
 from specattn_jax.errors import UserError
-from specattn_jax.models.transformer import read_sequence
+from specattn_jax.models.forward import read_sequence
 from specattn_jax.selection.alignment import NucleusMass
-from specattn_jax.selection.policies import Selector, load_policy
+from specattn_jax.selection.TODO import Selector
+from specattn_jax.selection.policy import load_policy
 
 RAGGED = [[1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 1, 4], [5], [2, 2, 7, 1, 1, 3, 6], [3, 1]]
 LIMIT = 40

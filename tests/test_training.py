@@ -16,7 +16,7 @@ from tiny import causal_attention, outputs, run, tiny_model
 from specattn_jax.decoding.speculative import DecodeSettings
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.forced import read_documents
-from specattn_jax.models.transformer import read_sequence
+from specattn_jax.models.forward import read_sequence
 from specattn_jax.selection.alignment import attention_kl, fit_mixture
 from specattn_jax.training import trainer
 from specattn_jax.training.data import make_data

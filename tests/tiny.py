@@ -9,9 +9,10 @@ import numpy as np
 from specattn_jax.decoding.speculative import DecodeSettings, DecodeState, decode, start_decoding
 from specattn_jax.models.cache import init_cache
 from specattn_jax.models.config import ModelConfig
-from specattn_jax.models.transformer import LanguageModel, init_model, prefill
+from specattn_jax.models.forward import prefill
+from specattn_jax.models.transformer import LanguageModel, init_model
 from specattn_jax.selection.alignment import Alignment
-from specattn_jax.selection.policies import Selector
+from specattn_jax.selection.TODO import Selector
 
 
 def tiny_config(**changes) -> ModelConfig:

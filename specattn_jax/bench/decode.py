@@ -28,7 +28,7 @@ from specattn_jax.errors import UserError
 from specattn_jax.files import atomic_file, first_line, read_json, write_json
 from specattn_jax.planning.device import measure_profile
 from specattn_jax.reporting.provenance import commit, versions
-from specattn_jax.selection.policies import Selector
+from specattn_jax.selection.TODO import Selector
 from specattn_jax.timing import TimingSettings, copy_bandwidth, median_and_spread
 
 DECODE_RESULTS, HF_RESULTS = "decode.json", "hf.json"

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from specattn_jax.decoding.speculative import MODES, Mode
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.planning.cost import load_shape
-from specattn_jax.selection.policies import SelectionPolicy, load_policy
+from specattn_jax.selection.policy import SelectionPolicy, load_policy
 
 DecodeGrid: TypeAlias = Literal["tiny", "small", "full"]
 # What is in no file of shapes: two that are made on the spot for tests, by their number of layers.

@@ -24,8 +24,9 @@ from specattn_jax.decoding.speculative import (
     judge_window,
 )
 from specattn_jax.models.cache import KVCache
-from specattn_jax.models.transformer import LanguageModel, LayerChoice, forward
-from specattn_jax.selection.policies import DraftScores, Selector, read_fraction
+from specattn_jax.models.forward import forward
+from specattn_jax.models.transformer import LanguageModel, LayerChoice
+from specattn_jax.selection.TODO import DraftScores, Selector, read_fraction
 from specattn_jax.timing import TimingSettings
 
 # More calls of a part in one loop tell nothing more.

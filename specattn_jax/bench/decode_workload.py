@@ -18,7 +18,7 @@ from specattn_jax.models.cache import KVCache
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.models.transformer import LanguageModel, abstract_model
 from specattn_jax.selection.alignment import Alignment, NucleusMass
-from specattn_jax.selection.policies import DraftScores, Selector
+from specattn_jax.selection.TODO import DraftScores, Selector
 
 # Standard deviation of all matrices, that of the published models when they were new.
 _WEIGHT_SCALE = 0.02

@@ -28,7 +28,8 @@ from specattn_kernels import top_p_threshold
 
 from specattn_jax.errors import UserError
 from specattn_jax.files import atomic_folder
-from specattn_jax.models.transformer import LanguageModel, causal_attention, read_sequence
+from specattn_jax.models.forward import causal_attention, read_sequence
+from specattn_jax.models.transformer import LanguageModel
 from specattn_jax.reporting.plots import alignment_heatmap
 from specattn_jax.selection.alignment import (
     Alignment,
@@ -41,7 +42,7 @@ from specattn_jax.selection.alignment import (
     save_alignment,
 )
 from specattn_jax.selection.budgets import fit_budgets, length_knots
-from specattn_jax.selection.policies import SelectionPolicy
+from specattn_jax.selection.policy import SelectionPolicy
 
 # Nucleus masses at which layers are priced: the mass left out shrinks geometrically.
 LEFT_OUT_GRID = np.geomspace(0.9, 5e-4, 16)

@@ -39,7 +39,7 @@ def estimate_command(
     """
     with importing():
         from specattn_jax.planning.cost import Scenario, estimate
-        from specattn_jax.selection.policies import load_policy
+        from specattn_jax.selection.policy import load_policy
 
     contexts = [_whole_number(part) for part in context.split(",") if part.strip()]
     if not contexts:

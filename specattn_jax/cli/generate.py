@@ -91,7 +91,7 @@ def generate_command(
         from specattn_jax.decoding.speculative import DecodeSettings
         from specattn_jax.loading.pair import load_pair
         from specattn_jax.runtime.generate import DEFAULT_WINDOW, check_mode, generate
-        from specattn_jax.selection.policies import load_policy
+        from specattn_jax.selection.policy import load_policy
 
     policy = policy or "default"
     load_policy(policy)

@@ -1,19 +1,25 @@
-"""The draft's part of a window: W tokens one after the other, and what its attention says about the target's."""
+"""The draft's part of a window: W tokens one after the other, watched by the selection."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, PRNGKeyArray
-from specattn_kernels import Implementation, SelectionPlan
+from jaxtyping import Array, Float, Int32, Key
 
-from specattn_jax.decoding.sampling import Sampling, choose, match_vocabulary
+from specattn_jax.decoding.sampling import match_vocabulary
 from specattn_jax.models.cache import KVCache
-from specattn_jax.models.config import ModelConfig
-from specattn_jax.models.transformer import LanguageModel, Look, forward
-from specattn_jax.selection.policies import DraftScores, Selection
+from specattn_jax.models.forward import forward
+from specattn_jax.models.transformer import LanguageModel
+from specattn_jax.selection.protocol import Selection
+
+# Chooses the token of a step from its logits: takes the step's number, a key per sequence and the logits; gives the
+# tokens, and the distribution that they were drawn from (None where it is known to be certain).
+Chooser: TypeAlias = Callable[
+    [Int32[Array, ""], Key[Array, " B"], Float[Array, "B V"]], tuple[Int32[Array, " B"], Float[Array, "B V"] | None]
+]
 
 
 class Drafted(NamedTuple):
@@ -23,110 +29,58 @@ class Drafted(NamedTuple):
         tokens: the drafted tokens.
         probs: the distributions they were drawn from, over the target's vocabulary; None when greedy.
         cache: the draft's cache, lengths unchanged.
-        scores: what the draft's attention says about the target's; None without a selector.
-        next_plan: what the draft reads in the next window; None is everything.
+        selection_state: the selection's state, after it has watched all steps.
     """
 
     tokens: Int32[Array, "B W"]
     probs: Float[Array, "B W V"] | None
     cache: KVCache
-    scores: DraftScores | None
-    next_plan: SelectionPlan | None = None
+    selection_state: Any
 
 
 def draft_window(
     draft: LanguageModel,
     cache: KVCache,
     last: Int32[Array, "B 2"],
-    keys: PRNGKeyArray,
-    selector: Selection | None,
+    keys: Key[Array, " B"],
+    selection: Selection,
+    selection_state: Any,
     *,
     window: int,
-    sampling: Sampling,
+    choose: Chooser,
     vocab_size: int,
-    plan: SelectionPlan | None = None,
-    forced: Int32[Array, "B W"] | None = None,
-    implementation: Implementation | None = None,
 ) -> Drafted:
-    """Drafts W tokens, one after the other, collecting scores on the way.
+    """Drafts W tokens, one after the other.
+
+    Every step re-reads the second-last token, so that a window in which all drafted tokens were accepted needs no
+    catch-up call.
 
     Args:
         draft: the draft.
         cache: what it has read; its lengths exclude the two tokens in `last`.
         last: the last two committed tokens.
         keys: one key per sequence.
-        selector: turns attention into scores, or None.
+        selection: watches the steps, and decides what they read.
+        selection_state: its state.
         window: W.
-        sampling: how tokens are drawn.
+        choose: chooses the tokens.
         vocab_size: the target's V.
-        plan: what the draft reads, kv head by kv head of all its layers; None is everything.
-        forced: tokens to take instead of the draft's own, for teacher-forced evaluation.
-        implementation: backend of the attention ops; None lets the library choose.
     """
     step_keys = jnp.swapaxes(jax.vmap(lambda key: jax.random.split(key, window))(keys), 0, 1)
-    imposed = None if forced is None else forced.T
-
-    choices = _of_layers(plan, draft.config)
-    scores_windows = selector is not None and selector.scores_windows
 
     def step(
-        read: _DraftState, step_input: tuple[PRNGKeyArray, Int32[Array, " B"] | None]
-    ) -> tuple[_DraftState, _DraftedToken]:
-        step_keys, token = step_input
-        out = forward(
-            draft,
-            read.last,
-            read.cache,
-            plans=choices,
-            observe_layers=selector.observed_layers if selector is not None else (),
-            observe=selector.observe if selector is not None else None,
-            keep_looks=scores_windows,
-            implementation=implementation,
-        )
-        logits = match_vocabulary(draft.logits(out.hidden[:, -1]), vocab_size)
-        own, probs = choose(step_keys, logits, sampling)
-        token = own if token is None else token
-        scores = read.scores
-        if selector is not None and scores is not None:
-            scores = selector.update(scores, out.observed, out.cache.lengths)
-        moved = out.cache.at_lengths(read.cache.lengths + 1)
-        last = jnp.stack([read.last[:, 1], token], axis=1)
-        return _DraftState(moved, last, scores), _DraftedToken(token, probs, _newest(out.looks))
+        carry: _DraftState, inputs: tuple[Int32[Array, ""], Key[Array, " B"]]
+    ) -> tuple[_DraftState, tuple[Int32[Array, " B"], Float[Array, "B V"] | None]]:
+        (cache, last, state), (index, key) = carry, inputs
+        read, state = selection.observe(state, lambda attend: forward(draft, last, cache, attend), index)
+        logits = match_vocabulary(draft.logits(read.hidden[:, -1]), vocab_size)
+        token, probs = choose(index, key, logits)
+        moved = _DraftState(read.cache.at(cache.lengths + 1), jnp.stack([last[:, 1], token], axis=1), state)
+        return moved, (token, probs)
 
-    scores = None
-    if selector is not None and not scores_windows:
-        scores = selector.start(last.shape[0], cache.num_slots, draft.dtype)
-    state, drafted = jax.lax.scan(step, _DraftState(cache, last, scores), (step_keys, imposed))
-    scores, next_plan, past = state.scores, None, cache.lengths + 1
-    if selector is not None and drafted.looks is not None:
-        layers = range(draft.config.num_layers)
-        looks = [jax.tree.map(lambda x, i=i: jnp.swapaxes(x[:, i], 0, 1), drafted.looks) for i in layers]
-        scores = selector.score(looks, state.cache, past, implementation)
-        next_plan = selector.draft_plan(scores, past, window)
-    tokens, probs = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (drafted.token, drafted.probs))
-    return Drafted(tokens, probs, state.cache.at_lengths(cache.lengths), scores, next_plan)
-
-
-def _newest(looks: tuple[Look, ...]) -> Look | None:
-    """How all layers looked at the cache for the newest token, one array for all of them; None without looks."""
-    if not looks:
-        return None
-    return jax.tree.map(lambda *layers: jnp.stack([layer[:, -1] for layer in layers]), *looks)
-
-
-def _of_layers(plan: SelectionPlan | None, config: ModelConfig) -> tuple[SelectionPlan, ...] | None:
-    """The plans of all layers, from one for all of their kv heads."""
-    if plan is None:
-        return None
-    return tuple(plan.layer(index, config.num_kv_heads) for index in range(config.num_layers))
-
-
-class _DraftedToken(NamedTuple):
-    """What one draft step gives: the token, its distribution, and how the layers looked at the cache for it."""
-
-    token: Int32[Array, " B"]
-    probs: Float[Array, "B V"] | None
-    looks: Look | None
+    end, drafted = jax.lax.scan(step, _DraftState(cache, last, selection_state), (jnp.arange(window), step_keys))
+    tokens, probs = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), drafted)
+    return Drafted(tokens, probs, end.cache.at(cache.lengths), end.selection_state)
 
 
 class _DraftState(NamedTuple):
@@ -135,9 +89,9 @@ class _DraftState(NamedTuple):
     Attributes:
         cache: what was read; its lengths exclude the last two tokens.
         last: the last two tokens. The first of them was read before, but for the first step perhaps.
-        scores: what attention said so far, where it is noted step by step.
+        selection_state: what was watched so far.
     """
 
     cache: KVCache
     last: Int32[Array, "B 2"]
-    scores: DraftScores | None
+    selection_state: Any

@@ -27,7 +27,7 @@ from specattn_jax.evaluation.learning import attend_plan, attention_read, rememb
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.models.transformer import LayerChoice
 from specattn_jax.selection.alignment import Alignment
-from specattn_jax.selection.policies import DenseDraft, DraftScores, past_mask
+from specattn_jax.selection.TODO import DenseDraft, DraftScores, past_mask
 
 # What is selected: slots, blocks by the sum or maximum of their scores, or slots for which whole blocks are fetched.
 Grain = Literal["slot", "sum 4", "sum 8", "sum 16", "max 16", "inside 16"]

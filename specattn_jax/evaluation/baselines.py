@@ -20,7 +20,7 @@ from specattn_jax.evaluation.learning import attend_plan, attention_read, rememb
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.models.transformer import LayerChoice
 from specattn_jax.selection.alignment import NucleusMass, reduce_heads
-from specattn_jax.selection.policies import DenseDraft, DraftScores
+from specattn_jax.selection.TODO import DenseDraft, DraftScores
 
 
 class _WithoutDraft(DenseDraft):

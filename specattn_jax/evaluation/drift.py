@@ -18,8 +18,9 @@ from specattn_jax.errors import UserError
 from specattn_jax.evaluation.forced import start_reading
 from specattn_jax.loading.pair import ModelPair
 from specattn_jax.models.cache import init_cache
-from specattn_jax.models.transformer import LanguageModel, forward
-from specattn_jax.selection.policies import Selection
+from specattn_jax.models.forward import forward
+from specattn_jax.models.transformer import LanguageModel
+from specattn_jax.selection.protocol import Selection
 
 _CHUNK = 128
 # Positions whose distributions are compared at a time.

@@ -23,8 +23,10 @@ from specattn_jax.decoding.speculative import (
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.learning import Learner, attend_plan, mass_read
 from specattn_jax.models.cache import KVCache, init_cache
-from specattn_jax.models.transformer import LanguageModel, LayerReader, forward, prefill
-from specattn_jax.selection.policies import Selection, head_fraction
+from specattn_jax.models.forward import forward, prefill
+from specattn_jax.models.transformer import LanguageModel, LayerReader
+from specattn_jax.selection.protocol import Selection
+from specattn_jax.selection.TODO import head_fraction
 
 _CHUNK = 256
 

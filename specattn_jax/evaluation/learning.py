@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int32
 from specattn_kernels import SelectionPlan, decode_attention, sparse_decode_attention
 
 from specattn_jax.decoding.speculative import WindowRead
-from specattn_jax.selection.policies import Selection, past_mask
+from specattn_jax.selection.protocol import Selection
+from specattn_jax.selection.TODO import past_mask
 
 
 @runtime_checkable

@@ -13,7 +13,8 @@ from specattn_jax.evaluation.baselines import Oracle, Quest, Streaming, Vegas
 from specattn_jax.loading.pair import ModelPair
 from specattn_jax.runtime.generate import make_selector
 from specattn_jax.selection.alignment import NucleusMass
-from specattn_jax.selection.policies import Selection, load_policy
+from specattn_jax.selection.protocol import Selection
+from specattn_jax.selection.policy import load_policy
 
 FULL, SPECATTN = "full", "specattn"
 # What they read is a share of the cache, whatever the attention is; p means nothing to them.

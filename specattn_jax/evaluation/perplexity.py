@@ -23,7 +23,7 @@ from specattn_jax.evaluation.tables import Measured, Row, make_row, markdown
 from specattn_jax.files import atomic_file
 from specattn_jax.loading.pair import ModelPair
 from specattn_jax.reporting.provenance import alignment_digest, documents_digest, model_digest
-from specattn_jax.selection.policies import Selection
+from specattn_jax.selection.protocol import Selection
 
 TABLE, MARKDOWN = "table.json", "table.md"
 # Told the readings done, all that are expected, the case at hand, and what was just measured (or nothing).

@@ -19,7 +19,8 @@ from specattn_jax.evaluation.tables import Row
 from specattn_jax.loading.pair import ModelPair
 from specattn_jax.models.transformer import LanguageModel
 from specattn_jax.reporting.plots import as_png, new_figure
-from specattn_jax.selection.policies import Selection, past_mask
+from specattn_jax.selection.protocol import Selection
+from specattn_jax.selection.TODO import past_mask
 
 # Table 1 of arXiv 2510.27641: share of reads saved and relative increase of perplexity (Llama-2-7b, PG-19).
 PUBLISHED = {

@@ -20,7 +20,7 @@ from specattn_jax.loading.tensors import Progress
 from specattn_jax.loading.tokenizer import Tokenizer, check_compatible
 from specattn_jax.models.transformer import LanguageModel
 from specattn_jax.selection.alignment import Alignment, load_alignment
-from specattn_jax.selection.policies import load_policy
+from specattn_jax.selection.policy import load_policy
 from specattn_jax.texts import read_text
 
 DTYPES = ("auto", "float32", "bfloat16")

@@ -1,14 +1,35 @@
-"""The KV cache: one array per layer, appended in place under donation, rolled back by lengths alone."""
+"""The KV cache: the only place that knows how keys and values lie in memory.
+
+A forward pass appends to it and attends through it, layer by layer; nobody else indexes keys or values. So another
+layout (quantised, paged, sharded) is another class with the same methods.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int32
+from specattn_kernels import (
+    AttentionOutput,
+    Implementation,
+    Scores,
+    SelectionPlan,
+    decode_attention,
+    score_cache,
+    sparse_decode_attention,
+)
 
 from specattn_jax.models.config import ModelConfig
+
+
+class Look(NamedTuple):
+    """How a layer's tokens looked at the cache: their queries, and the log-sum-exp of their scaled logits."""
+
+    q: Float[Array, "*batch T N H"]
+    lse: Float[Array, "*batch T N"]
 
 
 @jax.tree_util.register_dataclass
@@ -16,44 +37,125 @@ from specattn_jax.models.config import ModelConfig
 class KVCache:
     """Keys and values of everything a model has read.
 
+    One `[B, K, S, H]` array per layer: slicing a layer out of a stacked array would copy it. The arrays are updated in
+    place where the cache is donated, and rolled back by lengths alone.
+
     Attributes:
-        k: keys, one `[B, K, S, H]` array per layer: slicing a layer out of a stacked array would copy it.
+        k: keys, layer by layer.
         v: values, likewise.
         lengths: valid slots per sequence. Slots beyond hold leftovers of rejected tokens and are never attended.
+        implementation: backend of the attention ops; None lets the library choose.
     """
 
     k: tuple[Float[Array, "B K S H"], ...]
     v: tuple[Float[Array, "B K S H"], ...]
     lengths: Int32[Array, " B"]
+    implementation: Implementation | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @classmethod
+    def empty(
+        cls,
+        config: ModelConfig,
+        batch: int,
+        num_slots: int,
+        dtype: DTypeLike,
+        implementation: Implementation | None = None,
+    ) -> KVCache:
+        """A cache of `num_slots` slots per sequence in which nothing was written."""
+        shape = (batch, config.num_kv_heads, num_slots, config.head_dim)
+        k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)) for _ in range(2))
+        return cls(k, v, jnp.zeros((batch,), jnp.int32), implementation)
 
     @property
     def num_slots(self) -> int:
         """S."""
         return self.k[0].shape[2]
 
-    def at_lengths(self, lengths: Int32[Array, " B"]) -> KVCache:
-        """The same cache, cut (or extended over slots already written) to `lengths`. Nothing is copied."""
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model that reads."""
+        return len(self.k)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """K."""
+        return self.k[0].shape[1]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of keys and values."""
+        return self.k[0].dtype
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of the keys, or the values, of one layer."""
+        return int(self.k[0].nbytes)
+
+    def at(self, lengths: Int32[Array, " B"]) -> KVCache:
+        """The same cache, rolled back (or extended over slots already written) to `lengths`. Nothing is copied."""
         return dataclasses.replace(self, lengths=lengths)
 
+    def append(self, layer: int, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> KVCache:
+        """Writes T new entries of one layer behind `lengths`, which stay: `at` moves them once all layers have written.
 
-def init_cache(config: ModelConfig, batch: int, num_slots: int, dtype: DTypeLike) -> KVCache:
-    """An empty cache of `num_slots` slots per sequence."""
-    shape = (batch, config.num_kv_heads, num_slots, config.head_dim)
-    layers = range(config.num_layers)
-    return KVCache(
-        k=tuple(jnp.zeros(shape, dtype) for _ in layers),
-        v=tuple(jnp.zeros(shape, dtype) for _ in layers),
-        lengths=jnp.zeros((batch,), jnp.int32),
-    )
+        The caller guarantees `lengths + T <= S`: a start beyond that would be moved back and overwrite valid entries.
+        """
+        keys, values = list(self.k), list(self.v)
+        keys[layer] = _write(keys[layer], k, self.lengths)
+        values[layer] = _write(values[layer], v, self.lengths)
+        return dataclasses.replace(self, k=tuple(keys), v=tuple(values))
+
+    def attend(
+        self,
+        layer: int,
+        q: Float[Array, "B T N H"],
+        plan: SelectionPlan | None = None,
+        *,
+        return_scores: Scores = False,
+        return_lse: bool = False,
+    ) -> AttentionOutput:
+        """Attention of the T tokens just appended behind `lengths`, causal among themselves.
+
+        Args:
+            layer: which layer.
+            q: their queries.
+            plan: what they read of the past; None is everything.
+            return_scores: which softmax weights to return; only where everything is read.
+            return_lse: whether to return the log-sum-exp of the scaled logits that were read.
+        """
+        lengths = self.lengths + q.shape[1]
+        k, v = self.k[layer], self.v[layer]
+        if plan is None:
+            return decode_attention(
+                q, k, v, lengths, return_scores=return_scores, return_lse=return_lse, implementation=self.implementation
+            )
+        if return_scores:
+            raise ValueError("return_scores is set, but where a plan is read there are no weights of all slots.")
+        return sparse_decode_attention(
+            q, k, v, plan, lengths, return_lse=return_lse, implementation=self.implementation
+        )
+
+    def score(self, layer: int, look: Look, past: Int32[Array, " B"]) -> Float[Array, "B K S"]:
+        """How strongly the tokens of a look want each of the first `past` slots, in the cache's dtype.
+
+        The largest weight over the tokens, which is the mean over the query heads of a kv head; see `score_cache`.
+        """
+        k = self.k[layer]
+        return score_cache(look.q, k, look.lse, past, dtype=k.dtype, implementation=self.implementation)
+
+    def keys(self, layer: int) -> Float[Array, "B K S H"]:
+        """The keys of a layer, for those who choose by them; what lies beyond the written slots may be anything."""
+        return self.k[layer]
+
+    def values(self, layer: int) -> Float[Array, "B K S H"]:
+        """The values of a layer, likewise."""
+        return self.v[layer]
 
 
-def append(
+def _write(
     slots: Float[Array, "B K S H"], new: Float[Array, "B T K H"], starts: Int32[Array, " B"]
 ) -> Float[Array, "B K S H"]:
-    """Writes T new entries at each sequence's own start.
-
-    The caller guarantees `starts + T <= S`: a start beyond that would be moved back and overwrite valid entries.
-    """
+    """Writes T new entries at each sequence's own start."""
     rows = jnp.swapaxes(new, 1, 2).astype(slots.dtype)
     write = jax.vmap(lambda slot, row, start: jax.lax.dynamic_update_slice(slot, row, (0, start, 0)))
     return write(slots, rows, starts)

@@ -11,18 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from specattn_jax.decoding.speculative import Mode
+from specattn_jax.decoding.work import Scenario, Work
 from specattn_jax.errors import UserError
 from specattn_jax.models.config import ModelConfig
-from specattn_jax.planning.cost import (
-    Scenario,
-    planning_bytes,
-    scored_bytes,
-    scoring_bytes,
-    tokens_per_window,
-    weights_read,
-    window_bytes,
-)
+from specattn_jax.planning.cost import planning_bytes, scored_bytes, scoring_bytes, weights_read, window_bytes
 from specattn_jax.timing import TimingSettings, copy_bandwidth, time_calls
 
 _MIB = 2**20
@@ -49,7 +41,8 @@ class DeviceProfile:
         draft_layer_s: fixed seconds of a draft layer in one step: what its kernels wait for, not what they move.
         target_layer_s: likewise, of a target layer in one pass.
         least_layer_s: what a layer takes in one pass at least, however small: its kernels one after the other.
-        selecting_layer_s: fixed seconds of a window for each layer of both, in mode `specattn`: scores, selection.
+        selecting_layer_s: fixed seconds of a window for each layer of the draft that is scored, and for each layer of
+            the target for which is selected.
         forward_s: fixed seconds of a pass besides its layers: embedding, vocabulary, choosing a token.
         window_s: fixed seconds of a window besides its passes: acceptance, rollback, the loop.
         compile_s: seconds that a program takes that was never compiled before.
@@ -72,10 +65,10 @@ class DeviceProfile:
 
 
 class WindowSeconds(NamedTuple):
-    """Where the time of one window goes; in mode `autoregressive` that is one token.
+    """Where the time of one window goes.
 
     Attributes:
-        draft: the W draft steps; in mode `specattn` with the scores, and the choice of what the draft reads.
+        draft: the W draft steps, with the scores, and the choice of what the draft reads.
         selection: choosing what the target reads.
         verify: the target's pass.
         rest: what is neither.
@@ -92,21 +85,19 @@ class WindowSeconds(NamedTuple):
         return sum(self)
 
 
-def window_seconds(scenario: Scenario, mode: Mode, profile: DeviceProfile) -> WindowSeconds:
+def window_seconds(scenario: Scenario, work: Work, profile: DeviceProfile) -> WindowSeconds:
     """Predicts one window: each part takes as long as its bytes or its arithmetic, whichever is more.
 
     Args:
         scenario: what is decoded; `accepted` does not matter.
-        mode: how.
+        work: what a window consists of.
         profile: on what.
 
     Raises:
-        UserError: a number of the scenario, or the mode, means nothing.
+        UserError: a number of the scenario means nothing.
     """
-    moved = window_bytes(scenario, mode)
-    target, draft, window = scenario.target, scenario.draft, scenario.window
-    sparse = mode == "specattn"
-    alone = mode == "autoregressive"
+    moved = window_bytes(scenario, work)
+    target, draft = scenario.target, scenario.draft
 
     def weights(nbytes: float, config: ModelConfig, tokens: int) -> float:
         arithmetic = 2 * weights_read(config) * scenario.batch * tokens
@@ -117,35 +108,36 @@ def window_seconds(scenario: Scenario, mode: Mode, profile: DeviceProfile) -> Wi
         arithmetic = 2 * nbytes / scenario.itemsize * config.group_size * tokens
         return max(nbytes / (profile.bandwidth * share), arithmetic / (profile.flops * profile.attention_flops_share))
 
-    read_share = profile.sparse_share if sparse and scenario.kv_reduction > 0 else profile.attention_share
+    def rate(reads: float) -> float:
+        return profile.sparse_share if reads < 1 else profile.attention_share
+
     verify = profile.forward_s + max(
-        weights(moved.target_weights, target, 1 if alone else window + 1)
-        + attention(moved.target_cache, target, 1 if alone else window + 1, read_share)
+        weights(moved.target_weights, target, work.verified)
+        + attention(moved.target_cache, target, work.verified, rate(work.target_reads))
         + target.num_layers * profile.target_layer_s,
         target.num_layers * profile.least_layer_s,
     )
-    if alone:
+    if not work.steps:
         return WindowSeconds(0.0, 0.0, verify, 0.0)
-    draft_share = profile.sparse_share if sparse and scenario.draft_share < 1 else profile.attention_share
     # Every step reads two tokens, the second-last one again.
-    drafting = window * profile.forward_s + max(
-        weights(moved.draft_weights, draft, 2 * window)
-        + attention(moved.draft_cache, draft, 2, draft_share)
-        + window * draft.num_layers * profile.draft_layer_s,
-        window * draft.num_layers * profile.least_layer_s,
+    drafting = work.steps * profile.forward_s + max(
+        weights(moved.draft_weights, draft, 2 * work.steps)
+        + attention(moved.draft_cache, draft, 2, rate(work.draft_reads))
+        + work.steps * draft.num_layers * profile.draft_layer_s,
+        work.steps * draft.num_layers * profile.least_layer_s,
     )
-    selecting = 0.0
-    if sparse:
-        rate = profile.bandwidth * profile.selection_share
-        drafting += attention(scored_bytes(scenario), draft, window, profile.attention_share)
-        drafting += scoring_bytes(scenario) / rate + draft.num_layers * profile.selecting_layer_s
-        selecting = planning_bytes(scenario) / rate + target.num_layers * profile.selecting_layer_s
+    selecting, written = 0.0, profile.bandwidth * profile.selection_share
+    if work.scores:
+        drafting += attention(scored_bytes(scenario), draft, work.steps, profile.attention_share)
+        drafting += scoring_bytes(scenario) / written + draft.num_layers * profile.selecting_layer_s
+    if work.plans:
+        selecting = planning_bytes(scenario) / written + target.num_layers * profile.selecting_layer_s
     return WindowSeconds(drafting, selecting, verify, profile.window_s)
 
 
-def seconds_per_token(scenario: Scenario, mode: Mode, profile: DeviceProfile) -> float:
+def seconds_per_token(scenario: Scenario, work: Work, profile: DeviceProfile) -> float:
     """Predicted time in which every sequence of the batch gets one more token."""
-    return window_seconds(scenario, mode, profile).total / tokens_per_window(scenario, mode)
+    return window_seconds(scenario, work, profile).total / work.tokens
 
 
 def load_profile(kind: str, *, bandwidth: float, flops: float | None = None) -> DeviceProfile:

@@ -1,4 +1,4 @@
-"""Which mode and window to decode with: predicted times, what was accepted so far, and reluctance to switch."""
+"""Which strategy to decode with: predicted times, what was accepted so far, and reluctance to switch."""
 
 from __future__ import annotations
 
@@ -9,132 +9,94 @@ from typing import NamedTuple
 
 import numpy as np
 
-from specattn_jax.decoding.speculative import MODES, Mode
+from specattn_jax.decoding.protocol import Strategy
+from specattn_jax.decoding.work import Scenario
 from specattn_jax.loading.pair import ModelPair
 from specattn_jax.loading.presets import get_preset, preset_names
-from specattn_jax.planning.cost import Scenario
+from specattn_jax.planning.acceptance import Acceptance
 from specattn_jax.planning.device import DeviceProfile, measure_profile, seconds_per_token
-from specattn_jax.selection.policies import Selector
+from specattn_jax.selection.make import DraftedSelection
 
 # Drafted tokens per window that `auto` considers; longer ones pay for drafts that accept nearly everything only.
 WINDOWS = (1, 2, 3, 4, 5, 6, 8)
 # What is nearer than this share to the fastest counts as equally fast: the prediction knows no better.
 TIE = 0.01
-# A running mode is left for one that is faster by at least this share, lest it be taken up again at the next look.
+# A running strategy is left for one that is faster by at least this share, lest it be taken up again at the next look.
 HYSTERESIS = 0.05
 # A program is compiled only to save this many times the time that it takes.
 COMPILE_MARGIN = 1.5
-_DEFAULT_RATE, _PRIOR_WINDOWS = 0.7, 4.0
-# Old windows count no more than this many: texts change.
-_MOST_WEIGHT = 64.0
 
 
-class Acceptance(NamedTuple):
-    """How often a drafted token is accepted, if all before it were.
+class Choice(NamedTuple):
+    """One way to decode, by name.
 
     Attributes:
-        rate: the chance of each token, below 1.
-        weight: how many windows this is worth beside new ones.
+        mode: name of the strategy.
+        window: drafted tokens per window; 0 where nothing is drafted.
     """
 
-    rate: float = _DEFAULT_RATE
-    weight: float = _PRIOR_WINDOWS
-
-    def expected(self, window: int) -> float:
-        """Accepted tokens per window of W drafted ones: rate + rate^2 + ... + rate^W."""
-        return math.fsum(self.rate**place for place in range(1, window + 1))
-
-    def observe(self, window: int, windows: int, accepted: int) -> Acceptance:
-        """Adds windows of W drafted tokens, of which `accepted` were accepted in all."""
-        if windows < 1:
-            return self
-        weight = self.weight + windows
-        mean = (self.weight * self.expected(window) + accepted) / weight
-        return Acceptance.of_mean(window, mean)._replace(weight=min(weight, _MOST_WEIGHT))
-
-    def bounds(self, window: int) -> tuple[Acceptance, Acceptance]:
-        """The rates at which windows of W would give one standard error less or more than they are thought to."""
-        mean = self.expected(window)
-        square = math.fsum((2 * place - 1) * self.rate**place for place in range(1, window + 1))
-        error = math.sqrt(max(0.0, square - mean**2) / self.weight)
-        return self.of_mean(window, mean - error), self.of_mean(window, mean + error)
-
-    @classmethod
-    def of_mean(cls, window: int, accepted: float) -> Acceptance:
-        """The rate at which this many of W drafted tokens are accepted on average."""
-        low, high = 0.0, 0.999
-        for _ in range(30):
-            middle = (low + high) / 2
-            low, high = (middle, high) if cls(middle).expected(window) < accepted else (low, middle)
-        return cls(low)
-
-
-class Plan(NamedTuple):
-    """One way to decode.
-
-    Attributes:
-        mode: of `DecodeSettings`.
-        window: drafted tokens per window; 0 in mode `autoregressive`.
-    """
-
-    mode: Mode
+    mode: str
     window: int
 
+    @classmethod
+    def of(cls, strategy: Strategy) -> Choice:
+        """That of a strategy."""
+        return cls(strategy.name, strategy.window)
+
     def __str__(self) -> str:
-        return self.mode if self.mode == "autoregressive" else f"{self.mode} (window {self.window})"
+        return f"{self.mode} (window {self.window})" if self.window else self.mode
 
 
 class Prediction(NamedTuple):
-    """What a plan is thought to take.
+    """What a way to decode is thought to take.
 
     Attributes:
-        plan: the plan.
+        choice: which.
         seconds: per token of each sequence.
     """
 
-    plan: Plan
+    choice: Choice
     seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """A plan, and why.
+    """A choice, and why.
 
     Attributes:
-        mode: how to decode.
-        window: drafted tokens per window; 0 in mode `autoregressive`.
+        choice: how to decode.
         reason: one sentence.
-        predictions: the fastest plan of each mode, and the one that was running.
+        predictions: the fastest choice of each mode, and the one that was running.
         context: mean entries in a cache when it was made.
         acceptance: the assumed chance that a drafted token is accepted.
         bandwidth: measured bytes per second of a copy.
-        is_final: whether nothing that may be seen until the end could change it, so that nobody has to look.
+        is_final: whether nothing that may be seen until the end could change it, so that nobody has to look. Without
+            the draft's cache there is no way back.
     """
 
-    mode: Mode
-    window: int
+    choice: Choice
     reason: str = ""
     predictions: tuple[Prediction, ...] = ()
     context: int = 0
-    acceptance: float = _DEFAULT_RATE
+    acceptance: float = Acceptance().rate
     bandwidth: float = 0.0
     is_final: bool = False
 
     @property
-    def plan(self) -> Plan:
-        """Mode and window."""
-        return Plan(self.mode, 0 if self.mode == "autoregressive" else self.window)
+    def mode(self) -> str:
+        """Name of the strategy."""
+        return self.choice.mode
 
     @property
-    def may_change(self) -> bool:
-        """Whether another decision can follow. Without the draft's cache there is no way back."""
-        return self.mode != "autoregressive" and not self.is_final
+    def window(self) -> int:
+        """Drafted tokens per window; 0 where nothing is drafted."""
+        return self.choice.window
 
     def explain(self) -> list[str]:
         """Lines for people: what was known, what each mode was thought to take, and the reason."""
         known = f"at {self.context:,} tokens, {self.acceptance:.0%} of drafted tokens accepted one by one"
         lines = [f"{known}, copies at {self.bandwidth / 1e9:,.1f} GB/s:"]
-        lines += [f"  {plan}: {1e3 * seconds:.3g} ms per token predicted" for plan, seconds in self.predictions]
+        lines += [f"  {choice}: {1e3 * seconds:.3g} ms per token predicted" for choice, seconds in self.predictions]
         return [*lines, f"  {self.reason}"]
 
 
@@ -145,9 +107,9 @@ class Situation(NamedTuple):
         context: mean entries in a sequence's cache.
         remaining: most tokens that a sequence still wants.
         acceptance: what was accepted so far, or is assumed.
-        kv_reduction: share of the target's reads that mode `specattn` saved here; None where it did not run yet.
-        current: the plan that runs; None at the start.
-        compiled: plans whose programs are there.
+        kv_reduction: share of the target's reads that sparse verification saved here; None where it did not run yet.
+        current: the choice that runs; None at the start.
+        compiled: choices whose programs are there.
         compile_s: seconds that the slowest program of this run took to compile; little where all came from a cache.
     """
 
@@ -155,112 +117,109 @@ class Situation(NamedTuple):
     remaining: int
     acceptance: Acceptance = Acceptance()
     kv_reduction: float | None = None
-    current: Plan | None = None
-    compiled: frozenset[Plan] = frozenset()
+    current: Choice | None = None
+    compiled: frozenset[Choice] = frozenset()
     compile_s: float = 0.0
 
 
 Decide = Callable[[Situation], Decision]
 
 
-def choose_plan(
-    scenario: Scenario,
-    profile: DeviceProfile,
-    situation: Situation,
-    *,
-    modes: Sequence[Mode] = MODES,
-    windows: Sequence[int] = WINDOWS,
+class _Predicted(NamedTuple):
+    """A strategy and its predicted seconds per token."""
+
+    strategy: Strategy
+    seconds: float
+
+    @property
+    def choice(self) -> Choice:
+        return Choice.of(self.strategy)
+
+
+def choose_strategy(
+    scenario: Scenario, profile: DeviceProfile, situation: Situation, strategies: Sequence[Strategy]
 ) -> Decision:
-    """The plan predicted to be fastest; among equals the one of the simpler mode; a running one unless leaving it pays.
+    """The strategy predicted to be fastest; among equals the first mode; a running one unless leaving it pays.
 
     Args:
-        scenario: shapes, batch, and what `specattn` would read; context, window and acceptance are the situation's.
+        scenario: shapes, batch, and what a sparse verification would read; context, window and acceptance are the
+            situation's.
         profile: the device.
         situation: what is known.
-        modes: those that can be had.
-        windows: drafted tokens per window that may be chosen.
+        strategies: those that can be had, the simplest mode first and the approximate ones last.
     """
     scenario = scenario._replace(context=max(1, situation.context))
-    found = predict(scenario, profile, situation.acceptance, modes, windows)
-    # From simple to approximate.
-    best = [
-        min((one for one in found if one.plan.mode == mode), key=lambda one: one.seconds)
-        for mode in sorted(modes, key=MODES.index)
-    ]
-    fastest = min(best, key=lambda one: one.seconds)
+    found = predict(scenario, profile, situation.acceptance, strategies)
+    by_mode: dict[str, list[_Predicted]] = {}
+    for one in found:
+        by_mode.setdefault(one.strategy.name, []).append(one)
     # Within one mode, only speed counts.
+    best = [min(group, key=lambda one: one.seconds) for group in by_mode.values()]
+    fastest = min(best, key=lambda one: one.seconds)
     chosen = next(one for one in best if one.seconds <= fastest.seconds * (1 + TIE))
-    running = next((one for one in found if one.plan == situation.current), None)
+    running = next((one for one in found if one.choice == situation.current), None)
     if running is not None:
         chosen, reason = _leave_or_stay(scenario, profile, situation, running, chosen)
     elif chosen is fastest:
-        reason = f"{chosen.plan}, predicted to be the fastest."
+        reason = f"{chosen.choice}, predicted to be the fastest."
     else:
-        reason = f"{chosen.plan}, because {fastest.plan} is predicted to be no more than {TIE:.0%} faster."
+        reason = f"{chosen.choice}, because {fastest.choice} is predicted to be no more than {TIE:.0%} faster."
     shown = [*best, *(one for one in (running, chosen) if one is not None)]
     return Decision(
-        *chosen.plan,
+        chosen.choice,
         reason=reason,
-        predictions=tuple(dict.fromkeys(shown)),
+        predictions=tuple(dict.fromkeys(Prediction(one.choice, one.seconds) for one in shown)),
         context=situation.context,
         acceptance=situation.acceptance.rate,
         bandwidth=profile.bandwidth,
-        is_final=_is_final(scenario, profile, chosen.plan, situation),
+        is_final=not chosen.strategy.needs_draft or _is_final(scenario, profile, chosen.strategy, situation),
     )
 
 
-def _is_final(scenario: Scenario, profile: DeviceProfile, plan: Plan, situation: Situation) -> bool:
+def _is_final(scenario: Scenario, profile: DeviceProfile, strategy: Strategy, situation: Situation) -> bool:
     """Whether no switch can pay: all that is left, were nothing accepted, takes less than compiling another program."""
-    longest = situation.remaining * _seconds(scenario, profile, plan, Acceptance(0.0))
-    return situation.compiled <= {plan} and longest <= COMPILE_MARGIN * profile.compile_s
+    longest = situation.remaining * _seconds(scenario, profile, strategy, Acceptance(0.0))
+    return situation.compiled <= {Choice.of(strategy)} and longest <= COMPILE_MARGIN * profile.compile_s
 
 
 def predict(
-    scenario: Scenario,
-    profile: DeviceProfile,
-    acceptance: Acceptance,
-    modes: Sequence[Mode],
-    windows: Sequence[int],
-) -> list[Prediction]:
-    """Seconds per token of every plan."""
-    found = []
-    for mode in modes:
-        for window in (1,) if mode == "autoregressive" else windows:
-            plan = Plan(mode, 0 if mode == "autoregressive" else window)
-            found.append(Prediction(plan, _seconds(scenario, profile, plan, acceptance)))
-    return found
+    scenario: Scenario, profile: DeviceProfile, acceptance: Acceptance, strategies: Sequence[Strategy]
+) -> list[_Predicted]:
+    """Seconds per token of every strategy."""
+    return [_Predicted(strategy, _seconds(scenario, profile, strategy, acceptance)) for strategy in strategies]
 
 
-def _seconds(scenario: Scenario, profile: DeviceProfile, plan: Plan, acceptance: Acceptance) -> float:
-    """Predicted seconds per token of one plan."""
-    window = max(1, plan.window)
+def _seconds(scenario: Scenario, profile: DeviceProfile, strategy: Strategy, acceptance: Acceptance) -> float:
+    """Predicted seconds per token of one strategy."""
+    window = max(1, strategy.window)
     case = scenario._replace(window=window, accepted=acceptance.expected(window))
-    return seconds_per_token(case, plan.mode, profile)
+    return seconds_per_token(case, strategy.cost(case), profile)
 
 
 def _leave_or_stay(
-    scenario: Scenario, profile: DeviceProfile, situation: Situation, running: Prediction, better: Prediction
-) -> tuple[Prediction, str]:
+    scenario: Scenario, profile: DeviceProfile, situation: Situation, running: _Predicted, better: _Predicted
+) -> tuple[_Predicted, str]:
     """Whether what is predicted to be faster is worth leaving what runs, and why.
 
     Few windows tell little of the acceptance: leaving has to pay if that is somewhat lower or higher too.
     """
-    if better.plan == running.plan:
-        return running, f"stays with {running.plan}, predicted to be the fastest."
-    believed = situation.acceptance, *situation.acceptance.bounds(max(1, running.plan.window))
+    if better.choice == running.choice:
+        return running, f"stays with {running.choice}, predicted to be the fastest."
+    believed = situation.acceptance, *situation.acceptance.bounds(max(1, running.strategy.window))
     gain = min(
-        _seconds(scenario, profile, running.plan, rate) - _seconds(scenario, profile, better.plan, rate)
+        _seconds(scenario, profile, running.strategy, rate) - _seconds(scenario, profile, better.strategy, rate)
         for rate in believed
     )
     saved = gain * situation.remaining
-    cost = 0.0 if better.plan in situation.compiled else max(situation.compile_s, profile.compile_s)
+    cost = 0.0 if better.choice in situation.compiled else max(situation.compile_s, profile.compile_s)
     if gain <= HYSTERESIS * running.seconds:
-        return running, f"stays with {running.plan}: {better.plan} is not {HYSTERESIS:.0%} faster beyond doubt."
+        return running, f"stays with {running.choice}: {better.choice} is not {HYSTERESIS:.0%} faster beyond doubt."
     if saved <= COMPILE_MARGIN * cost:
         return running, (
-            f"stays with {running.plan}: {better.plan} would save {saved:.2g} s, compiling it takes about {cost:.2g} s."
+            f"stays with {running.choice}: {better.choice} would save {saved:.2g} s, compiling it takes about "
+            f"{cost:.2g} s."
         )
-    return better, f"switches from {running.plan} to {better.plan}, which is predicted to save {saved:.2g} s."
+    return better, f"switches from {running.choice} to {better.choice}, which is predicted to save {saved:.2g} s."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,38 +227,31 @@ class Gate:
     """Decides for one run of `generate`.
 
     Attributes:
-        scenario: shapes, batch, and what `specattn` would read.
+        scenario: shapes, batch, and what a sparse verification would read.
         profile: the device.
-        modes: those that can be had.
-        windows: drafted tokens per window that may be chosen.
-        always_read: entries of every cache that `specattn` reads, however short it is.
+        strategies: those that can be had, the simplest mode first and the approximate ones last.
+        always_read: entries of every cache that a sparse verification reads, however short it is.
     """
 
     scenario: Scenario
     profile: DeviceProfile
-    modes: tuple[Mode, ...] = MODES
-    windows: tuple[int, ...] = WINDOWS
+    strategies: tuple[Strategy, ...]
     always_read: int = 0
 
     def __call__(self, situation: Situation) -> Decision:
-        """The plan for a situation."""
+        """The choice for a situation."""
         saved = self.scenario.kv_reduction if situation.kv_reduction is None else situation.kv_reduction
         most = 1.0 - min(1.0, self.always_read / max(1, situation.context))
-        return choose_plan(
-            self.scenario._replace(kv_reduction=min(max(saved, 0.0), most)),
-            self.profile,
-            situation,
-            modes=self.modes,
-            windows=self.windows,
-        )
+        scenario = self.scenario._replace(kv_reduction=min(max(saved, 0.0), most))
+        return choose_strategy(scenario, self.profile, situation, self.strategies)
 
 
 def make_gate(
     pair: ModelPair,
     batch: int,
-    selector: Selector | None,
+    strategies: Sequence[Strategy],
+    selection: DraftedSelection | None,
     *,
-    windows: Sequence[int] = WINDOWS,
     profile: DeviceProfile | None = None,
 ) -> Gate:
     """The gate of a pair.
@@ -307,33 +259,33 @@ def make_gate(
     Args:
         pair: the models.
         batch: sequences decoded at a time.
-        selector: what `specattn` would read; without one it is not chosen.
-        windows: drafted tokens per window that may be chosen.
+        strategies: those that can be had, the simplest mode first and the approximate ones last.
+        selection: what a sparse verification would read; None where there is none.
         profile: the device; measured where it is not given.
     """
     scenario = Scenario(pair.target.config, pair.draft.config, batch, itemsize=pair.target.dtype.itemsize)
-    profile = profile or measure_profile()
-    if selector is None:
-        return Gate(scenario, profile, tuple(mode for mode in MODES if mode != "specattn"), tuple(windows))
-    policy = selector.policy
-    scenario = scenario._replace(kv_reduction=expected_saving(selector), draft_reads=policy.draft_reads)
-    return Gate(scenario, profile, MODES, tuple(windows), policy.num_sink + policy.num_recent)
+    always_read = 0
+    if selection is not None:
+        policy = selection.policy
+        scenario = scenario._replace(kv_reduction=expected_saving(selection), draft_reads=policy.draft_reads)
+        always_read = policy.num_sink + policy.num_recent
+    return Gate(scenario, profile or measure_profile(), tuple(strategies), always_read)
 
 
-def expected_saving(selector: Selector) -> float:
-    """Share of the target's reads that a selector saves: the wanted one, or what calibration says of its mass."""
-    wanted = float(selector.mass.wanted_read)
+def expected_saving(selection: DraftedSelection) -> float:
+    """Share of the target's reads that a selection saves: the wanted one, or what calibration says of its mass."""
+    wanted = float(selection.mass.wanted_read)
     if wanted > 0:
         return 1.0 - wanted
-    left_out = float(selector.mass.left_out.mean())
+    left_out = float(selection.mass.left_out.mean())
     if left_out <= 0:
         return 0.0
-    alignment, policy = selector.alignment, selector.policy
+    alignment, policy = selection.alignment, selection.policy
     # Savings go about as the logarithm of the mass left out; none at all is saved somewhere far below the first budget.
     budgets = np.asarray(alignment.left_out).mean(axis=1)
     masses = np.log([min(1e-4, budgets[0] / 10), *budgets])
     saved = float(np.interp(math.log(left_out), masses, [0.0, *np.asarray(alignment.savings)]))
-    return saved * (1 - policy.dense_layers / selector.target.num_layers)
+    return saved * (1 - policy.dense_layers / selection.target.num_layers)
 
 
 def prior_acceptance(pair: ModelPair) -> Acceptance:
@@ -341,5 +293,5 @@ def prior_acceptance(pair: ModelPair) -> Acceptance:
     if pair.draft is pair.target:
         return Acceptance(0.99)
     if pair.draft_name == "default" and pair.target_name in preset_names():
-        return Acceptance(get_preset(pair.target_name).acceptance or _DEFAULT_RATE)
+        return Acceptance(get_preset(pair.target_name).acceptance or Acceptance().rate)
     return Acceptance()

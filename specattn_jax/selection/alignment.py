@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from specattn_jax.errors import UserError
 from specattn_jax.files import sensible
@@ -39,6 +39,29 @@ def reduce_heads(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Steering:
+    """What was read so far, by which a wanted saving is met.
+
+    Attributes:
+        read: sum over the windows of the share of the past that each target layer read.
+        windows: number of those windows.
+    """
+
+    read: Float[Array, "B L"]
+    windows: Int32[Array, " B"]
+
+    @classmethod
+    def start(cls, batch: int, num_layers: int) -> Steering:
+        """Nothing was read yet."""
+        return cls(jnp.zeros((batch, num_layers), jnp.float32), jnp.zeros((batch,), jnp.int32))
+
+    def add(self, read: Float[Array, "B L"], active: Bool[Array, " B"]) -> Steering:
+        """Adds one window, of the sequences that still decode."""
+        return Steering(self.read + active[:, None] * read, self.windows + active)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class NucleusMass:
     """How much attention mass a selection keeps, per target layer or kv head, and per cache length.
 
@@ -60,12 +83,7 @@ class NucleusMass:
         """The same p in every layer at every length."""
         return cls(jnp.full((num_layers,), 1.0 - p, jnp.float32), jnp.ones((1,)), jnp.ones((1,)), jnp.zeros(()))
 
-    def p(
-        self,
-        past: Int32[Array, " B"],
-        read: Float[Array, " B"] | None = None,
-        windows: Int32[Array, " B"] | None = None,
-    ) -> Float[Array, "B u"]:
+    def p(self, past: Int32[Array, " B"], steering: Steering | None = None) -> Float[Array, "B u"]:
         """Nucleus mass per layer or kv head for caches of `past` entries; beyond the knots the nearest one counts.
 
         Texts differ from the calibration text, so where a saving is wanted, the mean share read so far corrects the
@@ -73,14 +91,14 @@ class NucleusMass:
 
         Args:
             past: entries in each cache.
-            read: sum over the windows so far of the share that was read.
-            windows: number of those windows.
+            steering: what was read so far; None corrects nothing.
         """
         length = jnp.log(jnp.maximum(past, 1).astype(jnp.float32))
         scale = jnp.exp(jnp.interp(length, jnp.log(self.length_knots), jnp.log(self.length_scale)))
-        if read is not None and windows is not None:
+        if steering is not None:
             steady = jnp.where(self.wanted_read > 0, self.wanted_read, 1.0)
-            mean = (read + _STEER_PRIOR * steady) / (windows + _STEER_PRIOR)
+            read = jnp.mean(steering.read, axis=1)
+            mean = (read + _STEER_PRIOR * steady) / (steering.windows + _STEER_PRIOR)
             scale *= jnp.where(self.wanted_read > 0, (mean / steady) ** _STEER_POWER, 1.0)
         return 1.0 - jnp.clip(self.left_out * scale[:, None], 0.0, _MOST_LEFT_OUT)
 

@@ -8,16 +8,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from specattn_jax.decoding.autoregressive import Autoregressive
+from specattn_jax.decoding.protocol import DecodeSettings, Models
 from specattn_jax.decoding.sampling import Sampling
-from specattn_jax.decoding.speculative import DecodeSettings, decode, start_decoding
 from specattn_jax.errors import UserError
 from specattn_jax.files import atomic_file, sensible
 from specattn_jax.loading.draft import embedding_fingerprint
-from specattn_jax.models.cache import init_cache
-from specattn_jax.models.transformer import LanguageModel, prefill
+from specattn_jax.models.transformer import LanguageModel
+from specattn_jax.runtime.session import Session
 from specattn_jax.training.settings import TrainSettings
 
 # The last part of every text is kept from training, to watch acceptance on.
@@ -66,29 +66,17 @@ def write_continuations(
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """The prompts `[n, length]`, each followed by `written` tokens of the target's own."""
-    settings = DecodeSettings("autoregressive", sampling=Sampling(temperature))
+    strategy = Autoregressive(DecodeSettings(Sampling(temperature)))
+    session = Session(Models(target))
     parts = []
     for begin in range(0, len(prompts), batch):
         part = prompts[begin : begin + batch]
         count, length = part.shape
         # The last batch is filled up, so that everything is compiled once.
         full = np.resize(part, (min(batch, len(prompts)), length))
-        slots = -(-(length + written + 1) // 128) * 128
-        cache = init_cache(target.config, len(full), slots, target.dtype)
-        lengths = jnp.full((len(full),), length, jnp.int32)
-        hidden, cache = prefill(target, jnp.asarray(full), lengths, cache, chunk=length)
-        state = start_decoding(
-            target,
-            hidden,
-            cache,
-            None,
-            jnp.asarray(full[:, -1]),
-            jnp.full((len(full),), written, jnp.int32),
-            jax.random.split(jax.random.fold_in(jax.random.key(seed), begin), len(full)),
-            settings=settings,
-            room=written,
-        )
-        state = decode(target, None, None, state, jnp.int32(written), settings=settings)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), begin), len(full))
+        state = session.prefill(full, written, settings=strategy.settings, keys=keys)
+        state = session.decode(strategy, session.start(strategy, state), written)
         parts.append(np.concatenate([part, np.asarray(state.output)[:count, :written]], axis=1))
         if progress is not None:
             progress(begin + count)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from specattn_jax.models.transformer import LanguageModel, causal_attention, read_sequence
+from specattn_jax.models.forward import causal_attention, read_sequence
+from specattn_jax.models.transformer import LanguageModel
 
 # Positions whose logits are held at once.
 _CHUNK = 4096

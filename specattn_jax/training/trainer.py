@@ -18,7 +18,8 @@ import optax
 from jaxtyping import Array, Bool, Float, Int32
 
 from specattn_jax.errors import UserError
-from specattn_jax.models.transformer import LanguageModel, abstract_model, likeliest_next
+from specattn_jax.models.forward import likeliest_next
+from specattn_jax.models.transformer import LanguageModel, abstract_model
 from specattn_jax.training.checkpoints import Checkpoints
 from specattn_jax.training.data import TrainingData
 from specattn_jax.training.objective import Losses, objective

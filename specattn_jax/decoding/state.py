@@ -1,0 +1,168 @@
+"""What decoding carries from window to window, and how a window's tokens are committed to it.
+
+Invariants between windows, for a sequence of n committed tokens (prompt and output): the target has read n - 1 of them,
+the draft at least n - 2, and both caches may hold leftovers beyond that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32, Key
+
+from specattn_jax.decoding.sampling import Verdict
+from specattn_jax.models.cache import KVCache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Counts per sequence, windows after its end not included.
+
+    Attributes:
+        windows: verification passes.
+        drafted: drafted tokens.
+        accepted: drafted tokens accepted (the target's own token not counted).
+        read: sum over windows of the share of the past that each target layer read.
+    """
+
+    windows: Int32[Array, " B"]
+    drafted: Int32[Array, " B"]
+    accepted: Int32[Array, " B"]
+    read: Float[Array, "B L"]
+
+    @classmethod
+    def start(cls, batch: int, num_layers: int) -> Statistics:
+        """Nothing was done yet."""
+        none = jnp.zeros((batch,), jnp.int32)
+        return cls(none, none, none, jnp.zeros((batch, num_layers), jnp.float32))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """Everything that decoding carries from window to window; donated to each call.
+
+    Its structure does not change from a strategy's `start` to the end.
+
+    Attributes:
+        target_cache: the target's cache.
+        draft_cache: the draft's cache; None where nobody needs one.
+        last: the last two committed tokens, the newest second.
+        output: new tokens; valid up to `emitted`.
+        emitted: number of new tokens.
+        limit: most new tokens wanted.
+        done: whether a sequence reached its limit or a stop token.
+        keys: one random key per sequence.
+        statistics: what was done and read.
+        own: what the strategy keeps for itself; `start` makes it.
+    """
+
+    target_cache: KVCache
+    draft_cache: KVCache | None
+    last: Int32[Array, "B 2"]
+    output: Int32[Array, "B room"]
+    emitted: Int32[Array, " B"]
+    limit: Int32[Array, " B"]
+    done: Bool[Array, " B"]
+    keys: Key[Array, " B"]
+    statistics: Statistics
+    own: Any = ()
+
+
+def begin(
+    target_cache: KVCache,
+    draft_cache: KVCache | None,
+    last: Int32[Array, "B 2"],
+    limit: Int32[Array, " B"],
+    keys: Key[Array, " B"],
+    *,
+    room: int,
+    stop_tokens: tuple[int, ...] = (),
+) -> DecodeState:
+    """The state after prefill, before any strategy has started.
+
+    Args:
+        target_cache: holds the whole prompt.
+        draft_cache: holds the whole prompt too, or None.
+        last: each prompt's last token, and the first new one, which the target chose.
+        limit: most new tokens per sequence, at least 1.
+        keys: one random key per sequence.
+        room: places in the output: the largest limit and all tokens that one window may write beyond it.
+        stop_tokens: ids that end a sequence.
+    """
+    batch = limit.shape[0]
+    return DecodeState(
+        target_cache=target_cache,
+        draft_cache=draft_cache,
+        last=last,
+        output=jnp.zeros((batch, room), jnp.int32).at[:, 0].set(last[:, 1]),
+        emitted=jnp.ones((batch,), jnp.int32),
+        limit=limit,
+        done=(limit <= 1) | is_stop(last[:, 1], stop_tokens),
+        keys=keys,
+        statistics=Statistics.start(batch, target_cache.num_layers),
+    )
+
+
+def is_stop(tokens: Int32[Array, "*batch"], stop_tokens: tuple[int, ...]) -> Bool[Array, "*batch"]:
+    """Whether each token is one of the stop tokens."""
+    if not stop_tokens:
+        return jnp.zeros(tokens.shape, jnp.bool_)
+    return jnp.any(tokens[..., None] == jnp.array(stop_tokens, jnp.int32), axis=-1)
+
+
+def commit(
+    state: DecodeState,
+    verdict: Verdict,
+    read: Float[Array, "B L"],
+    *,
+    drafted: int,
+    stop_tokens: tuple[int, ...],
+) -> DecodeState:
+    """Writes the decided tokens, stops at stop tokens and limits, and rolls both caches back to the committed length.
+
+    Args:
+        state: its caches hold the window's tokens behind their lengths.
+        verdict: what was decided.
+        read: share of the past that each target layer read.
+        drafted: drafted tokens of the window.
+        stop_tokens: ids that end a sequence; the id itself is kept in the output.
+    """
+    num_places = verdict.tokens.shape[1]
+    place = jnp.arange(num_places)
+    decided = verdict.accepted + 1
+    stops = is_stop(verdict.tokens, stop_tokens) & (place < decided[:, None])
+    until_stop = jnp.where(jnp.any(stops, axis=1), jnp.argmax(stops, axis=1) + 1, num_places)
+    count = jnp.minimum(jnp.minimum(decided, until_stop), state.limit - state.emitted)
+    count = jnp.where(state.done, 0, count)
+
+    write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
+    output = write(state.output, verdict.tokens, state.emitted)
+    emitted = state.emitted + count
+    history = jnp.concatenate([state.last, verdict.tokens], axis=1)
+    last = jnp.take_along_axis(history, count[:, None] + jnp.arange(2), axis=1)
+    ended = jnp.any(stops & (place < count[:, None]), axis=1)
+
+    lengths = state.target_cache.lengths + count
+    active = ~state.done
+    before = state.statistics
+    statistics = Statistics(
+        windows=before.windows + active,
+        drafted=before.drafted + active * drafted,
+        accepted=before.accepted + active * jnp.minimum(verdict.accepted, until_stop),
+        read=before.read + active[:, None] * read,
+    )
+    return dataclasses.replace(
+        state,
+        target_cache=state.target_cache.at(lengths),
+        draft_cache=None if state.draft_cache is None else state.draft_cache.at(lengths - 1),
+        last=last,
+        output=output,
+        emitted=emitted,
+        done=state.done | ended | (emitted >= state.limit),
+        statistics=statistics,
+    )

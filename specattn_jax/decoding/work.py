@@ -1,0 +1,74 @@
+"""What is decoded, and what one window of it consists of: what a strategy says to those who predict its cost."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from specattn_jax.errors import UserError
+from specattn_jax.models.config import ModelConfig
+from specattn_jax.selection.policy import LEAST_DRAFT_ENTRIES
+
+
+class Scenario(NamedTuple):
+    """What is decoded.
+
+    Attributes:
+        target: shape of the target.
+        draft: shape of the draft.
+        batch: sequences.
+        context: entries in the cache of each.
+        window: W, tokens drafted per window.
+        accepted: drafted tokens accepted per window, on average.
+        kv_reduction: share of the target's cache reads that a sparse verification saves.
+        itemsize: bytes of a weight and of a cache number.
+        draft_reads: share of its own cache that a sparse draft reads, but not of very short ones.
+    """
+
+    target: ModelConfig
+    draft: ModelConfig
+    batch: int = 1
+    context: int = 32768
+    window: int = 5
+    accepted: float = 3.5
+    kv_reduction: float = 0.75
+    itemsize: int = 2
+    draft_reads: float = 1.0
+
+    @property
+    def draft_share(self) -> float:
+        """Share of its own cache that a sparse draft does read."""
+        return min(1.0, max(self.draft_reads, LEAST_DRAFT_ENTRIES / self.context))
+
+    def check(self) -> None:
+        """Raises UserError for numbers that mean nothing."""
+        for name in ("batch", "context", "window", "itemsize"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        if not 0 <= self.accepted <= self.window:
+            raise UserError(f"accepted is {self.accepted}; expected 0 to the window's {self.window} drafted tokens.")
+        if not 0 <= self.kv_reduction <= 1:
+            raise UserError(f"kv_reduction is {self.kv_reduction}; expected a share from 0 to 1.")
+        if not 0 < self.draft_reads <= 1:
+            raise UserError(f"draft_reads is {self.draft_reads}; expected a share above 0, of at most 1.")
+
+
+class Work(NamedTuple):
+    """One window.
+
+    Attributes:
+        tokens: what it gives each sequence: the drafted tokens that are accepted, and the target's own.
+        verified: tokens that the target reads in its pass.
+        target_reads: share of its cache that the target reads.
+        steps: of the draft; 0 without one.
+        draft_reads: share of its cache that each of those steps reads.
+        scores: whether the draft's cache is scored, for the draft's own next reading or for the target's.
+        plans: whether what the target reads is selected by those scores.
+    """
+
+    tokens: float
+    verified: int
+    target_reads: float = 1.0
+    steps: int = 0
+    draft_reads: float = 1.0
+    scores: bool = False
+    plans: bool = False

@@ -1,0 +1,215 @@
+"""What is asked of `generate`, and the strategies that may answer it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+from specattn_jax.decoding.autoregressive import Autoregressive
+from specattn_jax.decoding.protocol import DecodeSettings, Strategy, check_window
+from specattn_jax.decoding.sampling import Sampling
+from specattn_jax.decoding.speculative import SpecAttn, Speculative
+from specattn_jax.errors import UserError
+from specattn_jax.loading.pair import ModelPair
+from specattn_jax.planning.gate import WINDOWS
+from specattn_jax.selection.alignment import NucleusMass
+from specattn_jax.selection.make import DraftedSelection, make_selection
+from specattn_jax.selection.policy import load_policy
+
+# Names of the strategies, the simplest first.
+Mode: TypeAlias = Literal["autoregressive", "speculative", "specattn"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+AUTO = "auto"
+DEFAULT_KV_REDUCTION = 0.75
+DEFAULT_P = 0.95
+DEFAULT_WINDOW = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Everything that decides what `generate` writes, but for the models and the prompts.
+
+    Attributes:
+        max_new_tokens: most new tokens per prompt.
+        mode: `auto`, `autoregressive`, `speculative` (dense verification) or `specattn` (sparse verification); or a
+            `Strategy` of your own, which has its window, its selection and its sampling with it.
+        window: drafted tokens per window; without it mode `auto` chooses, and the others take 5.
+        policy: selection policy of mode `specattn`, which `auto` may choose or not; likewise
+        p: nucleus mass in every layer, or
+        kv_reduction: wanted share of cache reads saved (see `choose_reading`).
+        temperature: 0 is greedy.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens with this probability; 1 keeps all.
+        seed: of the random draws; sequence i of a batch draws the same whatever the other sequences are.
+        stop_at_eos: whether the tokenizer's end tokens end a sequence.
+        keep_selection: whether to keep which tokens each window read, for `Generation.plot_selection`; the host then
+            sees every window, which costs time.
+        lossless: whether `auto` leaves `specattn` out.
+    """
+
+    max_new_tokens: int = 128
+    mode: str | Strategy = AUTO
+    window: int | None = None
+    policy: str = "default"
+    p: float | None = None
+    kv_reduction: float | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop_at_eos: bool = True
+    keep_selection: bool = False
+    lossless: bool = False
+
+    def change(self, **changes: Any) -> Request:
+        """The same request, but for these attributes.
+
+        Raises:
+            UserError: there is no such attribute.
+        """
+        known = [field.name for field in dataclasses.fields(self)]
+        for name in changes:
+            if name not in known:
+                raise UserError(f"{name} is no option of generate; expected some of {', '.join(known)}.")
+        return dataclasses.replace(self, **changes)
+
+    def settings(self, pair: ModelPair) -> DecodeSettings:
+        """How tokens are drawn, and where sequences end.
+
+        Raises:
+            UserError: a number is out of range.
+        """
+        if isinstance(self.mode, str):
+            stop_tokens = pair.tokenizer.eos_ids if self.stop_at_eos else ()
+            return DecodeSettings(Sampling(self.temperature, self.top_k, self.top_p), stop_tokens)
+        return self.mode.settings
+
+
+class Candidates(NamedTuple):
+    """The strategies that may answer a request.
+
+    Attributes:
+        strategies: the simplest mode first; a single one where the mode is fixed.
+        selection: what mode `specattn` would read; None where it cannot be chosen.
+    """
+
+    strategies: tuple[Strategy, ...]
+    selection: DraftedSelection | None
+
+
+def find_candidates(pair: ModelPair, request: Request) -> Candidates:
+    """The strategies that may answer a request: the one that it names, or all that `auto` may choose from.
+
+    Raises:
+        UserError: there is no such mode, or what is asked for does not fit it or the pair.
+    """
+    if not isinstance(request.mode, str):
+        return Candidates((request.mode,), None)
+    mode = check_mode(request.mode)
+    if request.keep_selection and mode != "specattn":
+        may = "may select nothing" if mode == AUTO else "selects nothing"
+        raise UserError(f"keep_selection is set, but mode {mode} {may}; use mode='specattn'.")
+    if request.lossless and mode == "specattn":
+        raise UserError("lossless is set, but mode specattn is approximate; use mode auto or speculative.")
+    if request.window is not None:
+        check_window(request.window)
+    settings, selection = request.settings(pair), None
+    # Who says how much to read wants to know that it cannot be had.
+    asks = pair.alignment is not None or request.p is not None or request.kv_reduction is not None
+    if mode == "specattn" or (mode == AUTO and not request.lossless and asks):
+        selection = choose_reading(pair, policy=request.policy, p=request.p, kv_reduction=request.kv_reduction)
+    windows = WINDOWS if mode == AUTO else (DEFAULT_WINDOW,)
+    if request.window is not None:
+        windows = (request.window,)
+    found: list[Strategy] = [Autoregressive(settings)]
+    found += [Speculative(settings=settings, window=window) for window in windows]
+    if selection is not None:
+        found += [SpecAttn(selection, settings, window) for window in windows]
+    return Candidates(tuple(one for one in found if mode in (AUTO, one.name)), selection)
+
+
+def check_mode(mode: str) -> Mode | Literal["auto"]:
+    """The mode of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if mode == AUTO:
+        return "auto"
+    for known in MODES:
+        if mode == known:
+            return known
+    raise UserError(f"mode is {mode!r}; expected one of auto, {', '.join(MODES)}.")
+
+
+def choose_reading(
+    pair: ModelPair, *, policy: str = "default", p: float | None = None, kv_reduction: float | None = None
+) -> DraftedSelection:
+    """What the target will read: a policy with its nucleus mass.
+
+    Args:
+        pair: the models and their alignment.
+        policy: name of a preset in `configs/policies.toml`.
+        p: nucleus mass, the same in every layer, in (0, 1]; 1 reads everything.
+        kv_reduction: wanted share of cache reads saved, met with the per-layer masses found at calibration. Without
+            either, the default policy saves 0.75 and the published one takes p = 0.95.
+
+    Raises:
+        UserError: both are given, a value is out of range, or the pair has no alignment.
+    """
+    chosen = load_policy(policy)
+    if pair.alignment is None:
+        raise UserError(
+            f"alignment: the pair {pair.name} has none, and specattn cannot choose what to read without it; make one "
+            "with `specattn calibrate` and pass its folder, or use mode speculative."
+        )
+    if p is not None and kv_reduction is not None:
+        raise UserError(f"p is {p} and kv_reduction is {kv_reduction}; expected one of them, not both.")
+    if chosen.prediction == "layer_map":
+        if kv_reduction is not None:
+            raise UserError(f"kv_reduction is {kv_reduction}, but policy {policy} has no budgets; give p instead.")
+        p = DEFAULT_P if p is None else p
+    if p is None:
+        mass = pair.alignment.mass_for_saving(DEFAULT_KV_REDUCTION if kv_reduction is None else kv_reduction)
+    else:
+        if not 0.0 < p <= 1.0:
+            raise UserError(f"p is {p}; expected a number in (0, 1].")
+        mass = NucleusMass.uniform(p, pair.target.config.num_layers)
+    return make_selection(chosen, pair.alignment, mass, pair.target.config, pair.draft.config)
+
+
+def encode_prompt(pair: ModelPair, prompt: str | Sequence[int], index: int) -> list[int]:
+    """Token ids of one prompt.
+
+    Raises:
+        UserError: it is empty, or an id is outside the vocabulary.
+    """
+    tokens = pair.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+    if not tokens:
+        raise UserError(f"prompt {index + 1} is empty; expected at least one token.")
+    size = pair.target.config.vocab_size
+    if not all(0 <= token < size for token in tokens):
+        raise UserError(f"prompt {index + 1} has a token id outside the vocabulary; expected ids from 0 to {size - 1}.")
+    return tokens
+
+
+def check_lengths(pair: ModelPair, encoded: list[list[int]], max_new_tokens: int) -> None:
+    """Refuses what cannot fit either model's context.
+
+    Raises:
+        UserError: there are no prompts, no new tokens are wanted, or they do not fit.
+    """
+    if not encoded:
+        raise UserError("prompts is empty; expected at least one prompt.")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; expected at least 1.")
+    context = min(pair.target.config.max_context, pair.draft.config.max_context)
+    longest = max(len(tokens) for tokens in encoded)
+    if longest >= context:
+        raise UserError(f"The prompt has {longest} tokens, but the context of {pair.name} is {context}; shorten it.")
+    if longest + max_new_tokens > context:
+        raise UserError(
+            f"max_new_tokens is {max_new_tokens}, but after a prompt of {longest} tokens the context of {pair.name}, "
+            f"{context}, leaves room for {context - longest}; ask for fewer tokens."
+        )

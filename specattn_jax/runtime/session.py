@@ -1,0 +1,164 @@
+"""The only door to decoding: models with their caches, from prompts to a state that a strategy works on."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32, Key
+from specattn_kernels import Implementation
+
+from specattn_jax.decoding import loop
+from specattn_jax.decoding.protocol import DecodeSettings, Models, Strategy
+from specattn_jax.decoding.sampling import choose
+from specattn_jax.decoding.state import DecodeState, begin
+from specattn_jax.loading.memory import check_memory
+from specattn_jax.models.cache import KVCache
+from specattn_jax.models.forward import prefill
+from specattn_jax.models.transformer import LanguageModel
+from specattn_jax.runtime.clock import Clock
+
+# Prompt tokens read at a time.
+_CHUNK = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """Opened by everything that decodes: generation, evaluation, training data and benchmarks.
+
+    Attributes:
+        models: target, and the draft if there is one.
+        implementation: backend of the attention ops of both; None lets the library choose.
+    """
+
+    models: Models
+    implementation: Implementation | None = None
+
+    def of(self, strategy: Strategy) -> Models:
+        """The models that a strategy works with."""
+        return self.models if strategy.needs_draft else dataclasses.replace(self.models, draft=None)
+
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: int,
+        *,
+        settings: DecodeSettings | None = None,
+        window: int = 0,
+        with_draft: bool = True,
+        keys: Key[Array, " B"] | None = None,
+        chunk: int = _CHUNK,
+        clock: Clock | None = None,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> DecodeState:
+        """Reads the prompts; the target chooses the first new token of each.
+
+        Prompts are padded on the right: what the padding writes lies beyond their lengths, where nobody attends and
+        the next tokens overwrite it.
+
+        Args:
+            prompts: token ids of each.
+            new_tokens: most new tokens per prompt, at least 1.
+            settings: how the first token is drawn, and where sequences end.
+            window: drafted tokens of the longest window for which there has to be room.
+            with_draft: whether the draft, if there is one, reads the prompts too.
+            keys: one random key per sequence; those of seed 0 by default.
+            chunk: prompt tokens read at a time.
+            clock: told what took how long.
+            on_prefill: receives positions read and positions to read.
+
+        Raises:
+            UserError: the device has not enough memory.
+        """
+        settings, clock = settings or DecodeSettings(), clock or Clock()
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        batch, longest = len(prompts), int(lengths.max())
+        chunk = min(chunk, _round_up(longest, 64))
+        padded = _round_up(longest, chunk)
+        # A window may write W + 1 entries beyond the last token that is kept.
+        slots = _round_up(max(padded, longest + new_tokens + window + 1), 128)
+        tokens = np.zeros((batch, padded), np.int32)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        models = {"target": self.models.target}
+        if with_draft and self.models.draft is not None:
+            models["draft"] = self.models.draft
+        check_memory(
+            {
+                f"the KV cache of the {role}": model.config.cache_bytes(batch, slots, model.dtype.itemsize)
+                for role, model in models.items()
+            }
+        )
+        read = {}
+        for index, (role, model) in enumerate(models.items()):
+
+            def progress(position: int, before: int = index * padded) -> None:
+                clock.lap("compile" if position == 0 else "prefill")
+                if on_prefill is not None:
+                    on_prefill(before + position, padded * len(models))
+
+            cache = KVCache.empty(model.config, batch, slots, model.dtype, self.implementation)
+            read[role] = prefill(
+                model, jnp.asarray(tokens), jnp.asarray(lengths), cache, chunk=chunk, progress=progress
+            )
+        hidden, target_cache = read["target"]
+        state = _begin(
+            self.models.target,
+            hidden,
+            target_cache,
+            read["draft"][1] if "draft" in read else None,
+            jnp.asarray([prompt[-1] for prompt in prompts], jnp.int32),
+            jnp.full((batch,), new_tokens, jnp.int32),
+            seed_keys(0, batch) if keys is None else keys,
+            settings=settings,
+            room=new_tokens + window + 1,
+        )
+        clock.lap("prefill", state)
+        return state
+
+    def start(self, strategy: Strategy, state: DecodeState) -> DecodeState:
+        """The state with what the strategy keeps for itself; `state` is donated."""
+        return loop.start(strategy, self.of(strategy), state)
+
+    def decode(self, strategy: Strategy, state: DecodeState, windows: int) -> DecodeState:
+        """Decodes to the end, or so many windows, without touching the host; `state` is donated."""
+        return loop.decode(strategy, self.of(strategy), state, jnp.int32(windows))
+
+    def watch(self, strategy: Strategy, state: DecodeState, windows: int, keep: loop.Keep) -> tuple[DecodeState, Any]:
+        """Decodes so many windows, and keeps something of each; `state` is donated."""
+        return loop.watch(strategy, self.of(strategy), state, keep, windows=windows)
+
+
+def seed_keys(seed: int, batch: int) -> Key[Array, " B"]:
+    """One key per sequence; that of a sequence does not depend on how many others there are."""
+    key = jax.random.key(seed)
+    return jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(batch))
+
+
+@functools.partial(jax.jit, static_argnames=("settings", "room"), donate_argnames=("target_cache", "draft_cache"))
+def _begin(
+    target: LanguageModel,
+    hidden: Float[Array, "B D"],
+    target_cache: KVCache,
+    draft_cache: KVCache | None,
+    last_prompt_token: Int32[Array, " B"],
+    limit: Int32[Array, " B"],
+    keys: Key[Array, " B"],
+    *,
+    settings: DecodeSettings,
+    room: int,
+) -> DecodeState:
+    """State after prefill: the first new token is the target's own, from the prompt's last hidden state."""
+    split = jax.vmap(jax.random.split)(keys)
+    first, _ = choose(split[:, 0], target.logits(hidden), settings.sampling)
+    last = jnp.stack([last_prompt_token, first], axis=1)
+    return begin(target_cache, draft_cache, last, limit, split[:, 1], room=room, stop_tokens=settings.stop_tokens)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

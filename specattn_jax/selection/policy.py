@@ -1,0 +1,65 @@
+"""The ingredients of a selection, and their presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import tomllib
+from typing import Literal
+
+from specattn_jax.errors import UserError
+
+# A draft that reads sparsely reads at least so many entries.
+LEAST_DRAFT_ENTRIES = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectionPolicy:
+    """Every ingredient of a selection; static under jit. Presets: `configs/policies.toml`.
+
+    Attributes:
+        prediction: `layer_map` is the published method: the head-averaged attention of one draft layer stands for each
+            target layer, and the nuclei of the W steps of a window are united. `mixture` predicts each target kv head
+            from a calibrated mixture of the draft's attention, and takes one nucleus of the largest prediction over the
+            steps.
+        draft_reads: share of its own cache that the draft reads: for each of its kv heads the entries that the window
+            before looked at most, sinks and recent window besides. 1 is all. What the target reads does not depend
+            on it but through the draft's queries, as its whole cache is scored in any case.
+        threshold: `exact` minimal nucleus, or `linear` bisection that over-selects (published).
+        steps: halvings of the linear bisection.
+        dense_layers: leading target layers that read everything.
+        num_sink: first slots that are always read.
+        num_recent: last slots that are always read.
+        block_size: slots per block; 1 is token granular.
+    """
+
+    prediction: Literal["layer_map", "mixture"]
+    draft_reads: float = 1.0
+    threshold: Literal["exact", "linear"] = "exact"
+    steps: int = 10
+    dense_layers: int = 0
+    num_sink: int = 0
+    num_recent: int = 0
+    block_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.draft_reads <= 1.0:
+            raise UserError(f"draft_reads is {self.draft_reads}; expected a share in (0, 1].")
+        if self.draft_reads < 1.0 and self.prediction != "mixture":
+            raise UserError(
+                f"draft_reads is {self.draft_reads}, but prediction 'layer_map' needs the attention of a draft that reads "
+                "everything; expected 1."
+            )
+
+
+def load_policy(name: str) -> SelectionPolicy:
+    """The policy preset called `name`.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    text = importlib.resources.files("specattn_configs").joinpath("policies.toml").read_text(encoding="utf-8")
+    presets = tomllib.loads(text)
+    if name not in presets:
+        raise UserError(f"policy is {name!r}; expected one of {', '.join(sorted(presets))}.")
+    return SelectionPolicy(**presets[name])

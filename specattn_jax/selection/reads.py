@@ -1,0 +1,77 @@
+"""How plans are read and counted: attending as chosen, and the share of the past that was read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+from specattn_kernels import SelectionPlan, plan_slots
+
+from specattn_jax.models.cache import KVCache
+from specattn_jax.models.forward import Attend, Attended
+from specattn_jax.selection.protocol import LayerChoice, LayerRead, LayerSeen, Opening, Seen, Undrafted
+
+
+def attend_as_chosen(choices: Sequence[LayerChoice] | None) -> Attend:
+    """Attends in each layer as its choice says, without choices to everything; notes a `LayerSeen`."""
+
+    def attend(layer: int, q: Float[Array, "B T N H"], cache: KVCache) -> Attended:
+        choice = None if choices is None else choices[layer]
+        read = choice(layer, q, cache) if callable(choice) else LayerRead(cache.attend(layer, q, choice).out, choice)
+        share = read.share
+        if share is None:
+            share = plan_share(read.plan, cache.lengths, cache.num_kv_heads)
+        return Attended(read.out, LayerSeen(q, read.plan, share))
+
+    return attend
+
+
+def plan_share(plan: SelectionPlan | None, past: Int32[Array, " B"], num_kv_heads: int) -> Float[Array, "B K"]:
+    """Share of the past that each kv head reads by a plan; without one, all of it."""
+    if plan is None:
+        return jnp.ones((past.shape[0], num_kv_heads), jnp.float32)
+    plan, size = plan.own_rows(), plan.block_size
+    entries = plan.counts
+    # Selected slots are of the past; of a block a part may be.
+    if size > 1:
+        listed = jnp.arange(plan.block_ids.shape[-1]) < plan.counts[..., None]
+        inside = jnp.clip(past[:, None, None] - plan.block_ids * size, 0, size)
+        entries = jnp.sum(jnp.where(listed, inside, 0), axis=-1)
+    return entries / jnp.maximum(past[:, None], 1)
+
+
+def layer_shares(layers: Sequence[LayerSeen]) -> Float[Array, "B L"]:
+    """Share of the past that each layer read, averaged over kv heads.
+
+    `1 - mean` of this over layers and windows is the number called `kv_reduction`.
+    """
+    return jnp.stack([jnp.mean(seen.share, axis=-1) for seen in layers], axis=1)
+
+
+def past_mask(plan: SelectionPlan | None, past: Int32[Array, " B"], cache: KVCache) -> Bool[Array, "B K S"]:
+    """The slots of the past that a plan reads; without one, all of them."""
+    inside = jnp.arange(cache.num_slots) < past[:, None, None]
+    if plan is None:
+        return jnp.broadcast_to(inside, (past.shape[0], cache.num_kv_heads, cache.num_slots))
+    return plan_slots(plan, cache.num_slots) & inside
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class ReadEverything(Undrafted):
+    """The selection that selects nothing: draft and target read all of their caches."""
+
+    def init(self, opening: Opening) -> tuple[tuple[()], KVCache | None]:
+        """Nothing to remember."""
+        return (), opening.draft_cache
+
+    def plan(self, state: tuple[()], draft_cache: KVCache | None, past: Int32[Array, " B"]) -> tuple[None, tuple[()]]:
+        """Everything."""
+        return None, state
+
+    def learn(self, state: tuple[()], seen: Seen) -> tuple[()]:
+        """Nothing."""
+        return state
