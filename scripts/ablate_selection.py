@@ -36,10 +36,10 @@ from specattn_jax.evaluation.forced import Reading, read_documents, read_togethe
 from specattn_jax.files import atomic_file, exists, read_json, write_json
 from specattn_jax.loading.pair import ModelPair, load_pair
 from specattn_jax.reporting.provenance import commit, hardware, versions
+from specattn_jax.selection import make
 from specattn_jax.selection.alignment import Alignment, load_alignment
-from specattn_jax.selection.protocol import Selection
-from specattn_jax.selection.TODO import Selector
 from specattn_jax.selection.policy import load_policy
+from specattn_jax.selection.protocol import Selection
 from specattn_jax.texts import read_text, shipped_books
 
 # Savings are equal if they differ by less.
@@ -169,7 +169,7 @@ def make_selection(row: Row, saving: float, pair: ModelPair, alignments: dict[st
         policy = load_policy("default")
         if row.draft_reads is not None:
             policy = dataclasses.replace(policy, draft_reads=row.draft_reads)
-        return Selector(alignment, alignment.mass_for_saving(saving), policy, target, draft)
+        return make.make_selection(policy, alignment, alignment.mass_for_saving(saving), target, draft)
     rows = target.num_layers * target.num_kv_heads
     # Steering only needs a start that is about right: that of the saving where reads can be saved.
     sparse = 1.0 - row.dense_layers / target.num_layers

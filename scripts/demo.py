@@ -18,9 +18,9 @@ from specattn_jax.cli.terminal import mendable_errors, stage_bar
 from specattn_jax.texts import find_text, read_text
 
 if TYPE_CHECKING:
-    from specattn_jax.decoding.speculative import Mode
     from specattn_jax.loading.tokenizer import Tokenizer
-    from specattn_jax.runtime.generate import Generations
+    from specattn_jax.runtime.request import Mode
+    from specattn_jax.runtime.results import Generations
 
 BOOK, FIRST_WORDS = "pride_and_prejudice", "It is a truth universally acknowledged"
 NAMES: dict[Mode, str] = {"speculative": "dense", "specattn": "SpecAttn"}

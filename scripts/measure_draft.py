@@ -16,9 +16,7 @@ from specattn_jax.loading.pair import ModelPair, load_pair
 from specattn_jax.models.forward import likeliest_next
 from specattn_jax.reporting.provenance import commit
 from specattn_jax.runtime.generate import generate
-from specattn_jax.selection.alignment import NucleusMass
-from specattn_jax.selection.TODO import Selector
-from specattn_jax.selection.policy import load_policy
+from specattn_jax.runtime.request import choose_reading
 from specattn_jax.texts import read_text, shipped_books
 
 MASSES = (0.9, 0.95, 0.97)
@@ -55,14 +53,8 @@ def main() -> None:
     rows = []
     for policy in ("default", "paper"):
         for mass in MASSES:
-            selector = Selector(
-                pair.alignment,
-                NucleusMass.uniform(mass, pair.target.config.num_layers),
-                load_policy(policy),
-                pair.target.config,
-                pair.draft.config,
-            )
-            sparse = read_documents(pair.target, pair.draft, selector, documents, reference=dense.hidden)
+            selection = choose_reading(pair, policy=policy, p=mass)
+            sparse = read_documents(pair.target, pair.draft, selection, documents, reference=dense.hidden)
             rows.append(
                 {
                     "policy": policy,

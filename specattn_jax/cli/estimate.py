@@ -38,7 +38,8 @@ def estimate_command(
     Ratios of tokens per second that memory allows: upper bounds, as whatever else takes time is left out.
     """
     with importing():
-        from specattn_jax.planning.cost import Scenario, estimate
+        from specattn_jax.decoding.work import Scenario
+        from specattn_jax.planning.cost import estimate
         from specattn_jax.selection.policy import load_policy
 
     contexts = [_whole_number(part) for part in context.split(",") if part.strip()]

@@ -17,7 +17,7 @@ from specattn_jax.texts import read_text
 if TYPE_CHECKING:
     from specattn_jax.loading.tokenizer import Tokenizer
     from specattn_jax.planning.gate import Decision
-    from specattn_jax.runtime.generate import Generations
+    from specattn_jax.runtime.results import Generations
 
 
 def generate_command(
@@ -87,25 +87,33 @@ def generate_command(
     text = _read_prompt(prompt, prompt_file)
 
     with importing():
-        from specattn_jax.decoding.sampling import Sampling
-        from specattn_jax.decoding.speculative import DecodeSettings
         from specattn_jax.loading.pair import load_pair
-        from specattn_jax.runtime.generate import DEFAULT_WINDOW, check_mode, generate
+        from specattn_jax.runtime.generate import generate
+        from specattn_jax.runtime.request import Request
         from specattn_jax.selection.policy import load_policy
 
     policy = policy or "default"
     load_policy(policy)
-    wanted = check_mode(mode)
     # Refuses a wrong number before models are loaded.
-    DecodeSettings(window=DEFAULT_WINDOW if window is None else window, sampling=Sampling(temperature, top_k, top_p))
-    alone = wanted == "autoregressive"
-    may_be_sparse = wanted == "specattn" or (wanted == "auto" and not lossless)
+    request = Request(
+        max_new_tokens=max_new_tokens,
+        mode=mode,
+        lossless=lossless,
+        window=window,
+        policy=policy,
+        p=p,
+        kv_reduction=kv_reduction,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
     with stage_bar() as bar:
         bar.wait("starting")
         pair = load_pair(
             target,
-            "self" if alone else draft,
-            alignment=(alignment or "default") if may_be_sparse else None,
+            draft if request.may_draft else "self",
+            alignment=(alignment or "default") if request.may_be_sparse else None,
             dtype=dtype,
             progress=bar.bytes,
         )
@@ -126,33 +134,23 @@ def generate_command(
                 _explain(decision, told)
             told.append(decision)
 
-        bar.wait("measuring the device" if wanted == "auto" else "compiling")
+        bar.wait("compiling" if request.mode_is_fixed else "measuring the device")
         run = generate(
             pair,
             [_tokenize(pair.tokenizer, text, chat)],
-            max_new_tokens=max_new_tokens,
-            mode=wanted,
-            lossless=lossless,
-            window=window,
-            policy=policy,
-            p=p,
-            kv_reduction=kv_reduction,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
+            request,
             on_text=on_text,
             on_prefill=on_prefill,
             on_decision=on_decision,
         )
     print(file=shown, flush=True)
-    used = run.results[0].mode
+    result = run.results[0]
     report = {
         **_report(run),
         "requested_mode": mode,
         "target": target,
-        "draft": None if used == "autoregressive" else draft,
-        "policy": policy if used == "specattn" else None,
+        "draft": None if result.window is None else draft,
+        "policy": None if result.lossless else policy,
         "seed": seed,
     }
     if as_json:
@@ -252,9 +250,9 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("speed", f"{report['tokens_per_s']:.1f} tokens/s"),
         ("time", ", ".join(seconds)),
     ]
-    if report["mode"] != "autoregressive":
+    if report["window"]:
         accepted = f"{report['accepted_per_window']:.2f} per window, {report['windows']} windows"
         rows.insert(2, ("drafts accepted", accepted))
-    if report["mode"] == "specattn":
+    if report["policy"]:
         rows.insert(3, ("cache reads saved", f"{report['kv_reduction']:.1%}"))
     return rows

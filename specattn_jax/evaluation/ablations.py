@@ -1,6 +1,6 @@
 """One selection with every ingredient as a number, to measure what each of them is worth.
 
-`Ablation` reads as `selection.Selector` does, but nearly all that distinguishes the rows of the ablation table is an
+`Ablation` reads as `selection.Mixture` does, but nearly all that distinguishes the rows of the ablation table is an
 array: one compiled reading serves most of them, and many can be read at once (`forced.read_together`). It costs more
 per window than the policies that are shipped, and steers harder, so that all rows save the same.
 """
@@ -8,26 +8,21 @@ per window than the policies that are shipped, and steers harder, so that all ro
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, Self, get_args
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, DTypeLike, Float, Int32
-from specattn_kernels import (
-    SelectionPlan,
-    compact_blocks,
-    merge_states,
-    sparse_decode_attention,
-    top_p_threshold,
-)
+from jaxtyping import Array, Bool, Float, Int32
+from specattn_kernels import SelectionPlan, compact_blocks, merge_states, top_p_threshold
 
-from specattn_jax.decoding.speculative import WindowRead
-from specattn_jax.evaluation.learning import attend_plan, attention_read, remember
+from specattn_jax.evaluation.attention import attention_read, remember
+from specattn_jax.models.cache import KVCache
 from specattn_jax.models.config import ModelConfig
-from specattn_jax.models.transformer import LayerChoice
+from specattn_jax.models.forward import Attend, Attended, Read
 from specattn_jax.selection.alignment import Alignment
-from specattn_jax.selection.TODO import DenseDraft, DraftScores, past_mask
+from specattn_jax.selection.protocol import LayerChoice, LayerRead, Opening, Seen
+from specattn_jax.selection.reads import layer_shares, past_mask, plan_share
 
 # What is selected: slots, blocks by the sum or maximum of their scores, or slots for which whole blocks are fetched.
 Grain = Literal["slot", "sum 4", "sum 8", "sum 16", "max 16", "inside 16"]
@@ -47,7 +42,7 @@ _MOST_LEFT_OUT = 0.9999
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class StepScores(DraftScores):
+class StepScores:
     """What the draft steps of a window said, both ways.
 
     Attributes:
@@ -70,6 +65,7 @@ class Memory:
 
     Attributes:
         attention: target attention as last seen, one row per target kv head.
+        steps: what the draft steps of this window said so far.
         scores: the scores for which plans were last made.
         past: entries in the cache then.
         read: sum of the shares read.
@@ -78,6 +74,7 @@ class Memory:
     """
 
     attention: Float[Array, "B rows S"]
+    steps: StepScores
     scores: StepScores
     past: Int32[Array, " B"]
     read: Float[Array, " B"]
@@ -121,8 +118,8 @@ class Ingredients(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Ablation(DenseDraft):
-    """A selection made of `Ingredients`, a `learning.Learner`.
+class Ablation:
+    """A selection made of `Ingredients`.
 
     Attributes:
         weights: mixture over all heads of the draft, one row per target kv head (see `head_weights`, `map_weights`).
@@ -132,7 +129,6 @@ class Ablation(DenseDraft):
         extras: the ingredients among them that need work of their own in every layer.
         target: shape of the target.
         draft: shape of the draft.
-        memory: None before `prepare`.
     """
 
     weights: Float[Array, "rows R"]
@@ -142,7 +138,6 @@ class Ablation(DenseDraft):
     extras: frozenset[Extra] = dataclasses.field(metadata={"static": True})
     target: ModelConfig = dataclasses.field(metadata={"static": True})
     draft: ModelConfig = dataclasses.field(metadata={"static": True})
-    memory: Memory | None = None
 
     @classmethod
     def make(
@@ -167,43 +162,27 @@ class Ablation(DenseDraft):
         extras = frozenset(name for name, used in has.items() if used)
         return cls(weights, left_out, jnp.asarray(wanted, jnp.float32), numbers, extras, target, draft)
 
-    @property
-    def observed_layers(self) -> tuple[int, ...]:
-        """All draft layers."""
-        return tuple(range(self.draft.num_layers))
-
-    def observe(self, scores: Float[Array, "B 1 N S"]) -> Float[Array, "B N S"]:
-        """Attention of the newest token, all heads."""
-        return scores[:, -1]
-
-    def prepare(self, batch: int, num_slots: int) -> Self:
+    def init(self, opening: Opening) -> tuple[Memory, KVCache | None]:
         """Nothing seen yet."""
-        zero = jnp.zeros((batch,), jnp.float32)
+        shape, zero = (opening.batch, len(self.weights), opening.num_slots), jnp.zeros((opening.batch,), jnp.float32)
         memory = Memory(
-            attention=jnp.zeros((batch, len(self.weights), num_slots), jnp.float32),
-            scores=self.start(batch, num_slots),
-            past=jnp.zeros((batch,), jnp.int32),
+            attention=jnp.zeros(shape, jnp.float32),
+            steps=self._no_steps(shape),
+            scores=self._no_steps(shape),
+            past=jnp.zeros((opening.batch,), jnp.int32),
             read=zero,
             windows=jnp.zeros((), jnp.int32),
             integral=zero,
         )
-        return dataclasses.replace(self, memory=memory)
+        return memory, opening.draft_cache
 
-    def start(self, batch: int, num_slots: int, dtype: DTypeLike = jnp.float32) -> StepScores:
+    def _no_steps(self, shape: tuple[int, ...]) -> StepScores:
         """Scores before the first draft step."""
-        shape = (batch, len(self.weights), num_slots)
-        sources = jnp.zeros((batch, self.draft.num_layers * self.draft.num_kv_heads, num_slots), jnp.float32)
+        sources = jnp.zeros((shape[0], self.draft.num_layers * self.draft.num_kv_heads, shape[2]), jnp.float32)
         return StepScores(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.bool_), sources, jnp.zeros((), jnp.int32))
 
-    @property
-    def _remembered(self) -> Memory:
-        if self.memory is None:
-            raise ValueError("Ablation: nothing is remembered; call `prepare` first.")
-        return self.memory
-
-    def _p(self) -> Float[Array, "B rows"]:
+    def _p(self, memory: Memory) -> Float[Array, "B rows"]:
         """Nucleus masses of this window, steered by what was read so far."""
-        memory = self._remembered
         scale = jnp.exp(_PROPORTIONAL * self._error(memory) + memory.integral)
         p = 1.0 - jnp.clip(self.left_out * scale[:, None], 0.0, _MOST_LEFT_OUT)
         every = self.numbers["dense_every"]
@@ -224,15 +203,24 @@ class Ablation(DenseDraft):
         ratio = jnp.maximum((mean - dense_layers) / jnp.maximum(room, _LEAST * wanted), _LEAST)
         return jnp.where(self.wanted > 0, jnp.log(ratio), 0.0)
 
-    def update(
-        self, scores: DraftScores, observed: Sequence[Float[Array, "B N S"]], lengths: Int32[Array, " B"]
-    ) -> StepScores:
-        """Adds one draft step, if it counts."""
-        assert isinstance(scores, StepScores)
-        heads = jnp.concatenate(observed, axis=1)
+    def observe(self, state: Memory, read: Callable[[Attend], Read], step: Int32[Array, ""]) -> tuple[Read, Memory]:
+        """A dense step of the draft; adds what all its heads looked at, if the step counts."""
+
+        def attend(layer: int, q: Float[Array, "B T N H"], cache: KVCache) -> Attended:
+            result = cache.attend(layer, q, return_scores="newest")
+            assert result.scores is not None
+            return Attended(result.out, result.scores[:, -1])
+
+        seen = read(attend)
+        added = self._add(state, jnp.concatenate(seen.notes, axis=1), seen.cache.lengths)
+        return seen, dataclasses.replace(state, steps=added)
+
+    def _add(self, memory: Memory, heads: Float[Array, "B MN S"], lengths: Int32[Array, " B"]) -> StepScores:
+        """The scores with one step more, made with so many entries in the draft's cache."""
+        scores = memory.steps
         rows = jnp.einsum("ar,brs->bas", self.weights, heads)
         groups = jnp.mean(heads.reshape(heads.shape[0], -1, self.draft.group_size, heads.shape[-1]), axis=2)
-        p = self._p()
+        p = self._p(memory)
 
         def nucleus(method: Literal["exact", "linear"]) -> Callable[[], Bool[Array, "B rows S"]]:
             return lambda: rows >= top_p_threshold(rows, p, lengths=lengths[:, None], method=method)[..., None]
@@ -246,24 +234,18 @@ class Ablation(DenseDraft):
         sources = jnp.where(counts, jnp.maximum(scores.sources, groups), scores.sources)
         return StepScores(maximum, union, sources, scores.step + 1)
 
-    def _current(self, scores: StepScores, past: Int32[Array, " B"]) -> tuple[StepScores, Int32[Array, " B"]]:
+    def _current(self, memory: Memory, past: Int32[Array, " B"]) -> tuple[StepScores, Int32[Array, " B"]]:
         """The scores for which is selected, and the past when they were made."""
-        memory = self._remembered
         fresh = memory.windows % self.numbers["reuse"] == 0
-        chosen = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), scores, memory.scores)
+        chosen = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), memory.steps, memory.scores)
         return chosen, jnp.where(fresh, past, memory.past)
 
     def plan(
-        self,
-        scores: DraftScores,
-        past: Int32[Array, " B"],
-        read: Float[Array, "B L"] | None = None,
-        windows: Int32[Array, " B"] | None = None,
-    ) -> tuple[LayerChoice, ...]:
+        self, state: Memory, draft_cache: KVCache | None, past: Int32[Array, " B"]
+    ) -> tuple[tuple[LayerChoice, ...], Memory]:
         """One choice per target layer; that of the oracle is made when the layer's queries are there."""
-        assert isinstance(scores, StepScores)
-        current, made = self._current(scores, past)
-        blend, p = self.numbers["blend"], self._p()
+        current, made = self._current(state, past)
+        blend, p = self.numbers["blend"], self._p(state)
         slot, end = jnp.arange(current.maximum.shape[-1]), past[:, None, None]
         inside = slot < end
         per_source = jnp.sum(self.weights.reshape(len(self.weights), -1, self.draft.group_size), axis=2)
@@ -272,7 +254,7 @@ class Ablation(DenseDraft):
             lambda: jnp.einsum("ar,brs->bas", per_source, current.sources),
             lambda: current.maximum,
         )
-        mixed = (1.0 - blend) * predicted + blend * self._remembered.attention
+        mixed = (1.0 - blend) * predicted + blend * state.attention
         chosen = jax.lax.cond(
             self.numbers["union"],
             lambda: current.union,
@@ -283,64 +265,41 @@ class Ablation(DenseDraft):
         forced |= (slot >= made[:, None, None]) | (p >= 1.0)[..., None]
         heads = self.target.num_kv_heads
 
-        def for_layer(layer: int) -> LayerChoice:
+        def read(layer: int, q: Float[Array, "B T N H"], cache: KVCache) -> LayerRead:
             rows = slice(layer * heads, (layer + 1) * heads)
-
-            def choose(
-                q: Float[Array, "B T N H"], keys: Float[Array, "B K S H"], past: Int32[Array, " B"]
-            ) -> SelectionPlan:
-                attention = attention_read(q, keys, None, past + q.shape[1])
-                own = _slots(jnp.where(inside, attention, 0.0), p[:, rows])
-                return compact_blocks((own | forced[:, rows]) & inside, block_size=1)
-
+            own = chosen[:, rows]
             if "oracle" in self.extras:
-                return choose
-            return compact_blocks((chosen | forced)[:, rows] & inside, block_size=1)
+                attention = attention_read(layer, q, cache, None)
+                own = _slots(jnp.where(inside, attention, 0.0), p[:, rows])
+            return self._read(layer, q, cache, compact_blocks((own | forced[:, rows]) & inside, block_size=1))
 
-        return tuple(for_layer(layer) for layer in range(self.target.num_layers))
+        empty = jax.tree.map(jnp.zeros_like, state.steps)
+        return (read,) * self.target.num_layers, dataclasses.replace(state, steps=empty, scores=current, past=made)
 
-    def attend(
-        self,
-        q: Float[Array, "B T N H"],
-        keys: Float[Array, "B K S H"],
-        values: Float[Array, "B K S H"],
-        plan: SelectionPlan | None,
-        lengths: Int32[Array, " B"],
-    ) -> tuple[Float[Array, "B T N H"], tuple[Float[Array, "B K S"] | None, Float[Array, " B"] | None]]:
-        """Sparse attention, with centroids if wanted; keeps the attention over what was read, and what was fetched.
-
-        Each of them only where it is an ingredient.
-        """
-        assert plan is not None
-        past, slots = lengths - q.shape[1], keys.shape[2]
-        read = attend_with_centroids if "tail" in self.extras else attend_plan
-        seen = attention_read(q, keys, plan, lengths) if "blend" in self.extras else None
-        whole = _fetched(past_mask(plan, past, slots), past, 16) if "inside" in self.extras else None
-        return read(q, keys, values, plan, lengths), (seen, whole)
-
-    def learn(self, window: WindowRead, past: Int32[Array, " B"]) -> tuple[Self, Float[Array, "B L"]]:
-        """Remembers the attention of this window, and steers by what it read."""
-        memory = self._remembered
-        assert isinstance(window.drafted.scores, StepScores)
-        seen, whole = zip(*window.kept, strict=True)
-        read = jnp.stack(whole, axis=1) if "inside" in self.extras else window.read
+    def _read(self, layer: int, q: Float[Array, "B T N H"], cache: KVCache, plan: SelectionPlan) -> LayerRead:
+        """Sparse attention, with centroids if wanted, and the share that was fetched."""
+        past, share = cache.lengths, plan_share(plan, cache.lengths, cache.num_kv_heads)
+        if "inside" in self.extras:
+            share = _fetched(past_mask(plan, past, cache), past, 16)
         if "tail" in self.extras:
-            read += (-(-past // TAIL) / jnp.maximum(past, 1))[:, None]
-        attention = memory.attention
+            share += (-(-past // TAIL) / jnp.maximum(past, 1))[:, None]
+            return LayerRead(attend_with_centroids(layer, q, cache, plan), plan, share)
+        return LayerRead(cache.attend(layer, q, plan).out, plan, share)
+
+    def learn(self, state: Memory, seen: Seen) -> Memory:
+        """Remembers the attention of this window, where it is an ingredient, and steers by what it read."""
+        attention = state.attention
         if "blend" in self.extras:
-            attention = remember(attention, jnp.concatenate(seen, axis=1), self.numbers["decay"])
-        scores, made = self._current(window.drafted.scores, past)
+            fresh = [attention_read(layer, now.q, seen.cache, now.plan) for layer, now in enumerate(seen.layers)]
+            attention = remember(attention, jnp.concatenate(fresh, axis=1), self.numbers["decay"])
         grown = dataclasses.replace(
-            memory,
+            state,
             attention=attention,
-            scores=scores,
-            past=made,
-            read=memory.read + jnp.mean(read, axis=1),
-            windows=memory.windows + 1,
+            read=state.read + jnp.mean(layer_shares(seen.layers), axis=1),
+            windows=state.windows + 1,
         )
-        integral = memory.integral + _INTEGRAL * self._error(grown)
-        grown = dataclasses.replace(grown, integral=jnp.clip(integral, -_LARGEST_INTEGRAL, _LARGEST_INTEGRAL))
-        return dataclasses.replace(self, memory=grown), read
+        integral = state.integral + _INTEGRAL * self._error(grown)
+        return dataclasses.replace(grown, integral=jnp.clip(integral, -_LARGEST_INTEGRAL, _LARGEST_INTEGRAL))
 
 
 def _slots(scores: Float[Array, "B rows S"], p: Float[Array, "B rows"]) -> Bool[Array, "B rows S"]:
@@ -366,29 +325,25 @@ def _blocks(
 _SELECT = (_slots, _blocks(4, jnp.sum), _blocks(8, jnp.sum), _blocks(16, jnp.sum), _blocks(16, jnp.max), _slots)
 
 
-def _fetched(mask: Bool[Array, "B K S"], past: Int32[Array, " B"], size: int) -> Float[Array, " B"]:
-    """Share of the past in blocks that hold any slot of the mask, averaged over kv heads."""
+def _fetched(mask: Bool[Array, "B K S"], past: Int32[Array, " B"], size: int) -> Float[Array, "B K"]:
+    """Share of the past in blocks that hold any slot of the mask."""
     padded = jnp.pad(mask, ((0, 0), (0, 0), (0, -mask.shape[-1] % size)))
     blocks = jnp.any(padded.reshape(*mask.shape[:2], -1, size), axis=-1)
     entries = jnp.clip(past[:, None, None] - size * jnp.arange(blocks.shape[-1]), 0, size)
-    return jnp.mean(jnp.sum(jnp.where(blocks, entries, 0), axis=-1), axis=-1) / jnp.maximum(past, 1)
+    return jnp.sum(jnp.where(blocks, entries, 0), axis=-1) / jnp.maximum(past, 1)[:, None]
 
 
 def attend_with_centroids(
-    q: Float[Array, "B T N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
-    plan: SelectionPlan,
-    lengths: Int32[Array, " B"],
+    layer: int, q: Float[Array, "B T N H"], cache: KVCache, plan: SelectionPlan
 ) -> Float[Array, "B T N H"]:
     """Sparse attention that also sees, for every 256 slots, the mean of the keys and values that it did not read.
 
     A centroid counts as often as there are keys behind it. Its cost is one key and one value a block: the sums over
     whole blocks are kept, and what was read is subtracted from them.
     """
-    batch, heads, slots, width = keys.shape
-    past = lengths - q.shape[1]
-    unread = (jnp.arange(slots) < past[:, None, None]) & ~past_mask(plan, past, slots)
+    past, slots, heads = cache.lengths, cache.num_slots, cache.num_kv_heads
+    batch, _, _, width = q.shape
+    unread = (jnp.arange(slots) < past[:, None, None]) & ~past_mask(plan, past, cache)
     unread = jnp.pad(unread, ((0, 0), (0, 0), (0, -slots % TAIL))).reshape(batch, heads, -1, TAIL)
 
     def mean(x: Float[Array, "B K S H"]) -> Float[Array, "B K blocks H"]:
@@ -398,13 +353,13 @@ def attend_with_centroids(
 
     count = jnp.sum(unread, axis=-1)
     grouped = q.astype(jnp.float32).reshape(*q.shape[:2], heads, -1, width)
-    logits = jnp.einsum("btkgh,bkch->btkgc", grouped, mean(keys), precision="highest") * width**-0.5
+    logits = jnp.einsum("btkgh,bkch->btkgc", grouped, mean(cache.keys(layer)), precision="highest") * width**-0.5
     behind = count[:, None, :, None]
     logits = jnp.where(behind > 0, logits + jnp.log(jnp.maximum(behind, 1)), -jnp.inf)
     lse = jax.nn.logsumexp(logits, axis=-1)
     weights = jnp.exp(logits - jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None])
-    tail = jnp.einsum("btkgc,bkch->btkgh", weights, mean(values), precision="highest").reshape(q.shape)
-    near = sparse_decode_attention(q, keys, values, plan, lengths, return_lse=True)
+    tail = jnp.einsum("btkgc,bkch->btkgh", weights, mean(cache.values(layer)), precision="highest").reshape(q.shape)
+    near = cache.attend(layer, q, plan, return_lse=True)
     assert near.lse is not None
     out, _ = merge_states(near.out, near.lse, tail.astype(near.out.dtype), lse.reshape(q.shape[:3]))
     return out

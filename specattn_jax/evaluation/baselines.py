@@ -1,85 +1,46 @@
 """Other ways to choose what the target reads, to compare SpecAttn with. None of them asks the draft.
 
-Each is a `selection.Selection`, so the loop, the sparse attention and the accounting of reads are the same for all.
+Each is a `Selection`, so the loop, the sparse attention and the accounting of reads are the same for all.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int32
-from specattn_kernels import SelectionPlan, compact_blocks, decode_attention, select_blocks
+from jaxtyping import Array, Float, Int32
+from specattn_kernels import SelectionPlan, compact_blocks, select_blocks
 
-from specattn_jax.decoding.speculative import WindowRead
-from specattn_jax.evaluation.learning import attend_plan, attention_read, remember
+from specattn_jax.evaluation.attention import attention_read, remember
+from specattn_jax.models.cache import KVCache
 from specattn_jax.models.config import ModelConfig
-from specattn_jax.models.transformer import LayerChoice
-from specattn_jax.selection.alignment import NucleusMass, reduce_heads
-from specattn_jax.selection.TODO import DenseDraft, DraftScores
+from specattn_jax.selection.alignment import NucleusMass, Steering, reduce_heads
+from specattn_jax.selection.protocol import LayerChoice, LayerRead, LayerReader, Opening, Seen, Undrafted
+from specattn_jax.selection.reads import layer_shares
 
 
-class _WithoutDraft(DenseDraft):
-    """The part of a selection that would listen to the draft."""
+class _Forgetful(Undrafted):
+    """The part of a selection that remembers nothing."""
 
-    @property
-    def observed_layers(self) -> tuple[int, ...]:
-        """None."""
-        return ()
-
-    def observe(self, scores: Float[Array, "B 1 N S"]) -> Float[Array, "B r S"]:
-        """Is never asked."""
-        raise NotImplementedError
-
-    def start(self, batch: int, num_slots: int, dtype: DTypeLike = jnp.float32) -> DraftScores:
+    def init(self, opening: Opening) -> tuple[tuple[()], KVCache | None]:
         """Nothing."""
-        return DraftScores(None, None)
+        return (), opening.draft_cache
 
-    def update(
-        self, scores: DraftScores, observed: Sequence[Float[Array, "B r S"]], lengths: Int32[Array, " B"]
-    ) -> DraftScores:
+    def learn(self, state: tuple[()], seen: Seen) -> tuple[()]:
         """Nothing."""
-        return scores
+        return state
 
 
-class _FixedShare(_WithoutDraft):
-    """Dense layers first; every other layer reads the same share, so that all together save what is wanted."""
-
-    saving: Float[Array, ""]
-    target: ModelConfig
-    dense_layers: int
-
-    def plan(
-        self,
-        scores: DraftScores,
-        past: Int32[Array, " B"],
-        read: Float[Array, "B L"] | None = None,
-        windows: Int32[Array, " B"] | None = None,
-    ) -> tuple[LayerChoice, ...]:
-        """The same choice for all sparse layers."""
-        sparse_layers = self.target.num_layers - self.dense_layers
-        wanted = self.target.num_layers * (1.0 - self.saving) - self.dense_layers
-        choose = functools.partial(self.choose, jnp.clip(wanted / sparse_layers, 0.0, 1.0))
-        return (None,) * self.dense_layers + (choose,) * sparse_layers
-
-    def choose(
-        self,
-        share: Float[Array, ""],
-        q: Float[Array, "B T N H"],
-        keys: Float[Array, "B K S H"],
-        past: Int32[Array, " B"],
-    ) -> SelectionPlan:
-        """What one layer reads, `share` of the past."""
-        raise NotImplementedError
+def _sparse_share(saving: Float[Array, ""], layers: int, dense: int) -> Float[Array, ""]:
+    """Share that each sparse layer reads, so that with so many dense ones all together save what is wanted."""
+    return jnp.clip((layers * (1.0 - saving) - dense) / (layers - dense), 0.0, 1.0)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Streaming(_FixedShare):
+class Streaming(_Forgetful):
     """StreamingLLM (Xiao et al. 2023): attention sinks and a recent window, nothing in between.
 
     Attributes:
@@ -94,24 +55,28 @@ class Streaming(_FixedShare):
     num_sink: int = dataclasses.field(default=4, metadata={"static": True})
     dense_layers: int = dataclasses.field(default=2, metadata={"static": True})
 
-    def choose(
-        self,
-        share: Float[Array, ""],
-        q: Float[Array, "B T N H"],
-        keys: Float[Array, "B K S H"],
-        past: Int32[Array, " B"],
-    ) -> SelectionPlan:
-        """The same slots for every head."""
-        kept = jnp.round(share * past).astype(jnp.int32)[:, None]
-        slot = jnp.arange(keys.shape[2])
-        last = slot >= past[:, None] - jnp.maximum(kept - self.num_sink, 0)
-        mask = ((slot < jnp.minimum(self.num_sink, kept)) | last) & (slot < past[:, None])
-        return compact_blocks(jnp.broadcast_to(mask[:, None], keys.shape[:3]), block_size=1)
+    def plan(
+        self, state: tuple[()], draft_cache: KVCache | None, past: Int32[Array, " B"]
+    ) -> tuple[tuple[LayerChoice, ...], tuple[()]]:
+        """The same slots for every head of all sparse layers."""
+        layers = self.target.num_layers
+        share = _sparse_share(self.saving, layers, self.dense_layers)
+
+        def read(layer: int, q: Float[Array, "B T N H"], cache: KVCache) -> LayerRead:
+            kept = jnp.round(share * past).astype(jnp.int32)[:, None]
+            slot = jnp.arange(cache.num_slots)
+            last = slot >= past[:, None] - jnp.maximum(kept - self.num_sink, 0)
+            mask = ((slot < jnp.minimum(self.num_sink, kept)) | last) & (slot < past[:, None])
+            shape = (past.shape[0], cache.num_kv_heads, cache.num_slots)
+            plan = compact_blocks(jnp.broadcast_to(mask[:, None], shape), block_size=1)
+            return LayerRead(cache.attend(layer, q, plan).out, plan)
+
+        return (None,) * self.dense_layers + (read,) * (layers - self.dense_layers), state
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Quest(_FixedShare):
+class Quest(_Forgetful):
     """Quest (Tang et al. 2024): pages whose channel-wise minima and maxima bound the logits of a query most highly.
 
     A page's score is the softmax over pages of each query head's bound, averaged over the heads that share a kv head
@@ -130,20 +95,21 @@ class Quest(_FixedShare):
     page: int = dataclasses.field(default=16, metadata={"static": True})
     dense_layers: int = dataclasses.field(default=2, metadata={"static": True})
 
-    def choose(
-        self,
-        share: Float[Array, ""],
-        q: Float[Array, "B T N H"],
-        keys: Float[Array, "B K S H"],
-        past: Int32[Array, " B"],
-    ) -> SelectionPlan:
-        """The best pages for every kv head."""
-        value = _page_scores(q, keys, past, self.page)
-        pages = -(-past // self.page)
-        count = jnp.round(share * pages).astype(jnp.int32)
-        rank = jnp.argsort(jnp.argsort(-value, axis=-1), axis=-1)
-        mask = (rank < count[:, None, None]) & (value >= 0)
-        return compact_blocks(mask, block_size=self.page)
+    def plan(
+        self, state: tuple[()], draft_cache: KVCache | None, past: Int32[Array, " B"]
+    ) -> tuple[tuple[LayerChoice, ...], tuple[()]]:
+        """The best pages for every kv head of all sparse layers."""
+        layers = self.target.num_layers
+        share = _sparse_share(self.saving, layers, self.dense_layers)
+
+        def read(layer: int, q: Float[Array, "B T N H"], cache: KVCache) -> LayerRead:
+            value = _page_scores(q, cache.keys(layer), past, self.page)
+            count = jnp.round(share * -(-past // self.page)).astype(jnp.int32)
+            rank = jnp.argsort(jnp.argsort(-value, axis=-1), axis=-1)
+            plan = compact_blocks((rank < count[:, None, None]) & (value >= 0), block_size=self.page)
+            return LayerRead(cache.attend(layer, q, plan).out, plan)
+
+        return (None,) * self.dense_layers + (read,) * (layers - self.dense_layers), state
 
 
 def _page_scores(
@@ -174,11 +140,11 @@ def _page_scores(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Oracle(_WithoutDraft):
+class Oracle(Undrafted):
     """The nucleus of the target's own attention at this very window: what no prediction can beat by much.
 
     As the default policy, but for the scores: the largest over the window's queries of the attention, averaged over the
-    heads that share a selection.
+    heads that share a selection. Remembers what was read, to meet a wanted saving.
 
     Attributes:
         mass: how much attention mass each layer keeps.
@@ -198,43 +164,60 @@ class Oracle(_WithoutDraft):
     dense_layers: int = dataclasses.field(default=0, metadata={"static": True})
     block_size: int = dataclasses.field(default=1, metadata={"static": True})
 
+    def init(self, opening: Opening) -> tuple[Steering, KVCache | None]:
+        """Nothing was read yet."""
+        return Steering.start(opening.batch, self.target.num_layers), opening.draft_cache
+
     def plan(
-        self,
-        scores: DraftScores,
-        past: Int32[Array, " B"],
-        read: Float[Array, "B L"] | None = None,
-        windows: Int32[Array, " B"] | None = None,
-    ) -> tuple[LayerChoice, ...]:
+        self, state: Steering, draft_cache: KVCache | None, past: Int32[Array, " B"]
+    ) -> tuple[tuple[LayerChoice, ...], Steering]:
         """One nucleus for every kv head, or for every layer, of each sparse layer."""
-        layers = self.mass.p(past, None if read is None else jnp.mean(read, axis=1), windows)
+        masses, sparse = self.mass.p(past, state), range(self.dense_layers, self.target.num_layers)
+        readers = tuple(self._reader(masses[:, layer], past) for layer in sparse)
+        return (None,) * self.dense_layers + readers, state
 
-        def for_layer(layer: int) -> LayerChoice:
-            if layer < self.dense_layers:
-                return None
+    def _reader(self, p: Float[Array, " B"], past: Int32[Array, " B"]) -> LayerReader:
+        """Reads the nucleus of that mass."""
 
-            def choose(
-                q: Float[Array, "B T N H"], keys: Float[Array, "B K S H"], past: Int32[Array, " B"]
-            ) -> SelectionPlan:
-                attention = decode_attention(q, keys, keys, past + q.shape[1], return_scores=True).scores
-                assert attention is not None
-                sources = jnp.max(reduce_heads(attention, self.per, keys.shape[1]), axis=1)
-                return select_blocks(
-                    jnp.broadcast_to(sources, keys.shape[:3]),
-                    jnp.broadcast_to(layers[:, layer, None], keys.shape[:2]),
-                    past,
-                    block_size=self.block_size,
-                    num_sink=self.num_sink,
-                    num_recent=self.num_recent,
-                )
+        def read(layer: int, q: Float[Array, "B T N H"], cache: KVCache) -> LayerRead:
+            attention = cache.attend(layer, q, return_scores=True).scores
+            assert attention is not None
+            sources = jnp.max(reduce_heads(attention, self.per, cache.num_kv_heads), axis=1)
+            shape = (past.shape[0], cache.num_kv_heads)
+            plan = select_blocks(
+                jnp.broadcast_to(sources, (*shape, cache.num_slots)),
+                jnp.broadcast_to(p[:, None], shape),
+                past,
+                block_size=self.block_size,
+                num_sink=self.num_sink,
+                num_recent=self.num_recent,
+            )
+            return LayerRead(cache.attend(layer, q, plan).out, plan)
 
-            return choose
+        return read
 
-        return tuple(for_layer(layer) for layer in range(self.target.num_layers))
+    def learn(self, state: Steering, seen: Seen) -> Steering:
+        """Notes what was read."""
+        return state.add(layer_shares(seen.layers), seen.active)
+
+
+class VegasState(NamedTuple):
+    """What `Vegas` remembers.
+
+    Attributes:
+        attention: attention as last seen, one array per target layer.
+        steering: what was read so far.
+        windows: windows verified so far.
+    """
+
+    attention: tuple[Float[Array, "B K S"], ...]
+    steering: Steering
+    windows: Int32[Array, ""]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Vegas(_WithoutDraft):
+class Vegas(Undrafted):
     """The nucleus of the target's own attention at the last verification, as self-speculation with sparse caches does.
 
     What was read then has fresh attention (the largest over the window's queries); what was not keeps what it last had,
@@ -246,8 +229,6 @@ class Vegas(_WithoutDraft):
         decay: factor, per window, on the attention of entries that were not read.
         num_sink: first slots that are always read.
         num_recent: last slots that are always read.
-        attention: what is remembered, one array per target layer; None before `prepare`.
-        windows: windows verified so far.
     """
 
     mass: NucleusMass
@@ -255,54 +236,37 @@ class Vegas(_WithoutDraft):
     decay: float = dataclasses.field(default=1.0, metadata={"static": True})
     num_sink: int = dataclasses.field(default=4, metadata={"static": True})
     num_recent: int = dataclasses.field(default=16, metadata={"static": True})
-    attention: tuple[Float[Array, "B K S"], ...] | None = None
-    windows: Int32[Array, ""] | None = None
 
-    def prepare(self, batch: int, num_slots: int) -> Self:
-        """Nothing seen yet."""
-        empty = jnp.zeros((batch, self.target.num_kv_heads, num_slots), jnp.float32)
-        return dataclasses.replace(self, attention=(empty,) * self.target.num_layers, windows=jnp.zeros((), jnp.int32))
+    def init(self, opening: Opening) -> tuple[VegasState, KVCache | None]:
+        """Nothing was seen yet."""
+        layers = self.target.num_layers
+        empty = jnp.zeros((opening.batch, self.target.num_kv_heads, opening.num_slots), jnp.float32)
+        state = VegasState((empty,) * layers, Steering.start(opening.batch, layers), jnp.zeros((), jnp.int32))
+        return state, opening.draft_cache
 
     def plan(
-        self,
-        scores: DraftScores,
-        past: Int32[Array, " B"],
-        read: Float[Array, "B L"] | None = None,
-        windows: Int32[Array, " B"] | None = None,
-    ) -> tuple[LayerChoice, ...]:
+        self, state: VegasState, draft_cache: KVCache | None, past: Int32[Array, " B"]
+    ) -> tuple[tuple[SelectionPlan, ...], VegasState]:
         """One nucleus of what is remembered for every kv head of each layer; everything at first."""
-        if self.attention is None or self.windows is None:
-            raise ValueError("Vegas.plan: nothing is remembered; call `prepare` first.")
         # The first window, read whole, is no reason to read less in the next ones.
-        steered = None if read is None else jnp.maximum(jnp.mean(read, axis=1) - 1.0, 0.0)
-        later = None if windows is None else jnp.maximum(windows - 1, 0)
-        layers = jnp.where(self.windows > 0, self.mass.p(past, steered, later), 1.0)
-        return tuple(
+        later = Steering(jnp.maximum(state.steering.read - 1.0, 0.0), jnp.maximum(state.steering.windows - 1, 0))
+        masses = jnp.where(state.windows > 0, self.mass.p(past, later), 1.0)
+        plans = tuple(
             select_blocks(
                 attention,
-                jnp.broadcast_to(layers[:, layer, None], attention.shape[:2]),
+                jnp.broadcast_to(masses[:, layer, None], attention.shape[:2]),
                 past,
                 num_sink=self.num_sink,
                 num_recent=self.num_recent,
             )
-            for layer, attention in enumerate(self.attention)
+            for layer, attention in enumerate(state.attention)
         )
+        return plans, state
 
-    def attend(
-        self,
-        q: Float[Array, "B T N H"],
-        keys: Float[Array, "B K S H"],
-        values: Float[Array, "B K S H"],
-        plan: SelectionPlan | None,
-        lengths: Int32[Array, " B"],
-    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B K S"]]:
-        """The model's own attention; keeps the attention over what was read."""
-        return attend_plan(q, keys, values, plan, lengths), attention_read(q, keys, plan, lengths)
-
-    def learn(self, window: WindowRead, past: Int32[Array, " B"]) -> tuple[Self, Float[Array, "B L"]]:
-        """Remembers the attention of this window."""
-        if self.attention is None or self.windows is None:
-            raise ValueError("Vegas.learn: nothing is remembered; call `prepare` first.")
-        known = zip(self.attention, window.kept, strict=True)
-        attention = tuple(remember(before, seen, self.decay) for before, seen in known)
-        return dataclasses.replace(self, attention=attention, windows=self.windows + 1), window.read
+    def learn(self, state: VegasState, seen: Seen) -> VegasState:
+        """Remembers the attention of this window over what it read."""
+        attention = tuple(
+            remember(before, attention_read(layer, now.q, seen.cache, now.plan), self.decay)
+            for layer, (before, now) in enumerate(zip(state.attention, seen.layers, strict=True))
+        )
+        return VegasState(attention, state.steering.add(layer_shares(seen.layers), seen.active), state.windows + 1)

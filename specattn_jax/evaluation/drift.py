@@ -12,14 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from specattn_jax.decoding.protocol import DecodeSettings, Models, Strategy, WindowRecord
 from specattn_jax.decoding.sampling import Sampling
-from specattn_jax.decoding.speculative import DecodeSettings, DecodeState, plan_first_window, speculative_step
+from specattn_jax.decoding.speculative import SpecAttn, Speculative
+from specattn_jax.decoding.state import DecodeState
 from specattn_jax.errors import UserError
-from specattn_jax.evaluation.forced import start_reading
 from specattn_jax.loading.pair import ModelPair
-from specattn_jax.models.cache import init_cache
+from specattn_jax.models.cache import KVCache
 from specattn_jax.models.forward import forward
 from specattn_jax.models.transformer import LanguageModel
+from specattn_jax.runtime.session import Session
 from specattn_jax.selection.protocol import Selection
 
 _CHUNK = 128
@@ -80,10 +82,15 @@ def measure_drift(
             f"drift_tokens is {new_tokens}; expected at least 2, and at most {limit - prompt} after a prompt of "
             f"{prompt} tokens."
         )
-    settings = DecodeSettings("speculative" if selection is None else "specattn", window, Sampling(temperature))
+    settings = DecodeSettings(Sampling(temperature))
+    strategy = Speculative(settings=settings, window=window)
+    if selection is not None:
+        strategy = SpecAttn(selection, settings, window)
+    session = Session(Models(pair.target, pair.draft))
+    keys = jax.random.split(jax.random.key(seed), len(prompts))
+    state = session.prefill(prompts, new_tokens, settings=settings, window=window, keys=keys)
+    state, hidden = _generate(session, strategy, state, new_tokens)
     tokens = jnp.asarray(np.asarray(prompts, np.int32))
-    state = start_reading(pair.target, pair.draft, tokens, prompt + new_tokens, settings, seed)
-    state, hidden = _generate(pair.target, pair.draft, selection, state, settings=settings, room=new_tokens)
     output, counts = state.output[:, :new_tokens], jax.device_get(state.statistics)
     clean = _read_densely(pair.target, jnp.concatenate([tokens, output], axis=1))
     # The hidden state that decides token i is that of the token before it.
@@ -96,30 +103,36 @@ def measure_drift(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("settings", "room"), donate_argnames=("state",))
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _KeepHidden:
+    """Keeps the hidden states that tokens were verified with."""
+
+    def __call__(self, record: WindowRecord) -> Float[Array, "B T D"]:
+        return record.hidden
+
+
 def _generate(
-    target: LanguageModel,
-    draft: LanguageModel,
-    selection: Selection | None,
-    state: DecodeState,
-    *,
-    settings: DecodeSettings,
-    room: int,
+    session: Session, strategy: Strategy, state: DecodeState, room: int
 ) -> tuple[DecodeState, Float[Array, "B places D"]]:
     """Decodes to the end; besides, the hidden state that each new token was verified with, at the token's place."""
-    batch = state.limit.shape[0]
-    write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at, 0)))
-
-    def advance(carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
-        state, kept = carry
-        emitted = state.emitted
-        state, seen = speculative_step(target, draft, selection, state, settings)
+    state = session.start(strategy, state)
+    target = session.models.target
+    kept = jnp.zeros((state.limit.shape[0], room + strategy.window + 1, target.config.embed_dim), target.dtype)
+    while not bool(jnp.all(state.done)):
+        emitted = jnp.array(state.emitted, copy=True)
+        state, hidden = session.watch(strategy, state, 1, _KeepHidden())
         # What is not committed is overwritten by the next window.
-        return state, write(kept, seen.hidden, emitted)
+        kept = _write(kept, hidden[0], emitted)
+    return state, kept
 
-    state = plan_first_window(draft, selection, state, settings)
-    kept = jnp.zeros((batch, room + settings.tokens_per_window, target.config.embed_dim), target.dtype)
-    return jax.lax.while_loop(lambda carry: ~jnp.all(carry[0].done), advance, (state, kept))
+
+@functools.partial(jax.jit, donate_argnames=("kept",))
+def _write(
+    kept: Float[Array, "B places D"], hidden: Float[Array, "B T D"], at: Int32[Array, " B"]
+) -> Float[Array, "B places D"]:
+    """Writes a window's hidden states at each sequence's own place."""
+    return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at, 0)))(kept, hidden, at)
 
 
 @jax.jit
@@ -128,9 +141,9 @@ def _read_densely(target: LanguageModel, tokens: Int32[Array, "B length"]) -> Fl
     batch, length = tokens.shape
     count = -(-length // _CHUNK)
     padded = jnp.pad(tokens, ((0, 0), (0, count * _CHUNK - length)))
-    cache = init_cache(target.config, batch, count * _CHUNK, target.dtype)
+    cache = KVCache.empty(target.config, batch, count * _CHUNK, target.dtype)
 
-    def read(cache: Any, chunk: Int32[Array, "B chunk"]) -> tuple[Any, Float[Array, "B chunk D"]]:
+    def read(cache: KVCache, chunk: Int32[Array, "B chunk"]) -> tuple[KVCache, Float[Array, "B chunk D"]]:
         out = forward(target, chunk, cache)
         return out.cache, out.hidden
 

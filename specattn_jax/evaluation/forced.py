@@ -5,30 +5,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
-from specattn_kernels import SelectionPlan
 
-from specattn_jax.decoding.speculative import (
-    DecodeSettings,
-    DecodeState,
-    plan_first_window,
-    read_window,
-    start_decoding,
-)
+from specattn_jax.decoding import loop
+from specattn_jax.decoding.protocol import DecodeSettings, Models, WindowRecord, newest
+from specattn_jax.decoding.sampling import Verdict
+from specattn_jax.decoding.speculative import SpecAttn
+from specattn_jax.decoding.state import DecodeState, commit
+from specattn_jax.decoding.work import Scenario, Work
 from specattn_jax.errors import UserError
-from specattn_jax.evaluation.learning import Learner, attend_plan, mass_read
-from specattn_jax.models.cache import KVCache, init_cache
-from specattn_jax.models.forward import forward, prefill
-from specattn_jax.models.transformer import LanguageModel, LayerReader
-from specattn_jax.selection.protocol import Selection
-from specattn_jax.selection.TODO import head_fraction
-
-_CHUNK = 256
+from specattn_jax.evaluation.attention import mass_read
+from specattn_jax.models.forward import forward
+from specattn_jax.models.transformer import LanguageModel
+from specattn_jax.runtime.session import Session
+from specattn_jax.selection.protocol import Seen, Selection
+from specattn_jax.selection.reads import attend_as_chosen, layer_shares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +63,106 @@ class Reading:
         return float(1.0 - self.read.mean())
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Forced:
+    """The strategy that takes known text: its windows are drafted, selected and read as in real decoding.
+
+    But the drafted tokens are the text's own, and all of them count as accepted. The target's own token after a window,
+    which decoding gets for nothing, is left to the next window.
+
+    Attributes:
+        text: what comes after the prompts.
+        selection: what the target reads; None reads everything, without drafting.
+        window: W.
+    """
+
+    text: Int32[Array, "B n"]
+    selection: Selection | None
+    window: int = dataclasses.field(default=5, metadata={"static": True})
+
+    name: ClassVar[str] = "forced"
+    lossless: ClassVar[bool] = False
+    settings: ClassVar[DecodeSettings] = DecodeSettings()
+
+    @property
+    def needs_draft(self) -> bool:
+        """Where something is selected."""
+        return self.selection is not None
+
+    def _strategy(self) -> SpecAttn:
+        """The one whose windows are read; only where something is selected."""
+        assert self.selection is not None
+        return SpecAttn(self.selection, self.settings, self.window)
+
+    def start(self, models: Models, state: DecodeState) -> DecodeState:
+        """The first new token is the text's own too."""
+        state = dataclasses.replace(state, last=state.last.at[:, 1].set(self.text[:, 0]))
+        return state if self.selection is None else self._strategy().start(models, state)
+
+    def step(self, models: Models, state: DecodeState) -> tuple[DecodeState, WindowRecord]:
+        """The next W tokens of the text, the same place in all of them."""
+        given = jax.lax.dynamic_slice_in_dim(self.text, state.emitted[0], self.window, axis=1)
+        # Of W tokens that are known, the last one stands where the target's own would.
+        verdict = Verdict(given, jnp.full_like(state.emitted, self.window - 1))
+        if self.selection is not None:
+            strategy = self._strategy()
+            window = strategy.verify(models, state, state.keys, lambda step, *_: (given[:, step], None))
+            return strategy.finish(state, window, verdict)
+        past = state.target_cache.lengths
+        tokens = jnp.concatenate([newest(state), given], axis=1)
+        read = forward(models.target, tokens, state.target_cache, attend_as_chosen(None))
+        seen, shares = Seen(past, ~state.done, read.notes, read.cache.at(past)), layer_shares(read.notes)
+        state = dataclasses.replace(state, target_cache=seen.cache)
+        return commit(state, verdict, shares, drafted=0, stop_tokens=()), WindowRecord(
+            seen, shares, read.hidden, verdict
+        )
+
+    def cost(self, scenario: Scenario) -> Work:
+        """Nobody waits for it."""
+        return Work(tokens=self.window, verified=self.window + 1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Score:
+    """Scores the tokens of each forced window, and keeps what was read.
+
+    Attributes:
+        target: for its logits.
+        first: entries in the caches before the first window.
+        reference: hidden states of a dense reading, to compare distributions with.
+        measure_mass: whether to measure the attention mass that is read, at the cost of attending densely too.
+        keep_hidden: whether hidden states are kept.
+    """
+
+    target: LanguageModel
+    first: Int32[Array, ""]
+    reference: Float[Array, "windows B W D"] | None
+    measure_mass: bool = dataclasses.field(metadata={"static": True})
+    keep_hidden: bool = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, record: WindowRecord) -> dict[str, Array]:
+        """Sums over the window's tokens."""
+        layers, cache = record.seen.layers, record.seen.cache
+        scored, given = record.hidden[:, :-1], record.verdict.tokens
+        log_probs = jax.nn.log_softmax(self.target.logits(scored))
+        found = {
+            "nll": -jnp.sum(jnp.take_along_axis(log_probs, given[..., None], axis=-1), axis=(1, 2)),
+            "read": record.read,
+            "head_read": jnp.stack([seen.share for seen in layers], axis=1),
+        }
+        if self.reference is not None:
+            index = (record.seen.past[0] - self.first) // given.shape[1]
+            wanted = jax.nn.log_softmax(self.target.logits(self.reference[index]))
+            found["kl"] = jnp.sum(jnp.exp(wanted) * (wanted - log_probs), axis=(1, 2))
+            found["top1"] = jnp.sum(jnp.argmax(wanted, axis=-1) == jnp.argmax(log_probs, axis=-1), axis=1)
+        if self.measure_mass:
+            masses = [mass_read(index, seen.q, cache, seen.plan) for index, seen in enumerate(layers)]
+            found["mass"] = jnp.stack(masses, axis=1)
+        return {**found, "hidden": scored} if self.keep_hidden else found
+
+
 def read_documents(
     target: LanguageModel,
     draft: LanguageModel,
@@ -80,9 +176,7 @@ def read_documents(
 ) -> Reading:
     """Prefills the first part of every document densely and reads the rest in teacher-forced windows.
 
-    Each window is drafted, selected and read by the functions that decoding uses; but the drafted tokens are the text's
-    own, and all of them count as accepted. The target's own token after a window, which decoding gets for nothing, is
-    left to the next window. Up to W - 1 tokens at the end that fill no window are not scored.
+    Up to W - 1 tokens at the end that fill no window are not scored.
 
     Args:
         target: the target.
@@ -97,21 +191,13 @@ def read_documents(
     Raises:
         UserError: the documents are too short for one window after the prefill, or longer than a model's context.
     """
-    setting, state = _begin(target, draft if selection is not None else None, documents, prefill_share, window)
-    if isinstance(selection, Learner):
-        selection = selection.prepare(state.limit.shape[0], state.target_cache.num_slots)
-    state, sums = _read_windows(
-        target,
-        draft,
-        selection,
-        state,
-        setting.tokens,
-        reference,
-        prompt=setting.prompt,
-        window=window,
-        measure_mass=measure_mass,
-    )
-    return _summary(setting.windows, window, state.statistics.read, sums, sums["hidden"])
+    models = Models(target, draft if selection is not None else None)
+    cut = _cut(models, documents, prefill_share, window)
+    session, strategy = Session(models), Forced(cut.text, selection, window)
+    state = session.start(strategy, session.prefill(cut.prompts, cut.text.shape[1], window=window))
+    keep = _Score(target, state.target_cache.lengths[0], reference, measure_mass, keep_hidden=True)
+    _, kept = session.watch(strategy, state, cut.windows, keep)
+    return _summary(window, kept)
 
 
 def read_together(
@@ -143,230 +229,80 @@ def read_together(
     Raises:
         UserError: as `read_documents`.
     """
-    setting, state = _begin(target, draft, documents, prefill_share, window)
-    batch, slots = state.limit.shape[0], state.target_cache.num_slots
-    ready = [one.prepare(batch, slots) if isinstance(one, Learner) else one for one in selections]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ready)
-    shares, sums = _read_windows_of_each(
-        target, draft, stacked, state, setting.tokens, reference, prompt=setting.prompt, window=window
-    )
-    return [
-        _summary(setting.windows, window, shares[index], {name: value[index] for name, value in sums.items()}, None)
-        for index in range(len(selections))
-    ]
+    models = Models(target, draft)
+    cut = _cut(models, documents, prefill_share, window)
+    state = Session(models).prefill(cut.prompts, cut.text.shape[1], window=window)
+    keep = _Score(target, state.target_cache.lengths[0], reference, measure_mass=False, keep_hidden=False)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *selections)
+    kept = _watch_each(stacked, models, state, cut.text, keep, window=window, windows=cut.windows)
+    return [_summary(window, jax.tree.map(lambda x, i=index: x[i], kept)) for index in range(len(selections))]
 
 
-@functools.partial(jax.jit, static_argnames=("prompt", "window"))
-def _read_windows_of_each(
-    target: LanguageModel,
-    draft: LanguageModel,
+@functools.partial(jax.jit, static_argnames=("window", "windows"))
+def _watch_each(
     stacked: Selection,
+    models: Models,
     state: DecodeState,
-    tokens: Int32[Array, "B length"],
-    reference: Float[Array, "windows B W D"],
+    text: Int32[Array, "B n"],
+    keep: _Score,
     *,
-    prompt: int,
     window: int,
-) -> tuple[Float[Array, "n B L"], dict[str, Array]]:
-    """`_read_windows` along the first axis of a selection's arrays: sums of shares read, and the other sums."""
+    windows: int,
+) -> dict[str, Array]:
+    """What is kept of forced windows, along the first axis of a selection's arrays."""
 
-    def one(selection: Selection) -> tuple[Float[Array, "B L"], dict[str, Array]]:
-        end, sums = _read_windows(
-            target, draft, selection, state, tokens, reference, prompt=prompt, window=window, measure_mass=False
-        )
-        return end.statistics.read, {name: value for name, value in sums.items() if name != "hidden"}
+    def one(selection: Selection) -> dict[str, Array]:
+        strategy = Forced(text, selection, window)
+        kept: dict[str, Array] = loop.watch(strategy, models, strategy.start(models, state), keep, windows=windows)[1]
+        return kept
 
     return jax.vmap(one)(stacked)
 
 
-class _Setting(NamedTuple):
-    """Documents and how they are cut.
+class _Cut(NamedTuple):
+    """Documents, cut into what is prefilled and what is read in windows.
 
     Attributes:
-        tokens: all documents.
-        prompt: tokens prefilled.
+        prompts: what is prefilled.
+        text: the rest.
         windows: windows read.
     """
 
-    tokens: Int32[Array, "B length"]
-    prompt: int
+    prompts: list[list[int]]
+    text: Int32[Array, "B n"]
     windows: int
 
 
-def _begin(
-    target: LanguageModel,
-    draft: LanguageModel | None,
-    documents: Sequence[Sequence[int]],
-    prefill_share: float,
-    window: int,
-) -> tuple[_Setting, DecodeState]:
-    """Cuts the documents and prefills them.
+def _cut(models: Models, documents: Sequence[Sequence[int]], prefill_share: float, window: int) -> _Cut:
+    """Cuts the documents.
 
     Raises:
-        UserError: too short or too long, or the window is impossible.
+        UserError: they are too short or too long.
     """
-    settings = DecodeSettings("speculative", window)
-    tokens = jnp.asarray(np.asarray(documents, np.int32))
+    tokens = np.asarray(documents, np.int32)
     length = tokens.shape[1]
     prompt = max(2, round(length * prefill_share))
-    limit = min(model.config.max_context for model in (target, draft) if model is not None)
+    limit = min(model.config.max_context for model in (models.target, models.draft) if model is not None)
     if not prompt + window + 1 <= length <= limit:
         raise UserError(
             f"context is {length}; expected at least {prompt + window + 1} tokens, for one window after the prefill, "
             f"and at most the models' {limit}."
         )
-    setting = _Setting(tokens, prompt, (length - prompt - 1) // window)
-    return setting, start_reading(target, draft, tokens[:, :prompt], length, settings)
+    return _Cut(tokens[:, :prompt].tolist(), jnp.asarray(tokens[:, prompt:]), (length - prompt - 1) // window)
 
 
-def _summary(
-    windows: int, window: int, read: Array, sums: dict[str, Array], hidden: Float[Array, "windows B W D"] | None
-) -> Reading:
-    """Means from sums over windows and tokens."""
-    count = windows * window
-    host = jax.device_get({name: value for name, value in sums.items() if name != "hidden"})
+def _summary(window: int, kept: dict[str, Any]) -> Reading:
+    """Means over windows and tokens."""
+    hidden = kept.get("hidden")
+    windows, count = len(kept["nll"]), len(kept["nll"]) * window
+    host = {name: np.asarray(jnp.sum(value, axis=0)) for name, value in kept.items() if name != "hidden"}
     return Reading(
         tokens=count,
         nll=host["nll"] / count,
         kl=host["kl"] / count if "kl" in host else None,
         top1=host["top1"] / count if "top1" in host else None,
-        read=np.asarray(read) / windows,
+        read=host["read"] / windows,
         head_read=host["head_read"] / windows,
         mass=host["mass"] / windows if "mass" in host else None,
         hidden=hidden,
     )
-
-
-def start_reading(
-    target: LanguageModel,
-    draft: LanguageModel | None,
-    prompts: Int32[Array, "B prompt"],
-    length: int,
-    settings: DecodeSettings,
-    seed: int = 0,
-) -> DecodeState:
-    """State after the prefill of both models.
-
-    Args:
-        target: the target.
-        draft: the draft, or None where nothing is drafted.
-        prompts: prompts of one length.
-        length: tokens of a whole document, for which there will be room.
-        settings: how it goes on.
-        seed: of the random draws.
-    """
-    batch, prompt = prompts.shape
-    padded = -(-prompt // _CHUNK) * _CHUNK
-    slots = -(-max(padded, length + settings.tokens_per_window) // 128) * 128
-    head = jnp.pad(prompts, ((0, 0), (0, padded - prompt)))
-    lengths = jnp.full((batch,), prompt, jnp.int32)
-
-    def read(model: LanguageModel) -> tuple[Array, KVCache]:
-        cache = init_cache(model.config, batch, slots, model.dtype)
-        return prefill(model, head, lengths, cache, chunk=_CHUNK)
-
-    hidden, cache = read(target)
-    return start_decoding(
-        target,
-        hidden,
-        cache,
-        None if draft is None else read(draft)[1],
-        prompts[:, -1],
-        jnp.full((batch,), length - prompt, jnp.int32),
-        jax.random.split(jax.random.key(seed), batch),
-        settings=settings,
-        room=length - prompt,
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("prompt", "window", "measure_mass"), donate_argnames=("state",))
-def _read_windows(
-    target: LanguageModel,
-    draft: LanguageModel,
-    selection: Selection | None,
-    state: DecodeState,
-    tokens: Int32[Array, "B length"],
-    reference: Float[Array, "windows B W D"] | None,
-    *,
-    prompt: int,
-    window: int,
-    measure_mass: bool,
-) -> tuple[DecodeState, dict[str, Array]]:
-    """Reads on after the prompt, window by window; the state then, and sums over windows and tokens."""
-    settings = DecodeSettings("speculative" if selection is None else "specattn", window)
-    count = (tokens.shape[1] - prompt - 1) // window
-    keys = state.keys
-    if selection is not None:
-        state = plan_first_window(draft, selection, state, settings)
-
-    def step(
-        carry: tuple[DecodeState, Selection | None], inputs: tuple[Int32[Array, ""], Float[Array, "B W D"] | None]
-    ) -> tuple[tuple[DecodeState, Selection | None], dict[str, Array]]:
-        (state, selection), (index, full) = carry, inputs
-        # Committed so far: prompt + 1 + index * W tokens, the newest not yet in the target's cache.
-        here = jax.lax.dynamic_slice_in_dim(tokens, prompt - 1 + index * window, window + 2, axis=1)
-        past, before = state.target_cache.lengths, state.statistics
-        seen = None
-        if selection is None:
-            out = forward(target, here[:, 1:], state.target_cache)
-            hidden, grown, draft_cache = out.hidden, out.cache, None
-            read = jnp.ones_like(before.read)
-            mass: Float[Array, "B L"] | None = read
-            plans: tuple[SelectionPlan | None, ...] = (None,) * read.shape[1]
-        else:
-            state = dataclasses.replace(state, last=here[:, :2])
-            reader = _reader(selection, measure_mass)
-            seen = read_window(target, draft, selection, state, keys, settings, forced=here[:, 2:], reader=reader)
-            hidden, grown, draft_cache, read = seen.hidden, seen.cache, seen.drafted.cache, seen.read
-            plans = seen.plans
-            masses, learnt = zip(*seen.kept, strict=True) if seen.kept else ((), ())
-            mass = jnp.stack(masses, axis=1) if measure_mass else None
-            if isinstance(selection, Learner):
-                selection, read = selection.learn(seen._replace(kept=learnt), past)
-        scored = hidden[:, :-1]
-        log_probs = jax.nn.log_softmax(target.logits(scored))
-        result = {
-            "nll": -jnp.sum(jnp.take_along_axis(log_probs, here[:, 2:, None], axis=-1), axis=(1, 2)),
-            "head_read": head_fraction(plans, past, target.config.num_kv_heads),
-        }
-        if full is not None:
-            wanted = jax.nn.log_softmax(target.logits(full))
-            result["kl"] = jnp.sum(jnp.exp(wanted) * (wanted - log_probs), axis=(1, 2))
-            result["top1"] = jnp.sum(jnp.argmax(wanted, axis=-1) == jnp.argmax(log_probs, axis=-1), axis=1)
-        if measure_mass:
-            assert mass is not None
-            result["mass"] = mass
-        state = dataclasses.replace(
-            state,
-            target_cache=grown.at_lengths(past + window),
-            draft_cache=draft_cache,
-            draft_plan=None if seen is None else seen.drafted.next_plan,
-            statistics=dataclasses.replace(before, windows=before.windows + 1, read=before.read + read),
-        )
-        return (state, selection), {**result, "hidden": scored}
-
-    (state, _), outputs = jax.lax.scan(step, (state, selection), (jnp.arange(count), reference))
-    hidden = outputs.pop("hidden")
-    return state, {**{name: jnp.sum(value, axis=0) for name, value in outputs.items()}, "hidden": hidden}
-
-
-def _reader(selection: Selection, measure_mass: bool) -> LayerReader | None:
-    """Attends as the selection wants it; keeps attention mass and what it learns from. None: as the model does."""
-    learner = selection if isinstance(selection, Learner) else None
-    if learner is None and not measure_mass:
-        return None
-
-    def attend(
-        q: Float[Array, "B T N H"],
-        keys: Float[Array, "B K S H"],
-        values: Float[Array, "B K S H"],
-        plan: SelectionPlan | None,
-        lengths: Int32[Array, " B"],
-    ) -> tuple[Float[Array, "B T N H"], tuple[Float[Array, " B"] | None, Any]]:
-        mass = mass_read(q, keys, plan, lengths) if measure_mass else None
-        if learner is None:
-            return attend_plan(q, keys, values, plan, lengths), (mass, None)
-        out, kept = learner.attend(q, keys, values, plan, lengths)
-        return out, (mass, kept)
-
-    return attend

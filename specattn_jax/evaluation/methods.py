@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.baselines import Oracle, Quest, Streaming, Vegas
 from specattn_jax.loading.pair import ModelPair
-from specattn_jax.runtime.generate import make_selector
+from specattn_jax.runtime.request import choose_reading
 from specattn_jax.selection.alignment import NucleusMass
-from specattn_jax.selection.protocol import Selection
 from specattn_jax.selection.policy import load_policy
+from specattn_jax.selection.protocol import Selection
 
 FULL, SPECATTN = "full", "specattn"
 # What they read is a share of the cache, whatever the attention is; p means nothing to them.
@@ -129,7 +129,7 @@ def make_selection(pair: ModelPair, case: Case) -> Selection | None:
     if case.method == SPECATTN:
         assert case.policy is not None
         saving = case.saving if case.p is None else None
-        return make_selector(pair, policy=case.policy, p=case.p, kv_reduction=saving)
+        return choose_reading(pair, policy=case.policy, p=case.p, kv_reduction=saving)
     if case.method in (VEGAS, *_ORACLES):
         assert case.p is not None
         like, mass = load_policy("default"), NucleusMass.uniform(case.p, shape.num_layers)

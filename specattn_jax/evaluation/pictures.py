@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool
 
-from specattn_jax.decoding.speculative import DecodeSettings, DecodeState, read_window
-from specattn_jax.evaluation.forced import start_reading
+from specattn_jax.decoding.protocol import Models, WindowRecord
+from specattn_jax.evaluation.forced import Forced
 from specattn_jax.evaluation.methods import Case
 from specattn_jax.evaluation.tables import Row
 from specattn_jax.loading.pair import ModelPair
-from specattn_jax.models.transformer import LanguageModel
 from specattn_jax.reporting.plots import as_png, new_figure
+from specattn_jax.runtime.session import Session
 from specattn_jax.selection.protocol import Selection
-from specattn_jax.selection.TODO import past_mask
+from specattn_jax.selection.reads import past_mask
 
 # Table 1 of arXiv 2510.27641: share of reads saved and relative increase of perplexity (Llama-2-7b, PG-19).
 PUBLISHED = {
@@ -139,29 +138,22 @@ def slots_read(
         document: token ids, at least `2 * window + 4` of them.
         window: W.
     """
-    settings = DecodeSettings("specattn", window)
     past = len(document) // 2
-    tokens = jnp.asarray([document[: past + window + 1]], jnp.int32)
-    state = start_reading(pair.target, pair.draft, tokens[:, :past], past + window + 1, settings)
-    mask = _window_mask(pair.target, pair.draft, selection, state, tokens[:, past - 1 :], settings)
-    return np.asarray(mask)[..., :past]
+    session = Session(Models(pair.target, pair.draft))
+    strategy = Forced(jnp.asarray([document[past : past + window + 1]], jnp.int32), selection, window)
+    state = session.start(strategy, session.prefill([document[:past]], window + 1, window=window))
+    masks = session.watch(strategy, state, 1, _KeepMasks())[1]
+    return np.asarray(masks)[0, :, 0, :, :past]
 
 
-@functools.partial(jax.jit, static_argnames="settings")
-def _window_mask(
-    target: LanguageModel,
-    draft: LanguageModel,
-    selection: Selection,
-    state: DecodeState,
-    tokens: Int32[Array, "1 W+2"],
-    settings: DecodeSettings,
-) -> Bool[Array, "L K S"]:
-    """The slots of the past that a window reads which takes known tokens."""
-    past, slots = state.target_cache.lengths, state.target_cache.num_slots
-    state = dataclasses.replace(state, last=tokens[:, :2])
-    plans = read_window(target, draft, selection, state, state.keys, settings, forced=tokens[:, 2:]).plans
-    whole = jnp.broadcast_to(jnp.arange(slots) < past[0], (target.config.num_kv_heads, slots))
-    return jnp.stack([whole if plan is None else past_mask(plan, past, slots)[0] for plan in plans])
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _KeepMasks:
+    """Keeps the slots of the past that each layer read."""
+
+    def __call__(self, record: WindowRecord) -> Bool[Array, "L B K S"]:
+        past, _, layers, cache = record.seen
+        return jnp.stack([past_mask(seen.plan, past, cache) for seen in layers])
 
 
 def selection_picture(mask: Bool[np.ndarray, "L K past"], title: str) -> bytes:

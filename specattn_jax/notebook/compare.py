@@ -8,13 +8,13 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from specattn_jax.decoding.speculative import Mode
 from specattn_jax.errors import UserError
 from specattn_jax.loading.pair import ModelPair
 from specattn_jax.reporting.display import Table, columns, tinted
-from specattn_jax.runtime.generate import Generation, Generations, generate
+from specattn_jax.runtime.generate import generate
+from specattn_jax.runtime.request import MODES, Mode
+from specattn_jax.runtime.results import Generation, Generations
 
-MODES: tuple[Mode, ...] = ("autoregressive", "speculative", "specattn")
 _DIFFERENT = 0.4
 
 
@@ -102,8 +102,7 @@ def compare(
             texts[mode] += text
             tell()
 
-        reads: dict[str, Any] = {"p": p, "kv_reduction": kv_reduction} if mode == "specattn" else {}
-        runs[mode] = generate(pair, [prompt], mode=mode, on_text=add, **reads, **options)
+        runs[mode] = generate(pair, [prompt], mode=mode, p=p, kv_reduction=kv_reduction, on_text=add, **options)
         tell()
     return Comparison(texts, runs)
 
@@ -116,11 +115,10 @@ def _marked(text: str, first: str) -> str:
 
 def _cells(mode: Mode, run: Generations) -> tuple[str, ...]:
     result, timing = run.results[0], run.timing
-    alone = mode == "autoregressive"
     return (
         mode,
         f"{run.tokens_per_s:.1f}",
-        "" if alone else f"{result.accepted_per_window:.2f}",
+        "" if result.window is None else f"{result.accepted_per_window:.2f}",
         f"{result.kv_reduction:.1%}",
         str(result.windows),
         *(f"{seconds:.1f} s" for seconds in (timing.prefill_s, timing.decode_s, timing.compile_s)),

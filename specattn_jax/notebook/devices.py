@@ -8,9 +8,9 @@ import jax
 from specattn_kernels import Call, choose_implementation, current_device
 from specattn_kernels.dispatch import ATTENTION_OPS, SCORE_OPS, SELECTION_OPS
 
-from specattn_jax.decoding.speculative import DecodeSettings
 from specattn_jax.loading.memory import available_bytes
 from specattn_jax.models.config import ModelConfig
+from specattn_jax.runtime.request import DEFAULT_WINDOW
 
 
 def describe_devices() -> list[dict[str, Any]]:
@@ -40,7 +40,7 @@ def describe_kernels(config: ModelConfig, context: int, dtype: str) -> dict[str,
         >>> ops["sparse_decode_attention"]["name"]
         'xla'
     """
-    rows = DecodeSettings().tokens_per_window * config.group_size
+    rows = (DEFAULT_WINDOW + 1) * config.group_size
     call = Call((1, config.num_kv_heads, context, config.head_dim), rows, dtype)
     device = current_device()
     ops = (*ATTENTION_OPS, *SCORE_OPS, *SELECTION_OPS)

@@ -14,7 +14,7 @@ from specattn_jax.evaluation.forced import Reading, read_documents, read_togethe
 from specattn_jax.evaluation.pictures import trade_off
 from specattn_jax.loading.pair import ModelPair
 from specattn_jax.reporting.display import PngPicture, Table
-from specattn_jax.runtime.generate import make_selector
+from specattn_jax.runtime.request import choose_reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +127,7 @@ def sweep(
     settings: list[dict[str, float]] = [{"p": value} for value in p] + [
         {"kv_reduction": value} for value in kv_reduction
     ]
-    selectors = [make_selector(pair, policy=policy, **setting) for setting in settings]
+    selections = [choose_reading(pair, policy=policy, **setting) for setting in settings]
     documents = cut_documents([pair.encode(text)], context, 1)
     points, tokens = [], 0
     for done, size in enumerate(window):
@@ -136,7 +136,7 @@ def sweep(
         full = read_documents(pair.target, pair.draft, None, documents, prefill_share=prefill, window=size)
         assert full.hidden is not None
         readings = read_together(
-            pair.target, pair.draft, selectors, documents, reference=full.hidden, prefill_share=prefill, window=size
+            pair.target, pair.draft, selections, documents, reference=full.hidden, prefill_share=prefill, window=size
         )
         points += [_point(size, setting, one, full) for setting, one in zip(settings, readings, strict=True)]
         tokens = full.tokens

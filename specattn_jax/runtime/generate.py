@@ -118,7 +118,7 @@ def generate(
         pace = None if on_text is None else Pace()
         decoded = Decoding(session, by_choice, clock, writer, pace, decide, on_decision).run(state, first, prior)
     writer.finish(new_tokens(decoded.state))
-    results = _results(pair, encoded, decoded, watched)
+    results = _results(pair, encoded, decoded, by_choice[decoded.choice].lossless, watched)
     return Generations(results, Timing(**clock.seconds), decoded.decisions)
 
 
@@ -171,7 +171,7 @@ def _record(
 
 
 def _results(
-    pair: ModelPair, encoded: list[list[int]], decoded: Decoded, watched: Sequence[_Window]
+    pair: ModelPair, encoded: list[list[int]], decoded: Decoded, lossless: bool, watched: Sequence[_Window]
 ) -> list[Generation]:
     """What a finished state says, per prompt."""
     counts = jax.device_get(decoded.state.statistics)
@@ -190,6 +190,7 @@ def _results(
                 accepted_per_window=float(counts.accepted[index]) / max(windows, 1),
                 kv_reduction=1.0 - float(reads.mean()) if windows else 0.0,
                 layer_reads=[float(read) for read in reads],
+                lossless=lossless,
                 selection=_record(pair, prompt, tokens, watched, index) if watched else None,
             )
         )

@@ -62,6 +62,28 @@ class Request:
     keep_selection: bool = False
     lossless: bool = False
 
+    def __post_init__(self) -> None:
+        if self.window is not None:
+            check_window(self.window)
+        if isinstance(self.mode, str):
+            check_mode(self.mode)
+        Sampling(self.temperature, self.top_k, self.top_p)
+
+    @property
+    def mode_is_fixed(self) -> bool:
+        """Whether the request names its strategy."""
+        return self.mode != AUTO
+
+    @property
+    def may_draft(self) -> bool:
+        """Whether the draft may be needed."""
+        return self.mode != "autoregressive"
+
+    @property
+    def may_be_sparse(self) -> bool:
+        """Whether the target may be made to read sparsely by the pair's alignment."""
+        return self.mode == "specattn" or (self.mode == AUTO and not self.lossless)
+
     def change(self, **changes: Any) -> Request:
         """The same request, but for these attributes.
 
@@ -106,20 +128,18 @@ def find_candidates(pair: ModelPair, request: Request) -> Candidates:
     """
     if not isinstance(request.mode, str):
         return Candidates((request.mode,), None)
-    mode = check_mode(request.mode)
+    mode = request.mode
     if request.keep_selection and mode != "specattn":
         may = "may select nothing" if mode == AUTO else "selects nothing"
         raise UserError(f"keep_selection is set, but mode {mode} {may}; use mode='specattn'.")
     if request.lossless and mode == "specattn":
         raise UserError("lossless is set, but mode specattn is approximate; use mode auto or speculative.")
-    if request.window is not None:
-        check_window(request.window)
     settings, selection = request.settings(pair), None
     # Who says how much to read wants to know that it cannot be had.
     asks = pair.alignment is not None or request.p is not None or request.kv_reduction is not None
-    if mode == "specattn" or (mode == AUTO and not request.lossless and asks):
+    if request.may_be_sparse and (request.mode_is_fixed or asks):
         selection = choose_reading(pair, policy=request.policy, p=request.p, kv_reduction=request.kv_reduction)
-    windows = WINDOWS if mode == AUTO else (DEFAULT_WINDOW,)
+    windows = (DEFAULT_WINDOW,) if request.mode_is_fixed else WINDOWS
     if request.window is not None:
         windows = (request.window,)
     found: list[Strategy] = [Autoregressive(settings)]
@@ -129,18 +149,10 @@ def find_candidates(pair: ModelPair, request: Request) -> Candidates:
     return Candidates(tuple(one for one in found if mode in (AUTO, one.name)), selection)
 
 
-def check_mode(mode: str) -> Mode | Literal["auto"]:
-    """The mode of that name.
-
-    Raises:
-        UserError: there is none.
-    """
-    if mode == AUTO:
-        return "auto"
-    for known in MODES:
-        if mode == known:
-            return known
-    raise UserError(f"mode is {mode!r}; expected one of auto, {', '.join(MODES)}.")
+def check_mode(mode: str) -> None:
+    """Raises UserError for a mode that there is not."""
+    if mode not in (AUTO, *MODES):
+        raise UserError(f"mode is {mode!r}; expected one of auto, {', '.join(MODES)}.")
 
 
 def choose_reading(

@@ -23,6 +23,7 @@ class Generation:
         accepted_per_window: mean number of drafted tokens accepted (0 to W), the target's own token not counted.
         kv_reduction: share of the target's cache reads saved, averaged over layers, heads and windows.
         layer_reads: share of the cache that each target layer read, averaged over windows.
+        lossless: whether the text is distributed as the target's own.
         selection: which tokens each window read; None unless `generate` was asked to keep it.
         window: drafted tokens per window, in most of that mode's windows; None where nothing is drafted.
     """
@@ -35,6 +36,7 @@ class Generation:
     accepted_per_window: float
     kv_reduction: float
     layer_reads: list[float]
+    lossless: bool
     selection: SelectionRecord | None = None
     window: int | None = None
 

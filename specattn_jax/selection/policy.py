@@ -47,8 +47,8 @@ class SelectionPolicy:
             raise UserError(f"draft_reads is {self.draft_reads}; expected a share in (0, 1].")
         if self.draft_reads < 1.0 and self.prediction != "mixture":
             raise UserError(
-                f"draft_reads is {self.draft_reads}, but prediction 'layer_map' needs the attention of a draft that reads "
-                "everything; expected 1."
+                f"draft_reads is {self.draft_reads}, but prediction 'layer_map' needs the attention of a draft that "
+                "reads everything; expected 1."
             )
 
 

@@ -75,7 +75,7 @@ def write_continuations(
         # The last batch is filled up, so that everything is compiled once.
         full = np.resize(part, (min(batch, len(prompts)), length))
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), begin), len(full))
-        state = session.prefill(full, written, settings=strategy.settings, keys=keys)
+        state = session.prefill(full.tolist(), written, settings=strategy.settings, keys=keys)
         state = session.decode(strategy, session.start(strategy, state), written)
         parts.append(np.concatenate([part, np.asarray(state.output)[:count, :written]], axis=1))
         if progress is not None:
