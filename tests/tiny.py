@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from specattn_kernels import Implementation
 
+from specattn_jax.decoding import loop
 from specattn_jax.decoding.protocol import Models, Strategy
-from specattn_jax.decoding.state import DecodeState
+from specattn_jax.decoding.state import DecodeState, begin
+from specattn_jax.models.cache import KVCache
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.models.transformer import LanguageModel, init_model
 from specattn_jax.runtime.session import Session
@@ -120,6 +123,34 @@ def run(
     """Prefills and decodes to the end."""
     session = Session(Models(target, draft), implementation)
     return session.decode(strategy, start(strategy, session, prompts, limit, keys), limit)
+
+
+def trace_decoding(
+    strategy: Strategy,
+    models: Models,
+    *,
+    batch: int,
+    slots: int,
+    implementation: Implementation | None = None,
+    device: jax.sharding.Sharding | None = None,
+) -> jax.stages.Traced:
+    """The strategy's start and its decoding as one program, of shapes alone."""
+
+    def prefilled(models: Models) -> DecodeState:
+        caches = [
+            KVCache.empty(model.config, batch, slots, model.dtype, implementation)
+            for model in (models.target, models.draft)
+        ]
+        last, limit = jnp.zeros((batch, 2), jnp.int32), jnp.ones((batch,), jnp.int32)
+        return begin(*caches, last, limit, jax.random.split(jax.random.key(0), batch), room=128)
+
+    @functools.partial(jax.jit, donate_argnames=("state",))
+    def start_and_decode(strategy: Strategy, models: Models, state: DecodeState, windows: jax.Array) -> DecodeState:
+        return loop.decode(strategy, models, loop.start(strategy, models, state), windows)
+
+    arguments = strategy, models, jax.eval_shape(prefilled, models), jnp.int32(0)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), arguments)
+    return start_and_decode.trace(*shapes)
 
 
 def outputs(state: DecodeState) -> list[list[int]]:
