@@ -309,7 +309,7 @@ def interrupt(*_, **__):
 
 class TestInterrupt:
     def test_generate(self, generate, monkeypatch):
-        monkeypatch.setattr("specattn_jax.runtime.segments.decode", interrupt)
+        monkeypatch.setattr("specattn_jax.decoding.loop.decode", interrupt)
         result = run(*generate("--prompt", PROMPT, "--mode", "speculative"))
         assert (result.exit_code, result.stdout, result.stderr) == (130, "", "Interrupted.\n")
 
