@@ -9,11 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from specattn_kernels import compact_blocks
-from test_evaluation import LAYERS, masks, nucleus, read_text
-from test_speculative import selector_for
+from test_evaluation import LAYERS, drafted_selection, masks, nucleus, read_text
 from tiny import tiny_config, tiny_model
 
-from specattn_jax.decoding.speculative import WindowRead
 from specattn_jax.evaluation.ablations import (
     TAIL,
     Ablation,
@@ -23,6 +21,9 @@ from specattn_jax.evaluation.ablations import (
     head_weights,
     map_weights,
 )
+from specattn_jax.models.cache import KVCache
+from specattn_jax.models.forward import Read
+from specattn_jax.selection.protocol import LayerSeen, Opening, Seen
 
 TARGET, DRAFT = tiny_config(num_layers=LAYERS), tiny_config()
 ROWS, SLOTS, PAST = LAYERS * 2, 48, np.array([37, 23])
@@ -36,27 +37,35 @@ def pair():
 @pytest.mark.parametrize("name", ["default", "paper"])
 def test_the_shipped_policies_are_among_them(pair, name):
     documents = np.random.default_rng(0).integers(0, 8, (2, 30))
-    selector = selector_for(*pair, name, 0.7)
+    # The table's draft reads everything.
+    selection = drafted_selection(*pair, name, 0.7, draft_reads=1.0)
     if name == "default":
-        # The table's draft reads everything.
-        selector = dataclasses.replace(selector, policy=dataclasses.replace(selector.policy, draft_reads=1.0))
-        weights, ingredients = head_weights(selector.alignment, DRAFT), Ingredients(mix_last=True)
+        weights, ingredients = head_weights(selection.alignment, DRAFT), Ingredients(mix_last=True)
     else:
-        weights = map_weights(selector.alignment, TARGET, DRAFT)
+        weights = map_weights(selection.alignment, TARGET, DRAFT)
         ingredients = Ingredients(union=True, linear=True, num_sink=0, num_recent=0)
-    left_out = jnp.where(jnp.arange(ROWS) < 2 * selector.policy.dense_layers, 0.0, 0.3)
+    left_out = jnp.where(jnp.arange(ROWS) < 2 * selection.policy.dense_layers, 0.0, 0.3)
     ablation = Ablation.make(weights, left_out, 0.0, ingredients, TARGET, DRAFT)
-    want, got = (read_text(*pair, one, documents) for one in (selector, ablation))
+    want, got = (read_text(*pair, one, documents) for one in (selection, ablation))
     np.testing.assert_allclose(got.read, want.read, atol=1e-6)
     np.testing.assert_allclose(got.nll, want.nll, rtol=1e-5)
 
 
 def make(ingredients, **changes):
+    """An ablation, and its state with some of it changed."""
     rng = np.random.default_rng(3)
     left_out = jnp.asarray(rng.uniform(0.1, 0.4, ROWS), jnp.float32)
     weights = jnp.asarray(rng.dirichlet(np.ones(8), ROWS), jnp.float32)
-    ablation = Ablation.make(weights, left_out, 0.0, ingredients, TARGET, DRAFT).prepare(2, SLOTS)
-    return dataclasses.replace(ablation, memory=dataclasses.replace(ablation.memory, **changes))
+    ablation = Ablation.make(weights, left_out, 0.0, ingredients, TARGET, DRAFT)
+    state, _ = ablation.init(Opening(TARGET, jnp.asarray(PAST, jnp.int32), SLOTS, 5, jnp.float32, None, None))
+    return ablation, dataclasses.replace(state, **changes)
+
+
+def a_cache(tokens):
+    """A random cache with so many new tokens behind the past, and their queries."""
+    rng = np.random.default_rng(0)
+    q, keys = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, tokens, 4, 8), (2, 2, SLOTS, 8)))
+    return q, KVCache((keys,) * LAYERS, (keys,) * LAYERS, jnp.asarray(PAST, jnp.int32))
 
 
 def peaked(seed):
@@ -98,15 +107,18 @@ def test_masks(name):
         return StepScores(next(floats), jnp.asarray(union), next(floats), jnp.int32(5))
 
     before = PAST - 5
-    ablation = make(
+    ablation, state = make(
         ingredients,
+        steps=steps(new, united[0]),
         attention=jnp.asarray(seen, jnp.float32),
         scores=steps(old, united[1]),
         past=jnp.asarray(before, jnp.int32),
         windows=jnp.int32(windows),
     )
     past = jnp.asarray(PAST, jnp.int32)
-    plans = ablation.plan(steps(new, united[0]), past)
+    q, cache = a_cache(3)
+    choices, _ = ablation.plan(state, None, past)
+    plans = [choice(layer, q, cache).plan for layer, choice in enumerate(choices)]
     got = np.concatenate(masks(plans, PAST, SLOTS), axis=1)
 
     stale = windows % ingredients.reuse != 0
@@ -135,10 +147,12 @@ def test_only_the_first_steps_count():
     rng = np.random.default_rng(0)
     observed = [rng.dirichlet(np.ones(SLOTS), (2, 8)) for _ in range(3)]
     for steps in (1, 2, 64):
-        ablation = make(Ingredients(steps=steps, union=True))
-        scores = ablation.start(2, SLOTS)
+        ablation, state = make(Ingredients(steps=steps, union=True))
+        _, cache = a_cache(1)
         for heads in observed:
-            scores = ablation.update(scores, [jnp.asarray(heads, jnp.float32)], jnp.full((2,), SLOTS, jnp.int32))
+            noted = Read(None, cache.at(jnp.full((2,), SLOTS)), (jnp.asarray(heads, jnp.float32),))
+            _, state = ablation.observe(state, lambda _, noted=noted: noted, jnp.int32(0))
+        scores = state.steps
         rows = np.einsum("ar,tbrs->tbas", np.asarray(ablation.weights, np.float64), observed)[:steps]
         np.testing.assert_allclose(scores.maximum, rows.max(0), atol=1e-6)
         groups = np.reshape(observed, (3, 2, -1, DRAFT.group_size, SLOTS)).mean(3)[:steps]
@@ -149,31 +163,15 @@ def test_only_the_first_steps_count():
 
 
 def test_whole_blocks_are_counted_where_slots_inside_are_read():
-    ablation = make(Ingredients(grain="inside 16"))
+    ablation, state = make(Ingredients(grain="inside 16"))
     mask = np.zeros((2, 2, SLOTS), bool)
     mask[0, 0, [3, 17]], mask[0, 1, 36], mask[1, :, 20] = True, True, True
-    past = jnp.asarray(PAST, jnp.int32)
-    plan = compact_blocks(jnp.asarray(mask), block_size=1)
-    rng = np.random.default_rng(0)
-    q, keys = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 3, 4, 8), (2, 2, SLOTS, 8)))
-    out, kept = ablation.attend(q, keys, keys, plan, past + 3)
-    np.testing.assert_allclose(kept[1], [(32 + 5) / 2 / 37, 7 / 23], rtol=1e-6)
-    window = WindowRead(Drafted(peaked(0)), out, None, jnp.full((2, LAYERS), 0.01), (plan,) * LAYERS, (kept,) * LAYERS)
-    _, read = ablation.learn(window, past)
-    np.testing.assert_allclose(read, np.repeat(np.asarray(kept[1])[:, None], LAYERS, 1), rtol=1e-6)
-
-
-@dataclasses.dataclass
-class Drafted:
-    """The part of a drafted window that is learnt from."""
-
-    maximum: np.ndarray
-
-    @property
-    def scores(self):
-        none = jnp.zeros(self.maximum.shape)
-        sources = none[:, : DRAFT.num_layers * DRAFT.num_kv_heads]
-        return StepScores(jnp.asarray(self.maximum), none.astype(bool), sources, jnp.int32(5))
+    q, cache = a_cache(3)
+    read = ablation._read(0, q, cache, compact_blocks(jnp.asarray(mask), block_size=1))
+    np.testing.assert_allclose(read.share, [[32 / 37, 5 / 37], [7 / 23, 7 / 23]], rtol=1e-6)
+    layers = (LayerSeen(q, read.plan, read.share),) * LAYERS
+    state = ablation.learn(state, Seen(cache.lengths, jnp.ones(2, bool), layers, cache))
+    np.testing.assert_allclose(state.read, [(32 + 5) / 2 / 37, 7 / 23], rtol=1e-6)
 
 
 def test_centroids_stand_for_what_was_not_read():
@@ -184,9 +182,9 @@ def test_centroids_stand_for_what_was_not_read():
     # Of the second sequence everything is read: no centroid is left.
     mask[1, :, :40] = True
     plan = compact_blocks(jnp.asarray(mask), block_size=1)
-    got = attend_with_centroids(
-        *(jnp.asarray(x, jnp.float32) for x in (q, keys, values)), plan, jnp.asarray(past + 3, jnp.int32)
-    )
+    k32, v32 = (jnp.asarray(x, jnp.float32) for x in (keys, values))
+    cache = KVCache((k32,), (v32,), jnp.asarray(past, jnp.int32))
+    got = attend_with_centroids(0, jnp.asarray(q, jnp.float32), cache, plan)
     for b, t, n in np.ndindex(2, 3, 4):
         k = n // 2
         read = mask[b, k].copy()

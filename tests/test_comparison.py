@@ -15,7 +15,8 @@ from specattn_jax.examples import tiny_pair
 from specattn_jax.notebook.compare import MODES, Comparison, compare
 from specattn_jax.notebook.sweep import sweep
 from specattn_jax.reporting.display import PngPicture, Table, columns
-from specattn_jax.runtime.generate import generate, make_selector
+from specattn_jax.runtime.generate import generate
+from specattn_jax.runtime.request import choose_reading
 
 PROMPT = "Once upon a time there was a cache. "
 TEXT = PROMPT * 8
@@ -74,7 +75,7 @@ class TestSweep:
         for point in found.points:
             setting = {"prefill_share": 0.5, "window": point.window}
             full = read_documents(*models, None, documents, **setting)
-            chosen = make_selector(PAIR, p=point.p)
+            chosen = choose_reading(PAIR, p=point.p)
             alone = read_documents(*models, chosen, documents, reference=full.hidden, **setting)
             assert point.kv_reduction == pytest.approx(alone.kv_reduction, abs=1e-5)
             assert point.kl == pytest.approx(float(np.mean(alone.kl)), rel=1e-3)

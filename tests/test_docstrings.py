@@ -9,7 +9,7 @@ import pytest
 
 MODULES = (
     "notebook.compare", "notebook.devices", "reporting.display", "notebook.sweep", "examples", "runtime.generate",
-    "loading.pair",
+    "loading.pair", "runtime.results",
 )  # fmt: skip
 
 
@@ -35,8 +35,8 @@ def test_what_users_call_first_has_an_example():
     wanted = {
         "notebook.compare.compare",
         "notebook.sweep.sweep",
-        "runtime.generate.Generation.plot_selection",
-        "runtime.generate.Generation.stats",
+        "runtime.results.Generation.plot_selection",
+        "runtime.results.Generation.stats",
         "runtime.generate.generate",
         "loading.pair.ModelPair.calibrate",
         "loading.pair.load_pair",

@@ -9,16 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_speculative import selector_for
-from tiny import tiny_config, tiny_model
+from tiny import random_alignment, tiny_config, tiny_model
 
-from specattn_jax.decoding.speculative import DecodeSettings, WindowRead, read_window
+from specattn_jax.decoding.protocol import Models
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.baselines import Oracle, Quest, Streaming, Vegas
-from specattn_jax.evaluation.forced import _reader, read_documents, read_together, start_reading
-from specattn_jax.evaluation.learning import Learner
+from specattn_jax.evaluation.forced import Forced, read_documents, read_together
+from specattn_jax.models.cache import KVCache
 from specattn_jax.models.forward import read_sequence
+from specattn_jax.runtime.session import Session
 from specattn_jax.selection.alignment import NucleusMass
+from specattn_jax.selection.make import make_selection
+from specattn_jax.selection.policy import load_policy
+from specattn_jax.selection.protocol import LayerSeen, Opening, Seen
 
 LAYERS, WINDOW, LENGTH, PROMPT = 4, 3, 30, 6
 CONFIG = tiny_config(num_layers=LAYERS)
@@ -56,8 +59,16 @@ def documents():
     return np.random.default_rng(0).integers(0, 8, (2, LENGTH))
 
 
+def drafted_selection(target, draft, name, p, **changes):
+    """A policy preset with one nucleus mass for all layers, and some ingredients changed."""
+    policy = dataclasses.replace(load_policy(name), **changes)
+    alignment = random_alignment(target.config, draft.config)
+    mass = NucleusMass.uniform(p, target.config.num_layers)
+    return make_selection(policy, alignment, mass, target.config, draft.config)
+
+
 def selections(target, draft):
-    drafted = {name: selector_for(target, draft, name, 0.7) for name in ("default", "paper")}
+    drafted = {name: drafted_selection(target, draft, name, 0.7) for name in ("default", "paper")}
     return {**BASELINES, **drafted}
 
 
@@ -78,58 +89,25 @@ def masks(plans, past, slots):
     return out
 
 
-@dataclasses.dataclass
-class Recorder:
-    """A selection that keeps the plans that were used; only outside jit."""
-
-    inner: object
-
-    def __post_init__(self):
-        self.plans = []
-
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
-
-    def plan(self, *arguments):
-        def record(choice):
-            def resolve(q, keys, past):
-                plan = choice(q, keys, past) if callable(choice) else choice
-                self.plans.append(plan)
-                return plan
-
-            return resolve
-
-        return tuple(record(choice) for choice in self.inner.plan(*arguments))
-
-
 @pytest.mark.parametrize("name", [*BASELINES, "default", "paper"])
 def test_the_cached_sparse_path_is_a_masked_dense_pass(target, draft, documents, name):
     """The logits of all windows at once, from one dense pass with the plans' slots as its mask."""
     tokens = jnp.asarray(documents, jnp.int32)
-    chosen = selections(target, draft)[name]
-    state = start_reading(target, draft, tokens[:, :PROMPT], LENGTH, DecodeSettings("specattn", WINDOW))
+    session = Session(Models(target, draft))
+    strategy = Forced(tokens[:, PROMPT:], selections(target, draft)[name], WINDOW)
+    state = session.prefill(documents[:, :PROMPT].tolist(), LENGTH - PROMPT, window=WINDOW)
+    state = strategy.start(session.models, state)
     slots = state.target_cache.num_slots
     visible = np.broadcast_to(np.tril(np.ones((LENGTH, LENGTH), bool)), (LAYERS, 2, 2, LENGTH, LENGTH)).copy()
-    hidden, settings = [], DecodeSettings("specattn", WINDOW)
-    chosen = chosen.prepare(2, slots) if isinstance(chosen, Learner) else chosen
-    count = (LENGTH - PROMPT - 1) // WINDOW
+    hidden, count = [], (LENGTH - PROMPT - 1) // WINDOW
     for index in range(count):
         past = PROMPT + index * WINDOW
-        here = tokens[:, past - 1 : past + 1 + WINDOW]
-        recorder = Recorder(chosen)
-        state = dataclasses.replace(state, last=here[:, :2])
-        reader = _reader(chosen, False)
-        seen = read_window(target, draft, recorder, state, state.keys, settings, forced=here[:, 2:], reader=reader)
-        if isinstance(chosen, Learner):
-            learnt = seen._replace(kept=tuple(kept for _, kept in seen.kept))
-            chosen, _ = chosen.learn(learnt, state.target_cache.lengths)
-        for layer, mask in enumerate(masks(recorder.plans, np.full(2, past), slots)):
+        state, record = strategy.step(session.models, state)
+        plans = [seen.plan for seen in record.seen.layers]
+        for layer, mask in enumerate(masks(plans, np.full(2, past), slots)):
             # The window's last token is read again, with the next window's plan.
             visible[layer, :, :, past : past + WINDOW, :past] = mask[:, :, None, :past]
-        hidden.append(seen.hidden[:, :WINDOW])
-        state = dataclasses.replace(
-            state, target_cache=seen.cache.at_lengths(seen.cache.lengths + WINDOW), draft_cache=seen.drafted.cache
-        )
+        hidden.append(record.hidden[:, :WINDOW])
 
     def attend(layer, q, k, v):
         grouped = q.reshape(*q.shape[:2], 2, 2, -1)
@@ -208,6 +186,17 @@ def inputs():
     return q, keys
 
 
+def one_layer(inputs):
+    """A cache of one layer that holds the inputs; the values are the keys."""
+    keys = jnp.asarray(inputs[1], jnp.float32)
+    return KVCache((keys,), (keys,), jnp.asarray(PAST, jnp.int32))
+
+
+def begin(baseline):
+    """The state before the first window."""
+    return baseline.init(Opening(CONFIG, jnp.asarray(PAST, jnp.int32), 48, 3, jnp.float32, None, None))[0]
+
+
 def nucleus(row, p):
     """The fewest entries that hold share p of the row's total."""
     order = np.argsort(-row)
@@ -219,10 +208,9 @@ class TestMasks:
     """What the baselines choose in one layer, against NumPy in float64."""
 
     def chosen(self, baseline, inputs):
-        past = jnp.asarray(PAST, jnp.int32)
-        choice = baseline.plan(baseline.start(2, 48), past)[-1]
-        plan = choice(jnp.asarray(inputs[0], jnp.float32), jnp.asarray(inputs[1], jnp.float32), past)
-        return masks([plan], PAST, 48)[0]
+        cache = one_layer(inputs)
+        choice = baseline.plan(begin(baseline), None, cache.lengths)[0][-1]
+        return masks([choice(0, jnp.asarray(inputs[0], jnp.float32), cache).plan], PAST, 48)[0]
 
     def attention(self, inputs, mask=None):
         """`[B, K, T, S]`, averaged over the group; softmax over the slots of `mask` alone."""
@@ -264,30 +252,30 @@ class TestMasks:
 
     def test_vegas(self, inputs):
         """Reads everything, remembers it, reads the nucleus of that, and keeps what it then did not see, decayed."""
-        vegas, past = BASELINES["vegas"].prepare(2, 48), jnp.asarray(PAST, jnp.int32)
-        q, keys = (jnp.asarray(x, jnp.float32) for x in inputs)
-        keys = jnp.nan_to_num(keys)
-        assert all((mask == (np.arange(48) < PAST[:, None, None])).all() for mask in self.planned(vegas, past))
+        vegas, cache = BASELINES["vegas"], one_layer((inputs[0], np.nan_to_num(inputs[1])))
+        cache = dataclasses.replace(cache, k=cache.k * LAYERS, v=cache.v * LAYERS)
+        q, state = jnp.asarray(inputs[0], jnp.float32), begin(vegas)
+        assert all((mask == (np.arange(48) < PAST[:, None, None])).all() for mask in self.planned(vegas, state))
         seen = self.attention(inputs).max(2)
         known = None
         for _ in range(2):
-            plans = vegas.plan(vegas.start(2, 48), past)
-            kept = tuple(vegas.attend(q, keys, keys, plan, past + 4)[1] for plan in plans)
+            plans, state = vegas.plan(state, None, cache.lengths)
             if known is None:
                 known = seen
             else:
                 mask = masks(plans, PAST, 48)[0] | (np.arange(48) >= PAST[:, None, None])
                 known = np.where(mask, self.attention(inputs, mask).max(2), 0.5 * known)
-            vegas, _ = vegas.learn(WindowRead(None, None, None, None, plans, kept), past)
-            np.testing.assert_allclose(vegas.attention[0], known, atol=1e-5)
-            for got in self.planned(vegas, past):
+            layers = tuple(LayerSeen(q, plan, jnp.ones((2, 2))) for plan in plans)
+            state = vegas.learn(state, Seen(cache.lengths, jnp.ones(2, bool), layers, cache))
+            np.testing.assert_allclose(state.attention[0], known, atol=1e-5)
+            for got in self.planned(vegas, state):
                 for b, k in np.ndindex(2, 2):
                     want = nucleus(known[b, k, : PAST[b]], 0.8)
                     want[:1], want[-2:] = True, True
                     assert (got[b, k, : PAST[b]] == want).all()
 
-    def planned(self, baseline, past):
-        return masks(baseline.plan(baseline.start(2, 48), past), PAST, 48)
+    def planned(self, baseline, state):
+        return masks(baseline.plan(state, None, jnp.asarray(PAST, jnp.int32))[0], PAST, 48)
 
     @pytest.mark.parametrize("name", ["oracle", "oracle per layer"])
     def test_oracle(self, inputs, name):

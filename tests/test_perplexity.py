@@ -19,7 +19,7 @@ from specattn_jax.evaluation.perplexity import Evaluation, EvaluationSettings, o
 from specattn_jax.evaluation.pictures import selection_picture, slots_read
 from specattn_jax.evaluation.search import READINGS, TOLERANCE, find_left_out
 from specattn_jax.evaluation.tables import Measured, make_row, standard_error
-from specattn_jax.runtime.generate import make_selector
+from specattn_jax.runtime.request import choose_reading
 
 CONTEXT = 96
 CONTRACT = [
@@ -300,7 +300,7 @@ def test_standard_errors_compare_document_by_document(tiny_pair):
 
 def test_the_picture_shows_what_the_plan_reads(tiny_pair):
     document = np.random.default_rng(3).integers(0, 256, 61).tolist()
-    mask = slots_read(tiny_pair, make_selector(tiny_pair, policy="paper_exact", p=0.5), document, window=4)
+    mask = slots_read(tiny_pair, choose_reading(tiny_pair, policy="paper_exact", p=0.5), document, window=4)
     assert mask.shape == (3, 2, 30)
     assert mask[:2].all()
     assert (mask[2, 0] == mask[2, 1]).all()
@@ -315,14 +315,14 @@ class TestDrift:
 
     @pytest.mark.parametrize("p", [None, 1.0])
     def test_dense_reading_does_not_drift(self, tiny_pair, p):
-        selection = None if p is None else make_selector(tiny_pair, p=p)
+        selection = None if p is None else choose_reading(tiny_pair, p=p)
         drift = measure_drift(tiny_pair, selection, self.PROMPTS, 20, window=3)
         assert drift.kl.shape == (2, 19)
         assert np.abs(drift.kl).max() < 1e-5
         np.testing.assert_allclose(drift.read, 1.0)
 
     def test_sparse_reading_drifts_from_what_a_dense_pass_says(self, tiny_pair):
-        drift = measure_drift(tiny_pair, make_selector(tiny_pair, p=0.3), self.PROMPTS, 20, window=3)
+        drift = measure_drift(tiny_pair, choose_reading(tiny_pair, p=0.3), self.PROMPTS, 20, window=3)
         assert drift.kl.min() > -1e-6
         assert drift.kl.max() > 1e-7
         assert drift.tokens.shape == (2, 20)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from specattn_jax.decoding import loop
-from specattn_jax.decoding.protocol import DecodeSettings, Models, WindowRecord, newest
+from specattn_jax.decoding.protocol import DecodeSettings, Models, WindowRecord, check_window, newest
 from specattn_jax.decoding.sampling import Verdict
 from specattn_jax.decoding.speculative import SpecAttn
 from specattn_jax.decoding.state import DecodeState, commit
@@ -277,8 +277,9 @@ def _cut(models: Models, documents: Sequence[Sequence[int]], prefill_share: floa
     """Cuts the documents.
 
     Raises:
-        UserError: they are too short or too long.
+        UserError: they are too short or too long, or the window is impossible.
     """
+    check_window(window)
     tokens = np.asarray(documents, np.int32)
     length = tokens.shape[1]
     prompt = max(2, round(length * prefill_share))

@@ -97,6 +97,11 @@ def planning_bytes(scenario: Scenario) -> float:
     return scenario.batch * scenario.context * (mix + select)
 
 
+def weights_of_vocabulary(config: ModelConfig) -> float:
+    """Weights of the embedding, and of the output matrix where it is another."""
+    return float(config.vocab_size * config.embed_dim * (1 if config.tie_embeddings else 2))
+
+
 def weights_read(config: ModelConfig) -> float:
     """Weights that a call reads: all but the rows of an embedding of its own that belong to other tokens."""
     unread = 0 if config.tie_embeddings else config.vocab_size * config.embed_dim

@@ -14,7 +14,14 @@ import jax.numpy as jnp
 from specattn_jax.decoding.work import Scenario, Work
 from specattn_jax.errors import UserError
 from specattn_jax.models.config import ModelConfig
-from specattn_jax.planning.cost import planning_bytes, scored_bytes, scoring_bytes, weights_read, window_bytes
+from specattn_jax.planning.cost import (
+    planning_bytes,
+    scored_bytes,
+    scoring_bytes,
+    weights_of_vocabulary,
+    weights_read,
+    window_bytes,
+)
 from specattn_jax.timing import TimingSettings, copy_bandwidth, time_calls
 
 _MIB = 2**20
@@ -46,6 +53,9 @@ class DeviceProfile:
         forward_s: fixed seconds of a pass besides its layers: embedding, vocabulary, choosing a token.
         window_s: fixed seconds of a window besides its passes: acceptance, rollback, the loop.
         compile_s: seconds that a program takes that was never compiled before.
+        prefill_share: share of `flops` at which the weights meet the many tokens of a prompt; may be above 1.
+        prefill_attention_share: likewise, at which the tokens of a prompt attend to each other.
+        prefill_layer_s: fixed seconds of a layer in a prefill.
     """
 
     bandwidth: float
@@ -62,6 +72,9 @@ class DeviceProfile:
     forward_s: float = 0.0
     window_s: float = 0.0
     compile_s: float = 0.0
+    prefill_share: float = 1.0
+    prefill_attention_share: float = 1.0
+    prefill_layer_s: float = 0.0
 
 
 class WindowSeconds(NamedTuple):
@@ -133,6 +146,27 @@ def window_seconds(scenario: Scenario, work: Work, profile: DeviceProfile) -> Wi
     if work.plans:
         selecting = planning_bytes(scenario) / written + target.num_layers * profile.selecting_layer_s
     return WindowSeconds(drafting, selecting, verify, profile.window_s)
+
+
+def prefill_seconds(config: ModelConfig, batch: int, tokens: int, profile: DeviceProfile) -> float:
+    """Predicts the prefill of one model: the arithmetic of its layers and of causal attention, over a device's rates.
+
+    Args:
+        config: shape of the model.
+        batch: sequences.
+        tokens: of each prompt.
+        profile: on what.
+    """
+    # Only the last token of a prompt meets the vocabulary.
+    layers = config.parameter_count() - weights_of_vocabulary(config)
+    products = 2.0 * layers * batch * tokens
+    # Two products of each query with the keys and values up to its own place, half of all.
+    attention = 2.0 * config.num_layers * config.num_heads * config.head_dim * batch * tokens**2
+    return (
+        products / (profile.flops * profile.prefill_share)
+        + attention / (profile.flops * profile.prefill_attention_share)
+        + config.num_layers * profile.prefill_layer_s
+    )
 
 
 def seconds_per_token(scenario: Scenario, work: Work, profile: DeviceProfile) -> float:

@@ -14,7 +14,7 @@ from specattn_jax.decoding.work import Scenario
 from specattn_jax.loading.pair import ModelPair
 from specattn_jax.loading.presets import get_preset, preset_names
 from specattn_jax.planning.acceptance import Acceptance
-from specattn_jax.planning.device import DeviceProfile, measure_profile, seconds_per_token
+from specattn_jax.planning.device import DeviceProfile, measure_profile, prefill_seconds, seconds_per_token
 from specattn_jax.selection.make import DraftedSelection
 
 # Drafted tokens per window that `auto` considers; longer ones pay for drafts that accept nearly everything only.
@@ -53,10 +53,12 @@ class Prediction(NamedTuple):
     Attributes:
         choice: which.
         seconds: per token of each sequence.
+        request: until the end of the request: all tokens still wanted, and what has to be prefilled first.
     """
 
     choice: Choice
     seconds: float
+    request: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +98,10 @@ class Decision:
         """Lines for people: what was known, what each mode was thought to take, and the reason."""
         known = f"at {self.context:,} tokens, {self.acceptance:.0%} of drafted tokens accepted one by one"
         lines = [f"{known}, copies at {self.bandwidth / 1e9:,.1f} GB/s:"]
-        lines += [f"  {choice}: {1e3 * seconds:.3g} ms per token predicted" for choice, seconds in self.predictions]
+        lines += [
+            f"  {one.choice}: {1e3 * one.seconds:.3g} ms per token, {one.request:.3g} s until the end predicted"
+            for one in self.predictions
+        ]
         return [*lines, f"  {self.reason}"]
 
 
@@ -126,10 +131,11 @@ Decide = Callable[[Situation], Decision]
 
 
 class _Predicted(NamedTuple):
-    """A strategy and its predicted seconds per token."""
+    """A strategy, its predicted seconds per token, and those until the end of the request."""
 
     strategy: Strategy
     seconds: float
+    request: float
 
     @property
     def choice(self) -> Choice:
@@ -139,7 +145,9 @@ class _Predicted(NamedTuple):
 def choose_strategy(
     scenario: Scenario, profile: DeviceProfile, situation: Situation, strategies: Sequence[Strategy]
 ) -> Decision:
-    """The strategy predicted to be fastest; among equals the first mode; a running one unless leaving it pays.
+    """The strategy predicted to end the request first; among equals the first mode; a running one unless leaving pays.
+
+    Before anything runs, the prompts have yet to be prefilled, by the draft too where a strategy needs one.
 
     Args:
         scenario: shapes, batch, and what a sparse verification would read; context, window and acceptance are the
@@ -149,26 +157,26 @@ def choose_strategy(
         strategies: those that can be had, the simplest mode first and the approximate ones last.
     """
     scenario = scenario._replace(context=max(1, situation.context))
-    found = predict(scenario, profile, situation.acceptance, strategies)
+    found = predict(scenario, profile, situation, strategies)
     by_mode: dict[str, list[_Predicted]] = {}
     for one in found:
         by_mode.setdefault(one.strategy.name, []).append(one)
     # Within one mode, only speed counts.
-    best = [min(group, key=lambda one: one.seconds) for group in by_mode.values()]
-    fastest = min(best, key=lambda one: one.seconds)
-    chosen = next(one for one in best if one.seconds <= fastest.seconds * (1 + TIE))
+    best = [min(group, key=lambda one: one.request) for group in by_mode.values()]
+    fastest = min(best, key=lambda one: one.request)
+    chosen = next(one for one in best if one.request <= fastest.request * (1 + TIE))
     running = next((one for one in found if one.choice == situation.current), None)
     if running is not None:
         chosen, reason = _leave_or_stay(scenario, profile, situation, running, chosen)
     elif chosen is fastest:
-        reason = f"{chosen.choice}, predicted to be the fastest."
+        reason = f"{chosen.choice}, predicted to be the fastest{_shortness(found, chosen)}."
     else:
         reason = f"{chosen.choice}, because {fastest.choice} is predicted to be no more than {TIE:.0%} faster."
     shown = [*best, *(one for one in (running, chosen) if one is not None)]
     return Decision(
         chosen.choice,
         reason=reason,
-        predictions=tuple(dict.fromkeys(Prediction(one.choice, one.seconds) for one in shown)),
+        predictions=tuple(dict.fromkeys(Prediction(one.choice, one.seconds, one.request) for one in shown)),
         context=situation.context,
         acceptance=situation.acceptance.rate,
         bandwidth=profile.bandwidth,
@@ -183,10 +191,28 @@ def _is_final(scenario: Scenario, profile: DeviceProfile, strategy: Strategy, si
 
 
 def predict(
-    scenario: Scenario, profile: DeviceProfile, acceptance: Acceptance, strategies: Sequence[Strategy]
+    scenario: Scenario, profile: DeviceProfile, situation: Situation, strategies: Sequence[Strategy]
 ) -> list[_Predicted]:
-    """Seconds per token of every strategy."""
-    return [_Predicted(strategy, _seconds(scenario, profile, strategy, acceptance)) for strategy in strategies]
+    """Seconds of every strategy, per token and until the end of the request."""
+    tokens, models = situation.context, {False: (scenario.target,), True: (scenario.target, scenario.draft)}
+    found = []
+    for strategy in strategies:
+        seconds = _seconds(scenario, profile, strategy, situation.acceptance)
+        request = seconds * situation.remaining
+        if situation.current is None:
+            request += sum(
+                prefill_seconds(model, scenario.batch, tokens, profile) for model in models[strategy.needs_draft]
+            )
+        found.append(_Predicted(strategy, seconds, request))
+    return found
+
+
+def _shortness(found: Sequence[_Predicted], chosen: _Predicted) -> str:
+    """Half a sentence where what decodes faster does not pay, as its draft would have to read the prompts first."""
+    faster = min(found, key=lambda one: one.seconds)
+    if faster.seconds * (1 + TIE) >= chosen.seconds:
+        return ""
+    return f": {faster.choice} decodes faster, but not by as much as its draft needs to read the prompt"
 
 
 def _seconds(scenario: Scenario, profile: DeviceProfile, strategy: Strategy, acceptance: Acceptance) -> float:

@@ -45,6 +45,7 @@ class Generation:
         """The numbers, by name.
 
         Example:
+            >>> from specattn_jax import generate
             >>> from specattn_jax.examples import tiny_pair
             >>> result = generate(tiny_pair(), ["Call me"], mode="speculative", max_new_tokens=8).results[0]
             >>> {name: result.stats[name] for name in ("mode", "prompt_tokens", "new_tokens", "kv_reduction")}
@@ -73,6 +74,7 @@ class Generation:
             UserError: there is no such window, or the selection was not kept.
 
         Example:
+            >>> from specattn_jax import generate
             >>> from specattn_jax.examples import tiny_pair
             >>> run = generate(
             ...     tiny_pair(), ["Call me Ishmael."], mode="specattn", max_new_tokens=8, p=0.8, keep_selection=True
