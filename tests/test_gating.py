@@ -116,7 +116,7 @@ class TestDecision:
     def test_nothing_faster_is_left_out(self, scenario, profile):
         for context, rate, batch in itertools.product(CONTEXTS, (0.1, 0.5, 0.9), (1, 8)):
             decision = choose(scenario._replace(batch=batch), profile, context, rate)
-            seconds = dict(decision.predictions)
+            seconds = {one.choice: one.request for one in decision.predictions}
             assert seconds[decision.choice] <= min(seconds.values()) * (1 + TIE)
 
     def test_longer_contexts_and_larger_batches_make_it_sparse_and_never_dense_again(self):
@@ -144,6 +144,14 @@ class TestDecision:
     def test_only_what_can_be_had(self):
         only = (Autoregressive(), Speculative(window=3))
         assert choose(LLAMA, GPU, 2**17, strategies=only).choice == Choice("speculative", 3)
+
+    def test_a_draft_reads_no_long_prompt_for_a_few_tokens(self):
+        few, many = (choose_strategy(LLAMA, GPU, Situation(32768, count), STRATEGIES) for count in (2, 1000))
+        assert (few.mode, many.mode) == ("autoregressive", "specattn")
+        assert "but not by as much as its draft needs to read the prompt" in few.reason
+        # What a prompt takes does not count once it was read.
+        running = Situation(32768, 2, current=many.choice)
+        assert choose_strategy(LLAMA, GPU, running, STRATEGIES).choice == many.choice
 
     def test_equals_go_to_the_simpler_mode(self):
         # p = 1: nothing is saved.
@@ -238,7 +246,7 @@ class TestGate:
     def test_a_pair_without_alignment_is_never_sparse(self):
         gate = gate_of(dataclasses.replace(tiny_pair(), alignment=None))
         assert {strategy.name for strategy in gate.strategies} == {"autoregressive", "speculative"}
-        assert [choice.mode for choice, _ in gate(Situation(10**6, 100)).predictions] == [
+        assert [one.choice.mode for one in gate(Situation(10**6, 100)).predictions] == [
             "autoregressive",
             "speculative",
         ]
@@ -264,7 +272,7 @@ class TestGate:
         gate = gate_of(tiny_pair(), kv_reduction=0.9)
 
         def sparse(known):
-            return min(s for choice, s in gate(known).predictions if choice.mode == "specattn")
+            return min(one.seconds for one in gate(known).predictions if one.choice.mode == "specattn")
 
         known = Situation(10**6, 100)
         assert sparse(known._replace(kv_reduction=0.2)) > sparse(known)
@@ -415,7 +423,7 @@ class TestGenerate:
     def test_auto_is_the_default_and_explains_itself(self):
         run = generate(tiny_pair(), ["a"], max_new_tokens=2)
         assert run.results[0].mode == run.decisions[0].mode
-        assert {choice.mode for choice, _ in run.decisions[0].predictions} == set(MODES)
+        assert {one.choice.mode for one in run.decisions[0].predictions} == set(MODES)
         fixed = generate(tiny_pair(), ["a"], max_new_tokens=2, mode="autoregressive")
         assert fixed.decisions == []
 
