@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from specattn_jax.notebook.sweep import sweep
     from specattn_jax.runtime.generate import generate
 
-__all__ = ["ModelPair", "UserError", "calibrate", "compare", "generate", "load_pair", "sweep"]
+__version__ = "0.1.0"
+
+__all__ = ["ModelPair", "UserError", "__version__", "calibrate", "compare", "generate", "load_pair", "sweep"]
 
 _HOMES = {
     "ModelPair": "loading.pair",
