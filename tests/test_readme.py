@@ -171,6 +171,17 @@ def test_the_table_of_quality(label):
             assert float(cell.strip("*+ %")) == pytest.approx(number, abs=0.5001 * 10**-digits)
 
 
+def test_the_readme_says_what_the_pages_say():
+    """Shares such as .014 stand in the table of quality; what the demo printed stands in full among the results."""
+    numbers = r"(?<!\d)\.\d{2,}"
+    said = set(re.findall(numbers, README))
+    assert len(said) >= 4
+    assert said <= set(re.findall(numbers, PAGES["docs/quality.md"]))
+    demo = re.findall(r"^  (?:dense|SpecAttn) +\d.*$", README, re.MULTILINE)
+    assert len(demo) == 2
+    assert set(demo) <= set(PAGES["docs/results.md"].splitlines())
+
+
 def test_the_axes_of_the_glossary():
     from specattn_jax import glossary
 
