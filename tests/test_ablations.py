@@ -36,7 +36,7 @@ def pair():
 @pytest.mark.parametrize("name", ["default", "paper"])
 def test_the_shipped_policies_are_among_them(pair, name):
     documents = np.random.default_rng(0).integers(0, 8, (2, 30))
-    selector = selector_for(*pair, name, 0.7)
+    selector = selector_for(pair[0], pair[1], name, 0.7)
     if name == "default":
         # The table's draft reads everything.
         selector = dataclasses.replace(selector, policy=dataclasses.replace(selector.policy, draft_reads=1.0))
@@ -46,7 +46,7 @@ def test_the_shipped_policies_are_among_them(pair, name):
         ingredients = Ingredients(union=True, linear=True, num_sink=0, num_recent=0)
     left_out = jnp.where(jnp.arange(ROWS) < 2 * selector.policy.dense_layers, 0.0, 0.3)
     ablation = Ablation.make(weights, left_out, 0.0, ingredients, TARGET, DRAFT)
-    want, got = (read_text(*pair, one, documents) for one in (selector, ablation))
+    want, got = (read_text(pair[0], pair[1], one, documents) for one in (selector, ablation))
     np.testing.assert_allclose(got.read, want.read, atol=1e-6)
     np.testing.assert_allclose(got.nll, want.nll, rtol=1e-5)
 
@@ -184,9 +184,8 @@ def test_centroids_stand_for_what_was_not_read():
     # Of the second sequence everything is read: no centroid is left.
     mask[1, :, :40] = True
     plan = compact_blocks(jnp.asarray(mask), block_size=1)
-    got = attend_with_centroids(
-        *(jnp.asarray(x, jnp.float32) for x in (q, keys, values)), plan, jnp.asarray(past + 3, jnp.int32)
-    )
+    q_, k_, v_ = (jnp.asarray(x, jnp.float32) for x in (q, keys, values))
+    got = attend_with_centroids(q_, k_, v_, plan, jnp.asarray(past + 3, jnp.int32))
     for b, t, n in np.ndindex(2, 3, 4):
         k = n // 2
         read = mask[b, k].copy()

@@ -246,7 +246,7 @@ def alone():
 class TestGenerate:
     def test_switches_leave_a_lossless_text_as_it_is(self, alone):
         plans = [Plan("speculative", 2), Plan("specattn", 6), Plan("specattn", 4), Plan("autoregressive", 0)]
-        situations, told = [], []
+        situations, told = [], list[Decision]()
 
         def decide(situation):
             situations.append(situation)

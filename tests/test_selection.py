@@ -56,7 +56,7 @@ def selected(selector: Selector, attention: np.ndarray) -> list[list[list[set[in
         scores = selector.update(scores, observed, jnp.asarray(PAST + step + 1, jnp.int32))
     plans = selector.plan(scores, jnp.asarray(PAST, jnp.int32))
     fraction = np.asarray(read_fraction(plans, jnp.asarray(PAST, jnp.int32)))
-    result = []
+    result: list[list[list[set[int]]] | None] = []
     for layer, plan in enumerate(plans):
         if plan is None:
             np.testing.assert_array_equal(fraction[:, layer], 1.0)
