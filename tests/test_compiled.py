@@ -10,6 +10,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import pytest
+from specattn_jax.selection.TODO import Selector
 from specattn_kernels import (
     dispatch,
     pallas_triton_attention,
@@ -26,7 +27,6 @@ from specattn_jax.models.cache import init_cache
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.models.transformer import abstract_model
 from specattn_jax.selection.alignment import NucleusMass
-from specattn_jax.selection.TODO import Selector
 from specattn_jax.selection.policy import load_policy
 
 pytestmark = pytest.mark.optimised

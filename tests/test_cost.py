@@ -1,4 +1,4 @@
-"""The cost model against counts by hand, and the table of the README against the cost model."""
+"""The cost model against counts by hand, and the table of the documentation against the cost model."""
 
 import json
 import re
@@ -24,7 +24,7 @@ from specattn_jax.selection.policy import load_policy
 
 LLAMA = Scenario(load_shape("llama-3.1-8b"), load_shape("llama-3.2-1b"), batch=8)
 DRAFT_READS = load_policy("default").draft_reads
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "choosing_a_mode.md"
 PAIRS = {
     "Llama-3.2-1B / 3.1-8B": ("llama-3.1-8b", "llama-3.2-1b"),
     "TinyLlama-1.1B / Llama-2-7B": ("llama-2-7b", "tinyllama-1.1b"),
@@ -108,10 +108,10 @@ def test_names_that_are_not_known():
         window_bytes(LLAMA, "fast")
 
 
-def test_the_table_of_the_readme():
+def test_the_table_of_the_documentation():
     """Each row: pair, batch, context, then specattn over dense speculative and over autoregressive decoding."""
     rows = re.findall(
-        r"^\| ([^|]+) \| (\d+) \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", README.read_text(), re.M
+        r"^\| ([^|]+) \| (\d+) \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", PAGE.read_text(), re.M
     )
     assert len(rows) >= 10
     for pair, batch, context, *ratios in rows:

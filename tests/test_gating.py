@@ -7,6 +7,7 @@ import itertools
 
 import jax
 import pytest
+from specattn_jax.runtime.starting import Clock
 
 from specattn_jax.decoding.speculative import MODES, decode, prepare_windows
 from specattn_jax.errors import UserError
@@ -30,7 +31,6 @@ from specattn_jax.runtime import generate as generation
 from specattn_jax.runtime import segments
 from specattn_jax.runtime.generate import generate, make_selector
 from specattn_jax.runtime.segments import TRIAL_WINDOWS
-from specattn_jax.runtime.starting import Clock
 from specattn_jax.selection.policy import load_policy
 
 LLAMA = Scenario(load_shape("llama-3.1-8b"), load_shape("llama-3.2-1b"), kv_reduction=0.88, draft_reads=0.3)
@@ -246,7 +246,7 @@ def alone():
 class TestGenerate:
     def test_switches_leave_a_lossless_text_as_it_is(self, alone):
         plans = [Plan("speculative", 2), Plan("specattn", 6), Plan("specattn", 4), Plan("autoregressive", 0)]
-        situations, told = [], []
+        situations, told = [], list[Decision]()
 
         def decide(situation):
             situations.append(situation)

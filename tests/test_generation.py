@@ -16,7 +16,7 @@ from specattn_jax.runtime.segments import Pace
 
 @pytest.mark.parametrize(("mode", "windows"), [("autoregressive", 1), ("specattn", 1), ("specattn", None)])
 def test_text_arrives_in_pieces_of_whole_characters(tiny_pair, mode, windows):
-    pieces = {0: [], 1: []}
+    pieces: dict[int, list[str]] = {0: [], 1: []}
     run = generate(
         tiny_pair,
         ["naïve 日本語", "🙂"],

@@ -7,6 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from specattn_jax.selection.TODO import DraftScores, Selector, read_fraction
 from specattn_kernels import Device, select_blocks
 from tiny import random_alignment, tiny_config
 
@@ -15,7 +16,6 @@ from specattn_jax.models.cache import KVCache
 from specattn_jax.models.transformer import Look
 from specattn_jax.selection import policies as selection
 from specattn_jax.selection.alignment import NucleusMass
-from specattn_jax.selection.TODO import DraftScores, Selector, read_fraction
 from specattn_jax.selection.policy import load_policy
 
 SLOTS, STEPS, BATCH = 50, 4, 2
@@ -57,7 +57,7 @@ def selected(selector: Selector, attention: np.ndarray) -> list[list[list[set[in
         scores = selector.update(scores, observed, jnp.asarray(PAST + step + 1, jnp.int32))
     plans = selector.plan(scores, jnp.asarray(PAST, jnp.int32))
     fraction = np.asarray(read_fraction(plans, jnp.asarray(PAST, jnp.int32)))
-    result = []
+    result: list[list[list[set[int]]] | None] = []
     for layer, plan in enumerate(plans):
         if plan is None:
             np.testing.assert_array_equal(fraction[:, layer], 1.0)

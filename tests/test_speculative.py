@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from specattn_jax.selection.TODO import Selector
 from tiny import causal_attention, outputs, random_alignment, run, start, tiny_model
 
 from specattn_jax.decoding.sampling import Sampling
@@ -15,7 +16,6 @@ from specattn_jax.decoding.speculative import DecodeSettings, decode
 from specattn_jax.errors import UserError
 from specattn_jax.models.forward import read_sequence
 from specattn_jax.selection.alignment import NucleusMass
-from specattn_jax.selection.TODO import Selector
 from specattn_jax.selection.policy import load_policy
 
 RAGGED = [[1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 1, 4], [5], [2, 2, 7, 1, 1, 3, 6], [3, 1]]

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import tpu_window
 from jax.experimental.pallas import tpu as pltpu
+from specattn_jax.selection.TODO import Selector
 from tiny import outputs, random_alignment, run, tiny_model
 
 from specattn_jax.decoding.sampling import Sampling
 from specattn_jax.decoding.speculative import DecodeSettings
 from specattn_jax.selection.alignment import NucleusMass
-from specattn_jax.selection.TODO import Selector
 from specattn_jax.selection.policy import load_policy
 
 TOPOLOGIES = ["v5e:2x2", "v6e:2x2"]

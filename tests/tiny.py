@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from specattn_jax.selection.TODO import Selector
 
 from specattn_jax.decoding.speculative import DecodeSettings, DecodeState, decode, start_decoding
 from specattn_jax.models.cache import init_cache
@@ -12,7 +13,6 @@ from specattn_jax.models.config import ModelConfig
 from specattn_jax.models.forward import prefill
 from specattn_jax.models.transformer import LanguageModel, init_model
 from specattn_jax.selection.alignment import Alignment
-from specattn_jax.selection.TODO import Selector
 
 
 def tiny_config(**changes) -> ModelConfig:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
+from specattn_jax.selection.TODO import Selector
 from tiny import random_alignment
 
 from specattn_jax.decoding.speculative import DecodeSettings, decode, start_decoding
@@ -26,7 +27,6 @@ from specattn_jax.models.cache import init_cache
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.models.transformer import abstract_model
 from specattn_jax.selection.alignment import NucleusMass
-from specattn_jax.selection.TODO import Selector
 from specattn_jax.selection.policy import load_policy
 
 BATCH, SLOTS = 2, 4096

@@ -49,7 +49,7 @@ def pip(tmp_path, monkeypatch):
         program.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(program))
 
-    install.calls = lambda: (tmp_path / "calls").read_text().splitlines()
+    install.calls = lambda: (tmp_path / "calls").read_text().splitlines()  # type: ignore[attr-defined]
     return install
 
 
