@@ -23,6 +23,7 @@ from specattn_jax.errors import UserError
 from specattn_jax.models.forward import read_sequence
 from specattn_jax.selection.alignment import (
     NucleusMass,
+    Steering,
     attention_kl,
     fit_mixture,
     layer_similarity,
@@ -259,9 +260,16 @@ def test_steering_meets_the_saving_on_texts_that_read_more_or_less_than_expected
     """A text whose density is off by a factor, and goes as the inverse square root of the mass left out."""
     one = jnp.ones((1,))
     mass = NucleusMass(jnp.full((1,), 0.02), one, one, jnp.asarray(wanted))
-    rng, read = np.random.default_rng(0), 0.0
-    steered = jax.jit(lambda read, windows: 1.0 - mass.p(jnp.array([500]), read[None], windows[None])[0, 0])
-    for windows in range(60):
-        left_out = float(steered(jnp.float32(read), jnp.int32(windows)))
-        read += float(wanted * error * (0.02 / left_out) ** 0.5 * rng.uniform(0.8, 1.2))
-    assert abs(read / 60 - wanted) < 0.02
+    rng, steering = np.random.default_rng(0), Steering.start(1, 1)
+    left_out = jax.jit(lambda steering: 1.0 - mass.p(jnp.array([500]), steering)[0, 0])
+    for _ in range(60):
+        read = wanted * error * (0.02 / float(left_out(steering))) ** 0.5 * rng.uniform(0.8, 1.2)
+        steering = steering.add(jnp.full((1, 1), read, jnp.float32), jnp.array([True]))
+    assert int(steering.windows[0]) == 60
+    assert abs(float(steering.read[0, 0]) / 60 - wanted) < 0.02
+
+
+def test_windows_after_the_end_steer_nothing():
+    steering = Steering.start(2, 3).add(jnp.full((2, 3), 0.5), jnp.array([True, False]))
+    np.testing.assert_array_equal(steering.windows, [1, 0])
+    np.testing.assert_array_equal(steering.read, [[0.5] * 3, [0.0] * 3])

@@ -313,7 +313,7 @@ def interrupt(*_, **__):
 
 class TestInterrupt:
     def test_generate(self, generate, monkeypatch):
-        monkeypatch.setattr("specattn_jax.runtime.segments.decode", interrupt)
+        monkeypatch.setattr("specattn_jax.decoding.loop.decode", interrupt)
         result = run(*generate("--prompt", PROMPT, "--mode", "speculative"))
         assert (result.exit_code, result.stdout, result.stderr) == (130, "", "Interrupted.\n")
 
@@ -430,6 +430,8 @@ class TestProgram:
         pair = ["--target", tiny_folders.target, "--draft", tiny_folders.draft, "--mode", "speculative"]
         arguments = ["generate", *pair, "--prompt", PROMPT, "--max-new-tokens", "8"]
         environment = {**os.environ, "SPECATTN_CACHE": str(tmp_path), "PYTHONWARNINGS": "default"}
+        # Who runs the tests may have a cache of their own.
+        environment.pop("JAX_COMPILATION_CACHE_DIR", None)
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, env=environment)
         assert done.returncode == 0
         names = [line.split("  ")[0] for line in done.stderr.decode().splitlines()]

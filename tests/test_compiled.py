@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 import warnings
 
-import jax
 import jax.numpy as jnp
 import pytest
-from specattn_jax.selection.TODO import Selector
 from specattn_kernels import (
     dispatch,
     pallas_triton_attention,
@@ -20,14 +17,12 @@ from specattn_kernels import (
     pallas_triton_selection,
     pallas_triton_short_rows,
 )
-from tiny import random_alignment
+from tiny import selection_for, trace_decoding
 
-from specattn_jax.decoding.speculative import DecodeSettings, decode, start_decoding
-from specattn_jax.models.cache import init_cache
+from specattn_jax.decoding.protocol import Models
+from specattn_jax.decoding.speculative import SpecAttn
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.models.transformer import abstract_model
-from specattn_jax.selection.alignment import NucleusMass
-from specattn_jax.selection.policy import load_policy
 
 pytestmark = pytest.mark.optimised
 
@@ -51,26 +46,9 @@ DRAFT = dataclasses.replace(SMOLLM2, num_layers=6)
 
 def trace_decode(slots: int, policy: str, target_config: ModelConfig, draft_config: ModelConfig):
     """The decode step of mode specattn, traced from shapes alone."""
-    target, draft = (abstract_model(config, jnp.float32) for config in (target_config, draft_config))
-    settings = DecodeSettings("specattn", 5)
-    selector = Selector(
-        alignment=random_alignment(target_config, draft_config),
-        mass=NucleusMass.uniform(0.9, target_config.num_layers),
-        policy=load_policy(policy),
-        target=target_config,
-        draft=draft_config,
-    )
-    caches = [
-        jax.eval_shape(functools.partial(init_cache, config, 1, slots, jnp.float32))
-        for config in (target_config, draft_config)
-    ]
-    one = jax.ShapeDtypeStruct((1,), jnp.int32)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
-    hidden = jax.ShapeDtypeStruct((1, target_config.embed_dim), jnp.float32)
-    state = jax.eval_shape(
-        functools.partial(start_decoding, settings=settings, room=128), target, hidden, *caches, one, one, keys
-    )
-    return decode.trace(target, draft, selector, state, jax.ShapeDtypeStruct((), jnp.int32), settings=settings)
+    models = Models(*(abstract_model(config, jnp.float32) for config in (target_config, draft_config)))
+    strategy = SpecAttn(selection_for(target_config, draft_config, policy, 0.9))
+    return trace_decoding(strategy, models, batch=1, slots=slots)
 
 
 def lower_decode(slots: int, policy: str):

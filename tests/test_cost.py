@@ -1,4 +1,4 @@
-"""The cost model against counts by hand, and the table of the documentation against the cost model."""
+"""The cost model against counts by hand, and the table of the README against the cost model."""
 
 import json
 import re
@@ -8,28 +8,29 @@ import jax
 import pytest
 from command import mistake, run
 
+from specattn_jax.decoding.autoregressive import Autoregressive
+from specattn_jax.decoding.protocol import Strategy
+from specattn_jax.decoding.speculative import SpecAttn, Speculative
+from specattn_jax.decoding.work import Scenario
 from specattn_jax.errors import UserError
 from specattn_jax.loading import draft_reference, resolve
 from specattn_jax.models.transformer import abstract_model
-from specattn_jax.planning.cost import (
-    Scenario,
-    load_shape,
-    shape_names,
-    speedup,
-    tokens_per_window,
-    weights_read,
-    window_bytes,
-)
+from specattn_jax.planning.cost import WindowBytes, load_shape, shape_names, speedup, weights_read, window_bytes
 from specattn_jax.selection.policy import load_policy
 
 LLAMA = Scenario(load_shape("llama-3.1-8b"), load_shape("llama-3.2-1b"), batch=8)
 DRAFT_READS = load_policy("default").draft_reads
 PAGE = Path(__file__).parents[1] / "docs" / "choosing_a_mode.md"
+ALONE, DENSE, SPARSE = Autoregressive(), Speculative(), SpecAttn()
 PAIRS = {
     "Llama-3.2-1B / 3.1-8B": ("llama-3.1-8b", "llama-3.2-1b"),
     "TinyLlama-1.1B / Llama-2-7B": ("llama-2-7b", "tinyllama-1.1b"),
     "SmolLM2-135M, our draft": ("smollm2-135m", "smollm2-draft"),
 }
+
+
+def moved(scenario: Scenario, strategy: Strategy) -> WindowBytes:
+    return window_bytes(scenario, strategy.cost(scenario))
 
 
 @pytest.mark.parametrize("name", shape_names())
@@ -55,35 +56,35 @@ def test_the_shapes_of_the_embedded_pair_are_its_own():
 
 
 def test_bytes_by_hand():
-    dense = window_bytes(LLAMA, "speculative")
+    dense = moved(LLAMA, DENSE)
     assert dense.target_cache == 2 * 32 * 8 * 8 * 32768 * 128 * 2
     assert dense.draft_cache == 5 * 2 * 16 * 8 * 8 * 32768 * 64 * 2
     assert dense.target_weights == 2 * (8030261248 - 128256 * 4096)
     assert dense.draft_weights == 5 * 2 * weights_read(LLAMA.draft)
     assert weights_read(LLAMA.draft) == LLAMA.draft.parameter_count()
-    sparse = window_bytes(LLAMA, "specattn")
+    sparse = moved(LLAMA, SPARSE)
     assert sparse.target_cache == dense.target_cache / 4
     sources, rows = 16 * 8, 32 * 8
     keys = dense.draft_cache / 5 / 2
     once = 6 * sources + 2 * (sources + rows) + 4 * rows + 8 * rows / 4
     assert sparse.selection == keys + 8 * 32768 * once
-    assert window_bytes(LLAMA, "autoregressive")._replace(target_weights=0, target_cache=0).total == 0
-    assert speedup(LLAMA, "specattn", over="speculative") == pytest.approx(dense.total / sparse.total)
-    assert tokens_per_window(LLAMA, "specattn") == 4.5
+    assert moved(LLAMA, ALONE)._replace(target_weights=0, target_cache=0).total == 0
+    assert speedup(LLAMA, SPARSE, over=DENSE) == pytest.approx(dense.total / sparse.total)
+    assert SPARSE.cost(LLAMA).tokens == 4.5
 
 
 def test_a_draft_that_reads_sparsely():
-    dense, sparse = (window_bytes(LLAMA._replace(draft_reads=share), "specattn") for share in (1.0, 0.25))
-    assert dense.draft_cache == window_bytes(LLAMA, "speculative").draft_cache
+    dense, sparse = (moved(LLAMA._replace(draft_reads=share), SPARSE) for share in (1.0, 0.25))
+    assert dense.draft_cache == moved(LLAMA, DENSE).draft_cache
     assert sparse.draft_cache == dense.draft_cache / 4
     sources = 16 * 8
     own = 4 * sources + 4 * 6 * sources / 4
     assert sparse.selection - dense.selection == 8 * 32768 * own
     # A short cache is read whole.
-    short = window_bytes(LLAMA._replace(draft_reads=0.25, context=512), "specattn").draft_cache
+    short = moved(LLAMA._replace(draft_reads=0.25, context=512), SPARSE).draft_cache
     assert short == 5 * LLAMA.draft.cache_bytes(8, 512, 2) / 2
     # Only what is sparse anyway.
-    plain, other = (window_bytes(LLAMA._replace(draft_reads=share), "speculative") for share in (1.0, 0.25))
+    plain, other = (moved(LLAMA._replace(draft_reads=share), DENSE) for share in (1.0, 0.25))
     assert plain == other
 
 
@@ -98,14 +99,12 @@ def test_a_draft_that_reads_sparsely():
 )
 def test_numbers_that_mean_nothing(change, said):
     with pytest.raises(UserError, match=said):
-        window_bytes(LLAMA._replace(**change), "specattn")
+        moved(LLAMA._replace(**change), SPARSE)
 
 
 def test_names_that_are_not_known():
     with pytest.raises(UserError, match=r"shape is 'gpt'; expected one of llama-3\.1-8b"):
         load_shape("gpt")
-    with pytest.raises(UserError, match="mode is 'fast'"):
-        window_bytes(LLAMA, "fast")
 
 
 def test_the_table_of_the_documentation():
@@ -118,9 +117,9 @@ def test_the_table_of_the_documentation():
         target, draft = (load_shape(name) for name in PAIRS[pair])
         scenario = Scenario(target, draft, int(batch), int(context.replace(",", "")), draft_reads=DRAFT_READS)
         want = [
-            speedup(scenario, "speculative", over="autoregressive"),
-            speedup(scenario, "specattn", over="speculative"),
-            speedup(scenario, "specattn", over="autoregressive"),
+            speedup(scenario, DENSE, over=ALONE),
+            speedup(scenario, SPARSE, over=DENSE),
+            speedup(scenario, SPARSE, over=ALONE),
         ]
         assert ratios == [f"{ratio:.2f}" for ratio in want]
 
@@ -131,10 +130,8 @@ def test_command():
     assert [row["context"] for row in report["rows"]] == [2048, 32768]
     assert report["draft_reads"] == DRAFT_READS
     shipped = LLAMA._replace(draft_reads=DRAFT_READS)
-    assert report["rows"][1]["specattn_over_speculative"] == pytest.approx(
-        speedup(shipped, "specattn", over="speculative")
-    )
+    assert report["rows"][1]["specattn_over_speculative"] == pytest.approx(speedup(shipped, SPARSE, over=DENSE))
     dense = json.loads(run(*given, "--context", "32768", "--draft-reads", "1", "--json").stdout)["rows"][0]
-    assert dense["specattn_over_speculative"] == pytest.approx(speedup(LLAMA, "specattn", over="speculative"))
+    assert dense["specattn_over_speculative"] == pytest.approx(speedup(LLAMA, SPARSE, over=DENSE))
     assert "whole numbers" in mistake(*given, "--context", "8k")
     assert "accepted is 9" in mistake(*given, "--accepted", "9")

@@ -7,29 +7,33 @@ import itertools
 
 import jax
 import pytest
-from specattn_jax.runtime.starting import Clock
 
-from specattn_jax.decoding.speculative import MODES, decode, prepare_windows
+from specattn_jax.decoding import loop
+from specattn_jax.decoding.autoregressive import Autoregressive
+from specattn_jax.decoding.speculative import SpecAttn, Speculative
+from specattn_jax.decoding.work import Scenario
 from specattn_jax.errors import UserError
 from specattn_jax.examples import tiny_pair
 from specattn_jax.loading import get_preset
-from specattn_jax.planning.cost import Scenario, load_shape, window_bytes
+from specattn_jax.planning.cost import load_shape, window_bytes
 from specattn_jax.planning.device import DeviceProfile, load_profile, seconds_per_token, window_seconds
 from specattn_jax.planning.gate import (
     HYSTERESIS,
     TIE,
+    WINDOWS,
     Acceptance,
+    Choice,
     Decision,
-    Plan,
     Situation,
-    choose_plan,
+    choose_strategy,
     expected_saving,
     make_gate,
     prior_acceptance,
 )
 from specattn_jax.runtime import generate as generation
-from specattn_jax.runtime import segments
-from specattn_jax.runtime.generate import generate, make_selector
+from specattn_jax.runtime.clock import Clock
+from specattn_jax.runtime.generate import generate
+from specattn_jax.runtime.request import MODES, Request, choose_reading, find_candidates
 from specattn_jax.runtime.segments import TRIAL_WINDOWS
 from specattn_jax.selection.policy import load_policy
 
@@ -41,25 +45,43 @@ CONTEXTS = [2**power for power in range(9, 18)]
 PROMPTS = ("Call me Ishmael.", "Once upon a time there was a cache")
 
 
-def choose(scenario, profile, context, rate=0.8, **options):
-    return choose_plan(scenario, profile, Situation(context, 1000, Acceptance(rate)), **options)
+STRATEGIES = (
+    Autoregressive(),
+    *(Speculative(window=window) for window in WINDOWS),
+    *(SpecAttn(window=window) for window in WINDOWS),
+)
+
+
+def choose(scenario, profile, context, rate=0.8, strategies=STRATEGIES):
+    return choose_strategy(scenario, profile, Situation(context, 1000, Acceptance(rate)), strategies)
+
+
+def gate_of(pair, **options):
+    """The gate of all strategies that a request may be answered with."""
+    strategies, selection = find_candidates(pair, Request(**options))
+    return make_gate(pair, 1, strategies, selection, profile=GPU)
 
 
 class TestWindowTime:
-    @pytest.mark.parametrize("mode", MODES)
-    def test_without_anything_fixed_it_is_bytes_over_bandwidth(self, mode):
-        ideal = DeviceProfile(bandwidth=2e12, flops=1e30)
-        assert window_seconds(LLAMA, mode, ideal).total == pytest.approx(window_bytes(LLAMA, mode).total / 2e12)
+    @pytest.mark.parametrize("strategy", [Autoregressive(), Speculative(), SpecAttn()], ids=MODES)
+    def test_without_anything_fixed_it_is_bytes_over_bandwidth(self, strategy):
+        ideal, work = DeviceProfile(bandwidth=2e12, flops=1e30), strategy.cost(LLAMA)
+        assert window_seconds(LLAMA, work, ideal).total == pytest.approx(window_bytes(LLAMA, work).total / 2e12)
+
+    def verify(self, scenario, profile):
+        """Seconds of the target's pass, alone and for a window."""
+        return [
+            window_seconds(scenario, strategy.cost(scenario), profile).verify
+            for strategy in (Autoregressive(), Speculative())
+        ]
 
     def test_where_arithmetic_counts_tokens_cost_as_much_as_they_are(self):
-        slow = DeviceProfile(bandwidth=1e30, flops=1e10)
-        short = SMOLLM2._replace(context=1)
-        alone, verify = (window_seconds(short, mode, slow).verify for mode in ("autoregressive", "speculative"))
+        alone, verify = self.verify(SMOLLM2._replace(context=1), DeviceProfile(bandwidth=1e30, flops=1e10))
         assert verify == pytest.approx(6 * alone)
 
     def test_a_pass_over_many_sequences_is_bound_by_arithmetic_on_a_gpu_too(self):
-        many = LLAMA._replace(batch=512, context=1)
-        assert window_seconds(many, "speculative", GPU).verify > 2 * window_seconds(many, "autoregressive", GPU).verify
+        alone, verify = self.verify(LLAMA._replace(batch=512, context=1), GPU)
+        assert verify > 2 * alone
 
     def test_devices_that_are_not_known(self):
         with pytest.raises(UserError, match="device is 'npu'; expected one of gpu, cpu, tpu"):
@@ -94,8 +116,8 @@ class TestDecision:
     def test_nothing_faster_is_left_out(self, scenario, profile):
         for context, rate, batch in itertools.product(CONTEXTS, (0.1, 0.5, 0.9), (1, 8)):
             decision = choose(scenario._replace(batch=batch), profile, context, rate)
-            seconds = dict(decision.predictions)
-            assert seconds[decision.plan] <= min(seconds.values()) * (1 + TIE)
+            seconds = {one.choice: one.request for one in decision.predictions}
+            assert seconds[decision.choice] <= min(seconds.values()) * (1 + TIE)
 
     def test_longer_contexts_and_larger_batches_make_it_sparse_and_never_dense_again(self):
         for scenarios in (
@@ -108,7 +130,7 @@ class TestDecision:
         assert choose(LLAMA, GPU, 512).mode == "speculative"
 
     def test_the_more_is_accepted_the_longer_the_window(self):
-        windows = [choose(LLAMA, GPU, 2048, rate).plan.window for rate in (0.05, 0.3, 0.5, 0.7, 0.9)]
+        windows = [choose(LLAMA, GPU, 2048, rate).window for rate in (0.05, 0.3, 0.5, 0.7, 0.9)]
         assert windows == sorted(windows)
         assert windows[0] < 2 < windows[-1]
 
@@ -120,8 +142,16 @@ class TestDecision:
             assert choose(SMOLLM2, CPU, context, 0.25).mode == "autoregressive"
 
     def test_only_what_can_be_had(self):
-        only = {"modes": ("autoregressive", "speculative"), "windows": (3,)}
-        assert choose(LLAMA, GPU, 2**17, **only).plan == Plan("speculative", 3)
+        only = (Autoregressive(), Speculative(window=3))
+        assert choose(LLAMA, GPU, 2**17, strategies=only).choice == Choice("speculative", 3)
+
+    def test_a_draft_reads_no_long_prompt_for_a_few_tokens(self):
+        few, many = (choose_strategy(LLAMA, GPU, Situation(32768, count), STRATEGIES) for count in (2, 1000))
+        assert (few.mode, many.mode) == ("autoregressive", "specattn")
+        assert "but not by as much as its draft needs to read the prompt" in few.reason
+        # What a prompt takes does not count once it was read.
+        running = Situation(32768, 2, current=many.choice)
+        assert choose_strategy(LLAMA, GPU, running, STRATEGIES).choice == many.choice
 
     def test_equals_go_to_the_simpler_mode(self):
         # p = 1: nothing is saved.
@@ -147,9 +177,10 @@ class TestPolicy:
     def test_one_is_considered(self, monkeypatch, options, reads):
         seen = []
 
-        def gate(pair, batch, selector, **_):
-            seen.append(selector and selector.policy.draft_reads)
-            return lambda _: Decision("autoregressive", 0)
+        def gate(pair, batch, strategies, selection, **_):
+            seen.append(selection and selection.policy.draft_reads)
+            assert ("specattn" in {strategy.name for strategy in strategies}) == (selection is not None)
+            return lambda _: Decision(Choice("autoregressive", 0), is_final=True)
 
         monkeypatch.setattr("specattn_jax.runtime.generate.make_gate", gate)
         generate(tiny_pair(), ["a"], max_new_tokens=2, **options)
@@ -158,83 +189,95 @@ class TestPolicy:
     def test_of_an_alignment_by_layers_the_draft_reads_everything(self):
         pair = tiny_pair()
         pair = dataclasses.replace(pair, alignment=dataclasses.replace(pair.alignment, granularity="layer"))
-        assert make_selector(pair).policy == dataclasses.replace(load_policy("default"), draft_reads=1.0)
+        assert choose_reading(pair).policy == dataclasses.replace(load_policy("default"), draft_reads=1.0)
+
+
+def switch(scenario, profile, situation):
+    return choose_strategy(scenario, profile, situation, STRATEGIES)
 
 
 class TestSwitching:
     def situation(self, **changes):
-        known = Situation(131072, 20_000, Acceptance(0.8), current=Plan("speculative", 5), compile_s=10.0)
+        known = Situation(131072, 20_000, Acceptance(0.8), current=Choice("speculative", 5), compile_s=10.0)
         return known._replace(**changes)
 
     def test_pays_over_what_remains(self):
-        assert choose_plan(LLAMA, GPU, self.situation()).mode == "specattn"
-        stays = choose_plan(LLAMA, GPU, self.situation(remaining=100))
-        assert stays.plan == Plan("speculative", 5)
+        assert switch(LLAMA, GPU, self.situation()).mode == "specattn"
+        stays = switch(LLAMA, GPU, self.situation(remaining=100))
+        assert stays.choice == Choice("speculative", 5)
         assert "would save" in stays.reason
 
     def test_to_what_is_compiled_is_free(self):
-        better = choose_plan(LLAMA, GPU, self.situation())
-        again = self.situation(remaining=100, compiled=frozenset({better.plan}))
-        assert choose_plan(LLAMA, GPU, again).plan == better.plan
+        better = switch(LLAMA, GPU, self.situation())
+        again = self.situation(remaining=100, compiled=frozenset({better.choice}))
+        assert switch(LLAMA, GPU, again).choice == better.choice
 
     def test_where_a_program_came_from_a_cache_another_need_not(self):
         known = self.situation(remaining=500, compile_s=0.0)
-        assert choose_plan(LLAMA, GPU, known).plan == known.current
-        assert choose_plan(LLAMA, dataclasses.replace(GPU, compile_s=0.0), known).mode == "specattn"
+        assert switch(LLAMA, GPU, known).choice == known.current
+        assert switch(LLAMA, dataclasses.replace(GPU, compile_s=0.0), known).mode == "specattn"
 
     def test_what_takes_less_than_compiling_is_decided_once(self):
-        short = choose_plan(SMOLLM2, GPU, Situation(6144, 256))
+        short = switch(SMOLLM2, GPU, Situation(6144, 256))
         assert short.is_final
-        assert not choose_plan(SMOLLM2, GPU, Situation(6144, 10**5)).is_final
-        other = frozenset({short.plan, Plan("specattn", 3)})
-        assert not choose_plan(SMOLLM2, GPU, Situation(6144, 256, compiled=other)).is_final
+        assert not switch(SMOLLM2, GPU, Situation(6144, 10**5)).is_final
+        other = frozenset({short.choice, Choice("specattn", 3)})
+        assert not switch(SMOLLM2, GPU, Situation(6144, 256, compiled=other)).is_final
 
     def test_few_windows_are_no_evidence(self):
         """Half of what was hoped for, seen in a few windows, may be chance; seen in many it is not."""
-        known = Situation(6144, 10**6, current=Plan("speculative", 5))
+        known = Situation(6144, 10**6, current=Choice("speculative", 5))
         few, many = Acceptance(0.7, 12.0), Acceptance(0.7, 64.0)
         low, high = few.bounds(5)
         assert low.rate < many.bounds(5)[0].rate < 0.7 < many.bounds(5)[1].rate < high.rate
-        assert choose_plan(SMOLLM2, GPU, known._replace(acceptance=few)).plan == known.current
-        assert choose_plan(SMOLLM2, GPU, known._replace(acceptance=many)).plan.window < 5
+        assert switch(SMOLLM2, GPU, known._replace(acceptance=few)).choice == known.current
+        assert switch(SMOLLM2, GPU, known._replace(acceptance=many)).window < 5
 
     def test_little_is_not_enough(self):
         """Just past the point where two modes are equally fast, either goes on if it runs."""
         crossing = next(context for context in range(256, 2**17, 256) if choose(LLAMA, GPU, context).mode == "specattn")
-        for current in (choose(LLAMA, GPU, crossing).plan, choose(LLAMA, GPU, crossing - 256).plan):
+        for current in (choose(LLAMA, GPU, crossing).choice, choose(LLAMA, GPU, crossing - 256).choice):
             known = Situation(crossing, 10**9, Acceptance(0.8), current=current)
-            assert choose_plan(LLAMA, GPU, known).plan == current
+            assert switch(LLAMA, GPU, known).choice == current
         assert HYSTERESIS > TIE
 
 
 class TestGate:
     def test_a_pair_without_alignment_is_never_sparse(self):
-        gate = make_gate(tiny_pair(), 1, None, profile=GPU)
-        assert gate.modes == ("autoregressive", "speculative")
+        gate = gate_of(dataclasses.replace(tiny_pair(), alignment=None))
+        assert {strategy.name for strategy in gate.strategies} == {"autoregressive", "speculative"}
+        assert [one.choice.mode for one in gate(Situation(10**6, 100)).predictions] == [
+            "autoregressive",
+            "speculative",
+        ]
+
+    def test_without_the_drafts_cache_there_is_no_way_back(self):
+        gate = gate_of(tiny_pair())
+        decision = gate(Situation(100, 10**6, Acceptance(0.001)))
+        assert (decision.mode, decision.is_final) == ("autoregressive", True)
 
     def test_a_short_cache_is_read_nearly_whole(self):
-        gate = make_gate(tiny_pair(), 1, make_selector(tiny_pair()), profile=GPU)
+        gate = gate_of(tiny_pair())
         assert gate.always_read == 20
         assert gate.scenario.kv_reduction == pytest.approx(0.75)
         assert gate.scenario.draft_reads == load_policy("default").draft_reads
         short = gate(Situation(20, 100)).predictions
-        whole = make_gate(tiny_pair(), 1, make_selector(tiny_pair(), p=1.0), profile=GPU)
-        assert short == whole(Situation(20, 100)).predictions
+        assert short == gate_of(tiny_pair(), p=1.0)(Situation(20, 100)).predictions
 
     @pytest.mark.parametrize(("given", "saved"), [({"kv_reduction": 0.6}, 0.6), ({"p": 1.0}, 0.0), ({"p": 0.9}, 0.5)])
     def test_what_it_would_save(self, given, saved):
-        assert expected_saving(make_selector(tiny_pair(), **given)) == pytest.approx(saved, abs=1e-5)
+        assert expected_saving(choose_reading(tiny_pair(), **given)) == pytest.approx(saved, abs=1e-5)
 
     def test_what_was_saved_counts_more_than_what_is_wanted(self):
-        gate = make_gate(tiny_pair(), 1, make_selector(tiny_pair(), kv_reduction=0.9), profile=GPU)
+        gate = gate_of(tiny_pair(), kv_reduction=0.9)
 
         def sparse(known):
-            return min(s for plan, s in gate(known).predictions if plan.mode == "specattn")
+            return min(one.seconds for one in gate(known).predictions if one.choice.mode == "specattn")
 
         known = Situation(10**6, 100)
         assert sparse(known._replace(kv_reduction=0.2)) > sparse(known)
         scenario = gate.scenario._replace(context=10**6, window=1, accepted=0.7)
-        assert sparse(known) <= seconds_per_token(scenario, "specattn", GPU)
+        assert sparse(known) <= seconds_per_token(scenario, SpecAttn(window=1).cost(scenario), GPU)
 
 
 @pytest.fixture(scope="module")
@@ -245,23 +288,26 @@ def alone():
 
 class TestGenerate:
     def test_switches_leave_a_lossless_text_as_it_is(self, alone):
-        plans = [Plan("speculative", 2), Plan("specattn", 6), Plan("specattn", 4), Plan("autoregressive", 0)]
-        situations, told = [], list[Decision]()
+        named = [("speculative", 2), ("specattn", 6), ("specattn", 4), ("autoregressive", 0)]
+        choices = [Choice(*one) for one in named]
+        situations, told = [], []
 
         def decide(situation):
             situations.append(situation)
-            return Decision(*plans[len(situations) - 1])
+            choice = choices[len(situations) - 1]
+            # Without the draft there is no way back.
+            return Decision(choice, is_final=choice.mode == "autoregressive")
 
         run = generate(
             tiny_pair(), PROMPTS, max_new_tokens=240, p=1.0, stop_at_eos=False, decide=decide, on_decision=told.append
         )
         assert [result.tokens for result in run.results] == alone
-        assert [decision.plan for decision in run.decisions] == plans
+        assert [decision.choice for decision in run.decisions] == choices
         assert told == run.decisions
         # At the start, after the first windows, at 32 (or at once, where it is past), 64 and 128 entries; then never.
-        assert [situation.current for situation in situations] == [None, *plans[:3]]
+        assert [situation.current for situation in situations] == [None, *choices[:3]]
         assert [known.context.bit_length() for known in situations[2:]] == [7, 8]
-        assert situations[-1].compiled == set(plans[:3])
+        assert situations[-1].compiled == set(choices[:3])
         assert situations[-1].compile_s > 0
         assert situations[2].kv_reduction == pytest.approx(0.0, abs=1e-6)
         assert situations[3].kv_reduction == pytest.approx(0.0, abs=1e-6)
@@ -278,7 +324,7 @@ class TestGenerate:
             max_new_tokens=240,
             stop_at_eos=False,
             on_text=on_text,
-            decide=lambda _: Decision("speculative", next(windows)),
+            decide=lambda _: Decision(Choice("speculative", next(windows))),
         )
         for result, tokens in zip(run.results, alone, strict=True):
             assert result.tokens == tokens
@@ -294,7 +340,7 @@ class TestGenerate:
 
         def decide(situation):
             asked.append(situation)
-            return Decision("speculative", 3, is_final=True)
+            return Decision(Choice("speculative", 3), is_final=True)
 
         run = generate(tiny_pair(), PROMPTS, max_new_tokens=240, stop_at_eos=False, decide=decide)
         assert [result.tokens for result in run.results] == alone
@@ -304,13 +350,15 @@ class TestGenerate:
     def test_a_final_decision_runs_the_program_of_the_fixed_mode(self, monkeypatch, mode):
         programs = []
 
-        def record(target, draft, selector, state, windows, *, settings):
-            shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
-            programs.append((settings, draft is None, jax.tree.structure(selector), shapes))
-            return decode(target, draft, selector, state, windows, settings=settings)
+        decode = loop.decode
 
-        monkeypatch.setattr(segments, "decode", record)
-        decided = Decision(mode, 0 if mode == "autoregressive" else 5, is_final=True)
+        def record(strategy, models, state, windows):
+            shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
+            programs.append((jax.tree.structure(strategy), models.draft is None, shapes))
+            return decode(strategy, models, state, windows)
+
+        monkeypatch.setattr(loop, "decode", record)
+        decided = Decision(Choice(mode, 0 if mode == "autoregressive" else 5), is_final=True)
         texts = [
             generate(tiny_pair(), PROMPTS[:1], max_new_tokens=20, stop_at_eos=False, **how).results[0].tokens
             for how in ({"mode": mode}, {"mode": "auto", "decide": lambda _: decided})
@@ -319,7 +367,7 @@ class TestGenerate:
         fixed, auto = programs[: len(programs) // 2], programs[len(programs) // 2 :]
         assert fixed == auto
 
-    def test_what_preparing_windows_takes_to_compile_is_no_decoding(self, monkeypatch):
+    def test_what_a_start_takes_to_compile_is_no_decoding(self, monkeypatch):
         laps = []
 
         class Watched(Clock):
@@ -327,40 +375,55 @@ class TestGenerate:
                 laps.append(kind)
                 return super().lap(kind, value)
 
-        class Prepare:
-            def __call__(self, *arguments, settings):
-                laps.append("prepare")
-                return prepare_windows(*arguments, settings=settings)
+        original = loop.start
 
-            def lower(self, *arguments, settings):
-                laps.append("lower")
-                return prepare_windows.lower(*arguments, settings=settings)
+        class Start:
+            def __call__(self, strategy, models, state):
+                laps.append(f"start {strategy.name}")
+                return original(strategy, models, state)
+
+            def lower(self, strategy, models, state):
+                laps.append(f"lower {strategy.name}")
+                return original.lower(strategy, models, state)
 
         monkeypatch.setattr(generation, "Clock", Watched)
-        monkeypatch.setattr(segments, "prepare_windows", Prepare())
-        plans = iter([Plan("specattn", 3), Plan("speculative", 3), Plan("specattn", 3), Plan("autoregressive", 0)])
+        monkeypatch.setattr(loop, "start", Start())
+        choices = iter([("specattn", 3), ("speculative", 3), ("specattn", 3), ("autoregressive", 0)])
+
+        def decide(_):
+            choice = Choice(*next(choices))
+            return Decision(choice, is_final=choice.mode == "autoregressive")
+
         generate(
-            tiny_pair(), PROMPTS[:1], max_new_tokens=240, stop_at_eos=False, decide=lambda _: Decision(*next(plans))
+            tiny_pair(),
+            PROMPTS[:1],
+            max_new_tokens=240,
+            stop_at_eos=False,
+            decide=decide,
         )
-        prepared = [index for index, what in enumerate(laps) if what == "prepare"]
-        assert laps[prepared[0] - 3 : prepared[0] + 3] == ["decode", "lower", "compile", "prepare", "decode", "compile"]
+        started = [index for index, what in enumerate(laps) if what == "start specattn"]
+        assert laps[started[0] - 3 : started[0] + 3] == [
+            *("decode", "lower specattn", "compile", "start specattn", "decode", "compile")
+        ]
         # The second time its program is there.
-        assert len(prepared) == 2
-        assert laps.count("lower") == 1
+        assert len(started) == 2
+        assert laps.count("lower specattn") == 1
 
     def test_sparse_without_an_alignment(self):
         pair = dataclasses.replace(tiny_pair(), alignment=None)
-        with pytest.raises(ValueError, match=r"decide chose specattn \(window 3\), but there is no selector"):
-            generate(pair, ["a"], max_new_tokens=4, decide=lambda _: Decision("specattn", 3))
+        with pytest.raises(
+            ValueError, match=r"decide chose specattn \(window 3\); expected one of autoregressive, spec"
+        ):
+            generate(pair, ["a"], max_new_tokens=4, decide=lambda _: Decision(Choice("specattn", 3)))
 
     def test_a_window_beyond_the_room(self):
-        with pytest.raises(ValueError, match="decide chose window 9"):
-            generate(tiny_pair(), ["a"], max_new_tokens=4, decide=lambda _: Decision("speculative", 9))
+        with pytest.raises(ValueError, match=r"decide chose speculative \(window 9\); expected one of"):
+            generate(tiny_pair(), ["a"], max_new_tokens=4, decide=lambda _: Decision(Choice("speculative", 9)))
 
     def test_auto_is_the_default_and_explains_itself(self):
         run = generate(tiny_pair(), ["a"], max_new_tokens=2)
         assert run.results[0].mode == run.decisions[0].mode
-        assert {plan.mode for plan, _ in run.decisions[0].predictions} == set(MODES)
+        assert {one.choice.mode for one in run.decisions[0].predictions} == set(MODES)
         fixed = generate(tiny_pair(), ["a"], max_new_tokens=2, mode="autoregressive")
         assert fixed.decisions == []
 

@@ -11,19 +11,21 @@ import pytest
 from specattn_jax.errors import UserError
 from specattn_jax.reporting.shading import SelectionRecord, shade_window
 from specattn_jax.runtime.generate import generate
-from specattn_jax.runtime.segments import Pace
+from specattn_jax.runtime.request import Request
+from specattn_jax.runtime.writer import Pace
 
 
 @pytest.mark.parametrize(("mode", "windows"), [("autoregressive", 1), ("specattn", 1), ("specattn", None)])
-def test_text_arrives_in_pieces_of_whole_characters(tiny_pair, mode, windows):
-    pieces: dict[int, list[str]] = {0: [], 1: []}
+def test_text_arrives_in_pieces_of_whole_characters(tiny_pair, monkeypatch, mode, windows):
+    if windows is not None:
+        monkeypatch.setattr("specattn_jax.runtime.generate.Pace", lambda: Pace(windows))
+    pieces = {0: [], 1: []}
     run = generate(
         tiny_pair,
         ["naïve 日本語", "🙂"],
         mode=mode,
         max_new_tokens=24,
         temperature=1.0,
-        windows_per_call=windows,
         on_text=lambda index, text: pieces[index].append(text),
     )
     for index, result in enumerate(run.results):
@@ -49,6 +51,28 @@ class TestPace:
         pace = Pace(4)
         pace.took(4, 10.0)
         assert pace.windows == 4
+
+
+class TestRequest:
+    def test_what_is_given_beside_it_changes_it(self, tiny_pair):
+        request = Request(max_new_tokens=5, mode="speculative", window=2, temperature=1.0, seed=3)
+        run = generate(tiny_pair, ["a"], request, max_new_tokens=9)
+        plain = {"mode": "speculative", "window": 2, "temperature": 1.0, "seed": 3}
+        assert run.results[0].tokens == generate(tiny_pair, ["a"], max_new_tokens=9, **plain).results[0].tokens
+        assert run.results[0].tokens[:5] == generate(tiny_pair, ["a"], request).results[0].tokens
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"colour": "red"}, "colour is no option of generate; expected some of max_new_tokens, mode"),
+            ({"mode": "fast"}, "mode is 'fast'; expected one of auto, autoregressive, speculative, specattn"),
+            ({"window": 65}, "window is 65; expected 1 to 64"),
+            ({"temperature": -1.0}, "temperature is -1.0"),
+        ],
+    )
+    def test_mistakes(self, changes, said):
+        with pytest.raises(UserError, match=said):
+            Request().change(**changes)
 
 
 PROMPTS = ("It is a truth universally acknowledged", "naïve 日本語 🙂")

@@ -19,7 +19,7 @@ from specattn_jax.loading.fetch import cached_path
 from specattn_jax.loading.gguf import reader_class
 from specattn_jax.loading.hf import open_hf
 from specattn_jax.loading.tensors import build_model
-from specattn_jax.models.cache import init_cache
+from specattn_jax.models.cache import KVCache
 from specattn_jax.models.forward import forward, prefill
 from specattn_jax.models.transformer import LanguageModel
 
@@ -45,7 +45,7 @@ def pairs(tmp_path_factory):
 def read(model: LanguageModel, ids: jax.Array, piece: int) -> jax.Array:
     """Logits of every position, `piece` tokens per call, the cache carried along."""
     batch, length = ids.shape
-    cache = init_cache(model.config, batch, length, model.dtype)
+    cache = KVCache.empty(model.config, batch, length, model.dtype)
 
     def step(cache, chunk):
         hidden, cache, *_ = forward(model, chunk, cache)
@@ -75,7 +75,7 @@ def test_logits_equal_transformers(pairs, name, pieces):
 def test_prefill_returns_each_prompts_last_hidden_state(pairs):
     model, theirs = pairs("qwen2")
     lengths = np.array([300, 512], np.int32)
-    cache = init_cache(model.config, 2, LENGTH, jnp.float32)
+    cache = KVCache.empty(model.config, 2, LENGTH, jnp.float32)
     hidden, cache = prefill(model, jnp.asarray(tokens()), jnp.asarray(lengths), cache, chunk=128)
     np.testing.assert_array_equal(cache.lengths, lengths)
     assert_same(model.logits(hidden), theirs[np.arange(2), lengths - 1])

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from test_speculative import selector_for
-from tiny import causal_attention, outputs, run, tiny_model
+from tiny import causal_attention, outputs, run, selection_for, tiny_model
 
+from specattn_jax.decoding.autoregressive import Autoregressive
+from specattn_jax.decoding.protocol import DecodeSettings
 from specattn_jax.decoding.sampling import Sampling, match_vocabulary, token_distribution, verify
-from specattn_jax.decoding.speculative import DecodeSettings
+from specattn_jax.decoding.speculative import SpecAttn, Speculative
 from specattn_jax.errors import UserError
 from specattn_jax.models.forward import read_sequence
 
@@ -80,29 +81,22 @@ def assert_same_distribution(sequences: list[list[int]], exact: dict[tuple[int, 
 
 
 @pytest.mark.parametrize(
-    ("mode", "sampling", "window"),
+    ("make", "sampling"),
     [
-        ("autoregressive", Sampling(1.0), 1),
-        ("speculative", Sampling(1.0), 1),
-        ("speculative", Sampling(1.0), 2),
-        ("speculative", Sampling(1.3, top_k=6, top_p=0.95), 3),
-        ("specattn", Sampling(0.8), 2),
+        (lambda how, _: Autoregressive(how), Sampling(1.0)),
+        (lambda how, _: Speculative(settings=how, window=1), Sampling(1.0)),
+        (lambda how, _: Speculative(settings=how, window=2), Sampling(1.0)),
+        (lambda how, _: Speculative(settings=how, window=3), Sampling(1.3, top_k=6, top_p=0.95)),
+        (lambda how, selection: SpecAttn(selection, how, window=2), Sampling(0.8)),
     ],
+    ids=["autoregressive", "window 1", "window 2", "window 3", "specattn"],
 )
-def test_output_has_exactly_the_targets_distribution(mode, sampling, window):
+def test_output_has_exactly_the_targets_distribution(make, sampling):
     target, draft = tiny_model(10, scale=6.0), tiny_model(11, scale=6.0)
-    selector = selector_for(target, draft, "default", 1.0) if mode == "specattn" else None
+    strategy = make(DecodeSettings(sampling), selection_for(target, draft, "default", 1.0))
     keys = jax.random.split(jax.random.key(42), DRAWS)
-    state = run(
-        target,
-        None if mode == "autoregressive" else draft,
-        selector,
-        [PROMPT] * DRAWS,
-        DecodeSettings(mode, window, sampling),
-        3,
-        keys,
-    )
-    if mode != "autoregressive":
+    state = run(strategy, target, draft, [PROMPT] * DRAWS, 3, keys)
+    if strategy.window:
         rate = float(state.statistics.accepted.sum() / state.statistics.drafted.sum())
         assert 0.05 < rate < 0.95, "the test must exercise acceptance and rejection"
     assert_same_distribution(outputs(state), exact_sequences(target, sampling))

@@ -7,19 +7,24 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from specattn_jax.selection.TODO import DraftScores, Selector, read_fraction
 from specattn_kernels import Device, select_blocks
-from tiny import random_alignment, tiny_config
+from tiny import random_alignment, selection_for, tiny_config
 
 from specattn_jax.errors import UserError
-from specattn_jax.models.cache import KVCache
-from specattn_jax.models.transformer import Look
-from specattn_jax.selection import policies as selection
-from specattn_jax.selection.alignment import NucleusMass
+from specattn_jax.models.cache import KVCache, Look
+from specattn_jax.models.forward import Read
+from specattn_jax.selection import mixture
+from specattn_jax.selection.alignment import Steering
+from specattn_jax.selection.make import DraftedSelection
+from specattn_jax.selection.mixture import Mixture, MixtureState
 from specattn_jax.selection.policy import load_policy
+from specattn_jax.selection.protocol import Opening
+from specattn_jax.selection.reads import plan_share
 
 SLOTS, STEPS, BATCH = 50, 4, 2
 PAST = np.array([41, 9])
+# One channel for every step and query head of a group: keys can be made to give any attention (see `attending`).
+TARGET, DRAFT = tiny_config(num_layers=4), tiny_config(num_layers=3, head_dim=2 * STEPS)
 
 
 def draft_attention(seed: int) -> np.ndarray:
@@ -32,35 +37,52 @@ def draft_attention(seed: int) -> np.ndarray:
     return (scores / scores.sum(-1, keepdims=True)).astype(np.float32)
 
 
-def make_selector(policy: str, p: float, **changes) -> Selector:
-    target, draft = tiny_config(num_layers=4), tiny_config(num_layers=3)
-    return Selector(
-        alignment=random_alignment(target, draft, seed=2),
-        mass=NucleusMass.uniform(p, 4),
-        policy=dataclasses.replace(load_policy(policy), **{"draft_reads": 1.0, **changes}),
-        target=target,
-        draft=draft,
-    )
+def attending(attention: np.ndarray) -> tuple[np.ndarray, KVCache]:
+    """Queries `[step, layer, B, N, H]`, and a cache of keys, that look at each other as `attention` says.
+
+    The query of a step is a unit vector for each head of a group, and the keys hold the logarithms.
+    """
+    size = DRAFT.head_dim
+    grouped = attention.astype(np.float64).reshape(STEPS, 3, BATCH, 2, 2, SLOTS)
+    logits = np.log(grouped, out=np.zeros_like(grouped), where=grouped > 0)
+    keys = np.moveaxis(logits, (1, 2, 3, 5), (0, 1, 2, 3)).reshape(3, BATCH, 2, SLOTS, size)
+    queries = np.zeros((STEPS, 3, BATCH, 2, 2, size))
+    for step in range(STEPS):
+        for member in range(2):
+            queries[step, ..., member, 2 * step + member] = size**0.5
+    k = tuple(jnp.asarray(layer, jnp.float32) for layer in keys)
+    return queries.reshape(STEPS, 3, BATCH, 4, size).astype(np.float32), KVCache(k, k, jnp.asarray(PAST, jnp.int32))
 
 
-def selected(selector: Selector, attention: np.ndarray) -> list[list[list[set[int]]] | None]:
-    """Runs the selector over the window; the slots per layer, sequence and kv head."""
-    scores = selector.start(BATCH, SLOTS)
-    if selector.scores_windows:
-        # The largest attention over the steps, the mean of a kv head's group.
-        sources = attention.reshape(STEPS, 3, BATCH, 2, 2, SLOTS).mean(4).max(0)
-        scores = DraftScores(jnp.asarray(np.moveaxis(sources, 1, 0).reshape(BATCH, 6, SLOTS)), None)
-    for step in range(0 if selector.scores_windows else STEPS):
-        observed = [
-            selector.observe(jnp.asarray(attention[step, layer])[:, None]) for layer in selector.observed_layers
-        ]
-        scores = selector.update(scores, observed, jnp.asarray(PAST + step + 1, jnp.int32))
-    plans = selector.plan(scores, jnp.asarray(PAST, jnp.int32))
-    fraction = np.asarray(read_fraction(plans, jnp.asarray(PAST, jnp.int32)))
-    result: list[list[list[set[int]]] | None] = []
-    for layer, plan in enumerate(plans):
+def selection(policy: str, p: float, *, granularity: str = "kv_head", **changes) -> DraftedSelection:
+    alignment = random_alignment(TARGET, DRAFT, seed=2, granularity=granularity)
+    return selection_for(TARGET, DRAFT, policy, p, alignment=alignment, **{"draft_reads": 1.0, **changes})
+
+
+def selected(chooser: DraftedSelection, attention: np.ndarray) -> list[list[list[set[int]]] | None]:
+    """Lets a selection watch the window; the slots per layer, sequence and kv head."""
+    queries, cache = attending(attention)
+    past = jnp.asarray(PAST, jnp.int32)
+
+    def reading(step):
+        """One forward pass of the draft, as far as a selection knows."""
+
+        def read(attend):
+            grown = cache.at(past + step)
+            found = [attend(layer, jnp.asarray(queries[step, layer])[:, None], grown) for layer in range(3)]
+            return Read(jnp.zeros((BATCH, 1, 16)), cache.at(past + step + 1), tuple(note for _, note in found))
+
+        return read
+
+    state, draft_cache = chooser.init(Opening(TARGET, past, SLOTS, STEPS, jnp.float32, cache, reading(0)))
+    for step in range(STEPS):
+        _, state = chooser.observe(state, reading(step), jnp.int32(step))
+    plans, _ = chooser.plan(state, draft_cache, past)
+    result = []
+    for plan in plans:
+        share = np.asarray(plan_share(plan, past, 2))
         if plan is None:
-            np.testing.assert_array_equal(fraction[:, layer], 1.0)
+            np.testing.assert_array_equal(share, 1.0)
             result.append(None)
             continue
         own = plan.own_rows()
@@ -77,8 +99,8 @@ def selected(selector: Selector, attention: np.ndarray) -> list[list[list[set[in
             ]
             for row in range(BATCH)
         ]
-        read = [np.mean([len(head) for head in heads]) / PAST[row] for row, heads in enumerate(slots)]
-        np.testing.assert_allclose(fraction[:, layer], read, rtol=1e-6)
+        read = [[len(head) / PAST[row] for head in heads] for row, heads in enumerate(slots)]
+        np.testing.assert_allclose(share, read, rtol=1e-6)
         result.append(slots)
     return result
 
@@ -89,25 +111,23 @@ def nucleus(row: np.ndarray, p: float) -> set[int]:
     return {int(slot) for slot in order[: int(np.searchsorted(mass, p * mass[-1] * (1 - 1e-9))) + 1]}
 
 
-@pytest.mark.parametrize("mixing", ["step", "window"])
+@pytest.mark.parametrize("granularity", ["head", "kv_head", "layer"])
 @pytest.mark.parametrize("p", [0.3, 0.8, 0.97, "its own for each kv head"])
-def test_default_is_one_nucleus_of_the_maximum_of_the_mixture(p, mixing):
+def test_default_is_one_nucleus_of_the_mixture_of_the_maximum(p, granularity):
     masses = np.linspace(0.3, 0.97, 8) if isinstance(p, str) else np.full(8, p)
-    attention, selector = (
+    attention, chooser = (
         draft_attention(0),
-        make_selector("default", masses[0], mixing=mixing, num_sink=2, num_recent=3),
+        selection("default", masses[0], granularity=granularity, num_sink=2, num_recent=3),
     )
     if isinstance(p, str):
         left_out = jnp.asarray(1 - masses, jnp.float32)
-        selector = dataclasses.replace(selector, mass=dataclasses.replace(selector.mass, left_out=left_out))
-    got = selected(selector, attention)
-    weights = np.asarray(selector.alignment.weights, np.float64)
-    sources = attention.astype(np.float64).reshape(STEPS, 3, BATCH, 2, 2, SLOTS).mean(4)
-    sources = np.moveaxis(sources, 2, 1).reshape(STEPS, BATCH, 6, SLOTS)
-    if mixing == "step":
-        predicted = np.einsum("ar,wbrs->wbas", weights, sources).max(0)
-    else:
-        predicted = np.einsum("ar,brs->bas", weights, sources.max(0))
+        chooser = dataclasses.replace(chooser, mass=dataclasses.replace(chooser.mass, left_out=left_out))
+    got = selected(chooser, attention)
+    weights = np.asarray(chooser.alignment.weights, np.float64)
+    rows = {"head": 4, "kv_head": 2, "layer": 1}[granularity]
+    sources = attention.astype(np.float64).reshape(STEPS, 3, BATCH, rows, 4 // rows, SLOTS).mean(4)
+    sources = np.moveaxis(sources, 2, 1).reshape(STEPS, BATCH, 3 * rows, SLOTS)
+    predicted = np.einsum("ar,brs->bas", weights, sources.max(0))
     for layer in range(4):
         for row in range(BATCH):
             for head in range(2):
@@ -120,8 +140,8 @@ def test_default_is_one_nucleus_of_the_maximum_of_the_mixture(p, mixing):
 @pytest.mark.parametrize("threshold", ["exact", "linear"])
 def test_paper_is_the_union_of_the_steps_nuclei_of_the_mapped_layer(threshold):
     p = 0.9
-    attention, selector = draft_attention(1), make_selector("paper", p, threshold=threshold)
-    got = selected(selector, attention)
+    attention, chooser = draft_attention(1), selection("paper", p, threshold=threshold)
+    got = selected(chooser, attention)
     assert got[0] is None
     assert got[1] is None
     means = attention.astype(np.float64).mean(3)
@@ -129,7 +149,7 @@ def test_paper_is_the_union_of_the_steps_nuclei_of_the_mapped_layer(threshold):
         for row in range(BATCH):
             union: set[int] = set()
             for step in range(STEPS):
-                scores = means[step, selector.alignment.layer_map[layer], row, : PAST[row] + step + 1]
+                scores = means[step, chooser.alignment.layer_map[layer], row, : PAST[row] + step + 1]
                 if threshold == "exact":
                     union |= nucleus(scores, p)
                 else:
@@ -144,7 +164,7 @@ def test_paper_is_the_union_of_the_steps_nuclei_of_the_mapped_layer(threshold):
 
 
 def test_blocks_are_read_whole():
-    got = selected(make_selector("default", 0.5, block_size=8, num_sink=0, num_recent=0), draft_attention(2))
+    got = selected(selection("default", 0.5, block_size=8, num_sink=0, num_recent=0), draft_attention(2))
     for layer in got:
         for row, heads in enumerate(layer):
             for slots in heads:
@@ -156,17 +176,18 @@ def test_blocks_are_read_whole():
 
 @pytest.mark.parametrize("policy", ["paper", "default"])
 def test_p_of_one_reads_everything(policy):
-    for layer in selected(make_selector(policy, 1.0, dense_layers=0), draft_attention(3)):
+    for layer in selected(selection(policy, 1.0, dense_layers=0), draft_attention(3)):
         for row, heads in enumerate(layer):
             assert all(slots == set(range(PAST[row])) for slots in heads)
 
 
-@pytest.mark.parametrize("changes", [{}, {"mixing": "step"}, {"prediction": "layer_map"}, {"combine": "union"}])
-def test_how_many_layers_are_selected_at_a_time_does_not_matter(monkeypatch, changes):
+@pytest.mark.parametrize("granularity", ["head", "kv_head"])
+def test_how_many_layers_are_selected_at_a_time_does_not_matter(monkeypatch, granularity):
     results = []
     for layers in (1, 2, 8):
-        monkeypatch.setattr(selection, "_LAYERS_AT_ONCE", layers)
-        results.append(selected(make_selector("default", 0.8, num_sink=0, num_recent=0, **changes), draft_attention(4)))
+        monkeypatch.setattr(mixture, "_LAYERS_AT_ONCE", layers)
+        chooser = selection("default", 0.8, granularity=granularity, num_sink=0, num_recent=0)
+        results.append(selected(chooser, draft_attention(4)))
     assert results[0] == results[1] == results[2]
     assert results[0][0] != results[0][3]
 
@@ -174,7 +195,6 @@ def test_how_many_layers_are_selected_at_a_time_does_not_matter(monkeypatch, cha
 def test_a_window_is_scored_by_the_largest_attention_of_each_draft_kv_head():
     """From queries and keys, against softmax by hand."""
     rng = np.random.default_rng(5)
-    selector = make_selector("default", 0.8)
     queries = rng.normal(size=(3, BATCH, STEPS, 4, 8)).astype(np.float32)
     keys = rng.normal(size=(3, BATCH, 2, SLOTS, 8)).astype(np.float32)
     valid = np.arange(SLOTS) < PAST[:, None]
@@ -182,11 +202,12 @@ def test_a_window_is_scored_by_the_largest_attention_of_each_draft_kv_head():
     logits = np.einsum("mbtkgh,mbksh->mbtkgs", grouped, keys) * 8**-0.5
     logits = np.where(valid[None, :, None, None, None], logits, -np.inf)
     lse = np.log(np.exp(logits).sum(-1))
-    looks = [Look(jnp.asarray(q), jnp.asarray(x.reshape(BATCH, STEPS, 4))) for q, x in zip(queries, lse, strict=True)]
-    cache = KVCache(tuple(map(jnp.asarray, keys)), tuple(map(jnp.asarray, keys)), jnp.asarray(PAST, jnp.int32))
-    scores = selector.score(looks, cache, jnp.asarray(PAST, jnp.int32), None)
     expected = np.exp(logits - lse[..., None]).mean(4).max(2)
-    np.testing.assert_allclose(scores.maximum, np.moveaxis(expected, 0, 1).reshape(BATCH, 6, SLOTS), rtol=1e-4)
+    past = jnp.asarray(PAST, jnp.int32)
+    cache = KVCache(tuple(map(jnp.asarray, keys)), tuple(map(jnp.asarray, keys)), past)
+    for layer in range(3):
+        look = Look(jnp.asarray(queries[layer]), jnp.asarray(lse[layer].reshape(BATCH, STEPS, 4)))
+        np.testing.assert_allclose(cache.score(layer, look, past), expected[layer], rtol=1e-4)
 
 
 @pytest.mark.parametrize(("threshold", "rows"), [("exact", 8), ("linear", 2)])
@@ -197,24 +218,32 @@ def test_only_kernels_select_for_all_layers_at_once(monkeypatch, threshold, rows
         seen.append(scores.shape[1])
         return select_blocks(scores, *arguments, **options)
 
-    monkeypatch.setattr(selection, "_LAYERS_AT_ONCE", 1)
-    monkeypatch.setattr(selection, "select_blocks", record)
+    monkeypatch.setattr(mixture, "_LAYERS_AT_ONCE", 1)
+    monkeypatch.setattr(mixture, "select_blocks", record)
     # Its kernels find exact nuclei alone.
-    monkeypatch.setattr(selection, "current_device", lambda: Device("gpu", (9, 0), (0, 11), 132))
-    selected(make_selector("default", 0.8, threshold=threshold), draft_attention(1))
+    monkeypatch.setattr(mixture, "current_device", lambda: Device("gpu", (9, 0), (0, 11), 132))
+    selected(selection("default", 0.8, threshold=threshold), draft_attention(1))
     assert set(seen) == {rows}
+
+
+def draft_plan(chooser: Mixture, attention: np.ndarray):
+    """What the draft is to read after a window in which it looked so."""
+    queries, cache = attending(attention)
+    looks = Look(jnp.asarray(queries), jnp.zeros(queries.shape[:-1], jnp.float32))
+    state = MixtureState(looks, None, Steering.start(BATCH, TARGET.num_layers))
+    return chooser.plan(state, cache, jnp.asarray(PAST, jnp.int32))[1].draft_plan
 
 
 @pytest.mark.parametrize("block_size", [1, 8])
 def test_a_sparse_draft_reads_what_the_last_window_looked_at_most(monkeypatch, block_size):
-    monkeypatch.setattr(selection, "LEAST_DRAFT_ENTRIES", 4)
+    monkeypatch.setattr(mixture, "LEAST_DRAFT_ENTRIES", 4)
     changes = {"draft_reads": 0.25, "num_sink": 1, "num_recent": 2, "block_size": block_size}
-    selector = make_selector("default", 0.8, **changes)
-    scores = np.random.default_rng(6).random((BATCH, 6, SLOTS)).astype(np.float32)
-    scores *= np.arange(SLOTS) < PAST[:, None, None]
-    plan = selector.draft_plan(DraftScores(jnp.asarray(scores), None), jnp.asarray(PAST, jnp.int32), 3)
+    attention = draft_attention(6)
+    plan = draft_plan(selection("default", 0.8, **changes), attention)
+    scores = np.moveaxis(attention.reshape(STEPS, 3, BATCH, 2, 2, SLOTS).mean(4).max(0), 1, 0)
+    scores = scores.reshape(BATCH, 6, SLOTS) * (np.arange(SLOTS) < PAST[:, None, None])
     for row in range(BATCH):
-        length = min(PAST[row] + 8, SLOTS)
+        length = min(PAST[row] + 10, SLOTS)
         blocks = -(-length // block_size)
         padded = np.zeros((6, blocks * block_size))
         padded[:, :length] = scores[row, :, :length]
@@ -222,24 +251,32 @@ def test_a_sparse_draft_reads_what_the_last_window_looked_at_most(monkeypatch, b
         for head in range(6):
             ids = np.asarray(plan.block_ids)[row, head, : np.asarray(plan.counts)[row, head]]
             best = np.argsort(-by_block[head])[: int(np.ceil(np.float32(0.25) * blocks))]
-            recent = {slot // block_size for slot in range(length - 10, length)}
+            recent = {slot // block_size for slot in range(length - 12, length)}
             assert set(ids.tolist()) == set(best.tolist()) | {0} | recent
 
 
 def test_a_sparse_draft_reads_some_entries_however_short_the_text():
-    selector = make_selector("default", 0.8, draft_reads=0.05)
-    scores = DraftScores(jnp.ones((BATCH, 6, SLOTS), jnp.float32), None)
-    plan = selector.draft_plan(scores, jnp.asarray(PAST, jnp.int32), 3)
-    assert (np.asarray(plan.counts) == np.minimum(PAST + 8, SLOTS)[:, None]).all()
+    plan = draft_plan(selection("default", 0.8, draft_reads=0.05), draft_attention(7))
+    assert (np.asarray(plan.counts) == np.minimum(PAST + 10, SLOTS)[:, None]).all()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"draft_reads": 0.0}, "expected a share"), ({"draft_reads": 0.5, "combine": "union"}, "scored once a window")],
+    [
+        ({"draft_reads": 0.0}, "expected a share"),
+        ({"draft_reads": 0.5, "prediction": "layer_map"}, "needs the attention of a draft that reads everything"),
+    ],
 )
 def test_impossible_sparse_drafts_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(load_policy("default"), **changes)
+
+
+def test_a_draft_reads_sparsely_only_where_it_is_scored_once_a_window():
+    whole = selection("default", 0.8, granularity="head", draft_reads=0.5)
+    assert whole.policy.draft_reads == 1.0
+    with pytest.raises(UserError, match="only kv heads can be scored once a window"):
+        dataclasses.replace(whole, policy=load_policy("default"))
 
 
 def test_unknown_policy_is_refused():

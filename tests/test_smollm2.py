@@ -7,7 +7,8 @@ import pytest
 from specattn_jax.evaluation.documents import cut_documents
 from specattn_jax.evaluation.forced import read_documents
 from specattn_jax.loading.pair import ModelPair
-from specattn_jax.runtime.generate import generate, make_selector
+from specattn_jax.runtime.generate import generate
+from specattn_jax.runtime.request import choose_reading
 from specattn_jax.texts import find_text, read_text
 
 pytestmark = pytest.mark.smollm2
@@ -76,6 +77,6 @@ def test_wanted_saving_is_met_on_a_long_prompt(smollm2, wanted):
 def test_wanted_saving_is_met_while_reading_held_out_text(smollm2, wanted):
     text = smollm2.tokenizer.encode(read_text(find_text("pride_and_prejudice")))
     reading = read_documents(
-        smollm2.target, smollm2.draft, make_selector(smollm2, kv_reduction=wanted), cut_documents([text], 2048, 1)
+        smollm2.target, smollm2.draft, choose_reading(smollm2, kv_reduction=wanted), cut_documents([text], 2048, 1)
     )
     assert reading.kv_reduction == pytest.approx(wanted, abs=0.02)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -14,13 +13,11 @@ import numpy as np
 import pytest
 import tpu_window
 from jax.experimental.pallas import tpu as pltpu
-from specattn_jax.selection.TODO import Selector
-from tiny import outputs, random_alignment, run, tiny_model
+from tiny import outputs, run, selection_for, tiny_model
 
+from specattn_jax.decoding.protocol import DecodeSettings
 from specattn_jax.decoding.sampling import Sampling
-from specattn_jax.decoding.speculative import DecodeSettings
-from specattn_jax.selection.alignment import NucleusMass
-from specattn_jax.selection.policy import load_policy
+from specattn_jax.decoding.speculative import SpecAttn
 
 TOPOLOGIES = ["v5e:2x2", "v6e:2x2"]
 
@@ -67,21 +64,15 @@ def test_caches_are_updated_where_they_lie(programs, topology):
 def decode_with(implementation):
     """A few windows of a ragged batch, everything by one backend."""
     target, draft = (tiny_model(seed, scale=2.0, num_layers=1, num_kv_heads=1, head_dim=64) for seed in (0, 1))
-    selector = Selector(
-        alignment=random_alignment(target.config, draft.config),
-        mass=NucleusMass.uniform(0.6, 1),
-        policy=dataclasses.replace(load_policy("default"), block_size=16, num_recent=1),
-        target=target.config,
-        draft=draft.config,
-        implementation=implementation,
-    )
-    settings = DecodeSettings("specattn", 2, Sampling(temperature=1.0), implementation=implementation)
+    policy = {"block_size": 16, "num_recent": 1}
+    selection = selection_for(target, draft, "default", 0.6, implementation=implementation, **policy)
+    strategy = SpecAttn(selection, DecodeSettings(Sampling(temperature=1.0)), window=2)
     # With room for the new tokens, the longer one fills 128 slots.
     prompts = [np.random.default_rng(0).integers(0, 8, size).tolist() for size in (120, 40)]
     keys = jax.random.split(jax.random.key(0), len(prompts))
     interpreted = pltpu.force_tpu_interpret_mode() if implementation == "pallas_tpu" else contextlib.nullcontext()
     with interpreted:
-        state = run(target, draft, selector, prompts, settings, 5, keys)
+        state = run(strategy, target, draft, prompts, 5, keys, implementation)
         return outputs(state), np.asarray(state.statistics.read), np.asarray(state.statistics.windows)
 
 

@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_speculative import selector_for
-from tiny import causal_attention, outputs, run, tiny_model
+from tiny import causal_attention, outputs, run, selection_for, tiny_model
 
-from specattn_jax.decoding.speculative import DecodeSettings
+from specattn_jax.decoding.speculative import Speculative
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.forced import read_documents
 from specattn_jax.models.forward import read_sequence
@@ -113,7 +112,7 @@ def test_attention_loss_and_its_mixture_step_agree_with_calibration():
 def test_simulated_acceptance_is_that_of_the_real_loop(target, data):
     draft = assemble(initial_weights(target, 2), target)
     limit, prompt = 61, data.held_out[0, :16].tolist()
-    state = run(target, draft, None, [prompt], DecodeSettings("speculative", 5), limit)
+    state = run(Speculative(window=5), target, draft, [prompt], limit)
     text = jnp.asarray([prompt + outputs(state)[0]], jnp.int32)
     best = likeliest_next(draft, text)
     # The first new token is the target's own; windows begin after it.
@@ -130,13 +129,13 @@ def test_teacher_forced_windows_score_like_one_dense_pass(target):
     logits = target.logits(read_sequence(target, tokens, causal_attention))
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits)[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
     expected = float(nll[:, 8 : 8 + 69].mean())
-    for selector in (None, selector_for(target, draft, "default", 1.0), selector_for(target, draft, "paper", 1.0)):
-        got = read_documents(target, draft, selector, np.asarray(tokens).tolist(), window=3)
+    for selection in (None, selection_for(target, draft, "default", 1.0), selection_for(target, draft, "paper", 1.0)):
+        got = read_documents(target, draft, selection, np.asarray(tokens).tolist(), window=3)
         assert got.nll.mean() == pytest.approx(expected, abs=1e-4)
         assert got.kv_reduction == pytest.approx(0.0, abs=1e-6)
         assert got.tokens == 69
     sparse = read_documents(
-        target, draft, selector_for(target, draft, "default", 0.5), np.asarray(tokens).tolist(), window=3
+        target, draft, selection_for(target, draft, "default", 0.5), np.asarray(tokens).tolist(), window=3
     )
     assert 0.1 < sparse.kv_reduction < 0.9
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from specattn_jax.selection.TODO import Selector
+from specattn_kernels import Implementation
 
-from specattn_jax.decoding.speculative import DecodeSettings, DecodeState, decode, start_decoding
-from specattn_jax.models.cache import init_cache
+from specattn_jax.decoding import loop
+from specattn_jax.decoding.protocol import Models, Strategy
+from specattn_jax.decoding.state import DecodeState, begin
+from specattn_jax.models.cache import KVCache
 from specattn_jax.models.config import ModelConfig
-from specattn_jax.models.forward import prefill
 from specattn_jax.models.transformer import LanguageModel, init_model
-from specattn_jax.selection.alignment import Alignment
+from specattn_jax.runtime.session import Session
+from specattn_jax.selection.alignment import Alignment, Granularity, NucleusMass
+from specattn_jax.selection.make import DraftedSelection, make_selection
+from specattn_jax.selection.policy import load_policy
 
 
 def tiny_config(**changes) -> ModelConfig:
@@ -38,10 +45,13 @@ def tiny_model(seed: int, scale: float = 12.0, **changes) -> LanguageModel:
     return LanguageModel(params, model.graphdef, model.config)
 
 
-def random_alignment(target: ModelConfig, draft: ModelConfig, seed: int = 0) -> Alignment:
+def random_alignment(
+    target: ModelConfig, draft: ModelConfig, seed: int = 0, granularity: Granularity = "kv_head"
+) -> Alignment:
     """An alignment with random weights and made-up budgets."""
     rng = np.random.default_rng(seed)
-    rows, sources = target.num_layers * target.num_kv_heads, draft.num_layers * draft.num_kv_heads
+    per_layer = {"head": draft.num_heads, "kv_head": draft.num_kv_heads, "layer": 1}[granularity]
+    rows, sources = target.num_layers * target.num_kv_heads, draft.num_layers * per_layer
     return Alignment(
         weights=jnp.asarray(rng.dirichlet(np.ones(sources), rows), jnp.float32),
         savings=jnp.asarray([0.5, 0.9], jnp.float32),
@@ -49,7 +59,7 @@ def random_alignment(target: ModelConfig, draft: ModelConfig, seed: int = 0) -> 
         length_knots=jnp.asarray([16.0, 64.0], jnp.float32),
         length_scale=jnp.ones((2, 2), jnp.float32),
         layer_map=tuple(sorted(rng.integers(0, draft.num_layers, target.num_layers).tolist())),
-        granularity="kv_head",
+        granularity=granularity,
     )
 
 
@@ -58,54 +68,89 @@ def causal_attention(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> ja
     return jax.nn.dot_product_attention(q, k, v, is_causal=True)
 
 
-def start(
-    target: LanguageModel,
-    draft: LanguageModel | None,
-    prompts: list[list[int]],
-    settings: DecodeSettings,
-    limit: int,
-    keys: jax.Array | None = None,
-) -> DecodeState:
-    """State after prefilling both models."""
-    chunk = 8
-    longest = max(map(len, prompts))
-    padded = -(-longest // chunk) * chunk
-    slots = max(padded, longest + limit + settings.window + 1)
-    tokens = jnp.array([prompt + [0] * (padded - len(prompt)) for prompt in prompts], jnp.int32)
-    lengths = jnp.array([len(prompt) for prompt in prompts], jnp.int32)
-
-    def read(model: LanguageModel):
-        return prefill(model, tokens, lengths, init_cache(model.config, len(prompts), slots, model.dtype), chunk=chunk)
-
-    hidden, target_cache = read(target)
-    draft_cache = None if draft is None else read(draft)[1]
-    if keys is None:
-        keys = jax.random.split(jax.random.key(0), len(prompts))
-    return start_decoding(
-        target,
-        hidden,
-        target_cache,
-        draft_cache,
-        jnp.array([prompt[-1] for prompt in prompts], jnp.int32),
-        jnp.full((len(prompts),), limit, jnp.int32),
-        keys,
-        settings=settings,
-        room=limit,
+def selection_for(
+    target: LanguageModel | ModelConfig,
+    draft: LanguageModel | ModelConfig,
+    policy: str,
+    p: float,
+    *,
+    alignment: Alignment | None = None,
+    implementation: Implementation | None = None,
+    **changes,
+) -> DraftedSelection:
+    """The selection of a policy preset (with some ingredients changed) for two models, by a random alignment."""
+    shapes = [model.config if isinstance(model, LanguageModel) else model for model in (target, draft)]
+    return make_selection(
+        dataclasses.replace(load_policy(policy), **changes),
+        random_alignment(*shapes) if alignment is None else alignment,
+        NucleusMass.uniform(p, shapes[0].num_layers),
+        *shapes,
+        implementation,
     )
 
 
-def run(
-    target: LanguageModel,
-    draft: LanguageModel | None,
-    selector: Selector | None,
+def start(
+    strategy: Strategy,
+    session: Session,
     prompts: list[list[int]],
-    settings: DecodeSettings,
     limit: int,
     keys: jax.Array | None = None,
 ) -> DecodeState:
+    """State after prefilling, taken over by the strategy."""
+    if keys is None:
+        keys = jax.random.split(jax.random.key(0), len(prompts))
+    state = session.prefill(
+        prompts,
+        limit,
+        settings=strategy.settings,
+        window=strategy.window,
+        with_draft=strategy.needs_draft,
+        keys=keys,
+        chunk=8,
+    )
+    return session.start(strategy, state)
+
+
+def run(
+    strategy: Strategy,
+    target: LanguageModel,
+    draft: LanguageModel | None,
+    prompts: list[list[int]],
+    limit: int,
+    keys: jax.Array | None = None,
+    implementation: Implementation | None = None,
+) -> DecodeState:
     """Prefills and decodes to the end."""
-    state = start(target, draft, prompts, settings, limit, keys)
-    return decode(target, draft, selector, state, jnp.int32(limit), settings=settings)
+    session = Session(Models(target, draft), implementation)
+    return session.decode(strategy, start(strategy, session, prompts, limit, keys), limit)
+
+
+def trace_decoding(
+    strategy: Strategy,
+    models: Models,
+    *,
+    batch: int,
+    slots: int,
+    implementation: Implementation | None = None,
+    device: jax.sharding.Sharding | None = None,
+) -> jax.stages.Traced:
+    """The strategy's start and its decoding as one program, of shapes alone."""
+
+    def prefilled(models: Models) -> DecodeState:
+        caches = [
+            KVCache.empty(model.config, batch, slots, model.dtype, implementation)
+            for model in (models.target, models.draft)
+        ]
+        last, limit = jnp.zeros((batch, 2), jnp.int32), jnp.ones((batch,), jnp.int32)
+        return begin(*caches, last, limit, jax.random.split(jax.random.key(0), batch), room=128)
+
+    @functools.partial(jax.jit, donate_argnames=("state",))
+    def start_and_decode(strategy: Strategy, models: Models, state: DecodeState, windows: jax.Array) -> DecodeState:
+        return loop.decode(strategy, models, loop.start(strategy, models, state), windows)
+
+    arguments = strategy, models, jax.eval_shape(prefilled, models), jnp.int32(0)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), arguments)
+    return start_and_decode.trace(*shapes)
 
 
 def outputs(state: DecodeState) -> list[list[int]]:

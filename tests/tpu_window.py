@@ -8,7 +8,6 @@ A process of its own: libtpu reads the environment when it is loaded.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -19,15 +18,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
-from specattn_jax.selection.TODO import Selector
-from tiny import random_alignment
+from tiny import selection_for, trace_decoding
 
-from specattn_jax.decoding.speculative import DecodeSettings, decode, start_decoding
-from specattn_jax.models.cache import init_cache
+from specattn_jax.decoding.protocol import Models
+from specattn_jax.decoding.speculative import SpecAttn
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.models.transformer import abstract_model
-from specattn_jax.selection.alignment import NucleusMass
-from specattn_jax.selection.policy import load_policy
 
 BATCH, SLOTS = 2, 4096
 # The attention of Llama-3.1-8B, few layers and a narrow rest.
@@ -48,29 +44,10 @@ DRAFT = dataclasses.replace(TARGET, num_layers=2, num_heads=8, num_kv_heads=4, h
 
 def lower_decode(topology: str) -> jax.stages.Lowered:
     """`decode` in mode specattn with every op named `pallas_tpu`, lowered for one chip of `topology`."""
-    target, draft = (abstract_model(config, jnp.bfloat16) for config in (TARGET, DRAFT))
-    settings = DecodeSettings("specattn", 5, implementation="pallas_tpu")
-    selector = Selector(
-        alignment=random_alignment(TARGET, DRAFT),
-        mass=NucleusMass.uniform(0.9, TARGET.num_layers),
-        policy=dataclasses.replace(load_policy("default"), block_size=32),
-        target=TARGET,
-        draft=DRAFT,
-        implementation="pallas_tpu",
-    )
-    caches = [
-        jax.eval_shape(functools.partial(init_cache, config, BATCH, SLOTS, jnp.bfloat16)) for config in (TARGET, DRAFT)
-    ]
-    numbers = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), BATCH))
-    hidden = jax.ShapeDtypeStruct((BATCH, TARGET.embed_dim), jnp.bfloat16)
-    state = jax.eval_shape(
-        functools.partial(start_decoding, settings=settings, room=128), target, hidden, *caches, numbers, numbers, keys
-    )
+    models = Models(*(abstract_model(config, jnp.bfloat16) for config in (TARGET, DRAFT)))
+    strategy = SpecAttn(selection_for(TARGET, DRAFT, "default", 0.9, block_size=32, implementation="pallas_tpu"))
     chip = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0])
-    arguments = target, draft, selector, state, jax.ShapeDtypeStruct((), jnp.int32)
-    on_chip = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip), arguments)
-    return decode.lower(*on_chip, settings=settings)
+    return trace_decoding(strategy, models, batch=BATCH, slots=SLOTS, implementation="pallas_tpu", device=chip).lower()
 
 
 def describe(lowered: jax.stages.Lowered) -> dict[str, object]:

@@ -21,7 +21,7 @@ from specattn_jax.reporting.shading import SelectionRecord
 from specattn_jax.runtime.clock import Clock
 from specattn_jax.runtime.request import Request, check_lengths, encode_prompt, find_candidates
 from specattn_jax.runtime.results import Generation, Generations, Timing
-from specattn_jax.runtime.segments import Decoded, Decoding, new_tokens
+from specattn_jax.runtime.segments import Decoded, Decoding, chosen, new_tokens
 from specattn_jax.runtime.session import Session, seed_keys
 from specattn_jax.runtime.writer import Pace, Writer
 from specattn_jax.selection.reads import past_mask
@@ -61,6 +61,7 @@ def generate(
 
     Raises:
         UserError: an argument is out of range, a prompt is empty or too long, or memory does not suffice.
+        ValueError: `decide` chose what cannot be had.
 
     Example:
         >>> from specattn_jax.examples import tiny_pair  # load_pair() gives one that makes sense
@@ -93,7 +94,7 @@ def generate(
     else:
         decide, first = None, Decision(Choice.of(strategies[0]), is_final=True)
     by_choice = {Choice.of(strategy): strategy for strategy in strategies}
-    strategy = by_choice[first.choice]
+    strategy = chosen(by_choice, first.choice)
 
     clock = Clock()
     session = Session(Models(pair.target, pair.draft))

@@ -30,6 +30,17 @@ def new_tokens(state: DecodeState) -> list[list[int]]:
     return [row[:count].tolist() for row, count in zip(output, emitted, strict=True)]
 
 
+def chosen(strategies: Mapping[Choice, Strategy], choice: Choice) -> Strategy:
+    """The strategy of a choice.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if choice not in strategies:
+        raise ValueError(f"decide chose {choice}; expected one of {', '.join(map(str, strategies))}.")
+    return strategies[choice]
+
+
 class Decoded(NamedTuple):
     """What decoding to the end gave.
 
@@ -93,7 +104,7 @@ class Decoding:
 
     def _ready(self, state: DecodeState, choice: Choice, known: Situation) -> tuple[DecodeState, Situation]:
         """Lets the chosen strategy take over, and compiles its programs."""
-        strategy, compiled, seconds = self.strategies[choice], choice in known.compiled, 0.0
+        strategy, compiled, seconds = chosen(self.strategies, choice), choice in known.compiled, 0.0
         if not compiled:
             self.clock.lap("decode", state)
         if choice != known.current:
