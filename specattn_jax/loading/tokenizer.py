@@ -29,12 +29,15 @@ class Tokenizer:
         roles: the special tokens by what they are for (`bos_token`, `eos_token`, `unk_token`, `pad_token`).
         eos_ids: every id that ends a generation, ascending.
         chat_template: Jinja source of the chat format, if the model has one.
+        wrapped: transformers' tokenizer around `backend`, where it was read by transformers: it knows what else its
+            folder says (further keys for the chat template, how to tidy decoded text). None is made when first needed.
     """
 
     backend: Backend
     roles: Mapping[str, str]
     eos_ids: tuple[int, ...]
     chat_template: str | None = None
+    wrapped: Any = dataclasses.field(default=None, repr=False)
 
     @property
     def vocab_size(self) -> int:
@@ -53,7 +56,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`."""
-        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special))
+        decoder = self.backend if self.wrapped is None else self.wrapped
+        return str(decoder.decode(list(ids), skip_special_tokens=skip_special))
 
     def apply_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The prompt that asks the model for the next message of a conversation.
@@ -107,6 +111,8 @@ class Tokenizer:
     @functools.cached_property
     def _wrapped(self) -> Any:
         """The same as transformers wants it; only chat and saving need it."""
+        if self.wrapped is not None:
+            return self.wrapped
         return import_transformers().PreTrainedTokenizerFast(
             tokenizer_object=self.backend,
             chat_template=self.chat_template,
@@ -124,9 +130,16 @@ def import_transformers() -> Any:
 
 
 def make_tokenizer(
-    backend: Backend, roles: Mapping[str, str | None], eos_ids: Iterable[int], chat_template: str | None
+    backend: Backend,
+    roles: Mapping[str, str | None],
+    eos_ids: Iterable[int],
+    chat_template: str | Mapping[str, str] | None,
+    wrapped: Any = None,
 ) -> Tokenizer:
-    """A tokenizer, with what is known of the model's special tokens gathered into `eos_ids`."""
+    """A tokenizer, with what is known of the model's special tokens gathered into `eos_ids`.
+
+    Of several chat templates, the one named "default" is taken.
+    """
     # Some files ask for truncation or padding, meant for training.
     backend.no_truncation()
     backend.no_padding()
@@ -135,7 +148,8 @@ def make_tokenizer(
     ends = set(eos_ids) | {special[token] for token in _END_TOKENS if token in special}
     if (eos := known.get("eos_token")) is not None and (index := backend.token_to_id(eos)) is not None:
         ends.add(index)
-    return Tokenizer(backend, known, tuple(sorted(ends)), chat_template)
+    template = chat_template.get("default") if isinstance(chat_template, Mapping) else chat_template
+    return Tokenizer(backend, known, tuple(sorted(ends)), template, wrapped)
 
 
 def check_compatible(draft: Tokenizer, target: Tokenizer) -> None:

@@ -242,7 +242,8 @@ def test_transformers_loads_what_we_write(tmp_path, name, dtype):
     assert_same_weights(again, model)
     assert again_tokenizer.fingerprint() == tokenizer.fingerprint()
     assert again_tokenizer.eos_ids == tokenizer.eos_ids
-    assert again_tokenizer.roles == tokenizer.roles
+    # transformers' class for Qwen adds a role of its own.
+    assert again_tokenizer.roles.items() >= tokenizer.roles.items()
     messages = [{"role": "user", "content": "hi"}]
     assert again_tokenizer.apply_chat(messages) == tokenizer.apply_chat(messages)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 
 import gguf
 import pytest
@@ -314,3 +315,17 @@ def test_folders_without_a_readable_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer\.json: is not a readable tokenizer"):
         hf_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("ids", ["7", [[7]], 7.5, True])
+def test_end_ids_of_another_kind_are_one_sentence(tmp_path, ids):
+    tiny_tokenizer().save(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id is .*; expected a token id or a list"):
+        hf_tokenizer(tmp_path)
+
+
+def test_minus_one_means_no_end_token(tmp_path):
+    tiny_tokenizer().save(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": -1}))
+    assert hf_tokenizer(tmp_path).eos_ids == (0, 2)
