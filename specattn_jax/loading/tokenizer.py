@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from specattn_jax.errors import UserError
 
 # Tokens that end a generation in one chat format or another. They count only where the tokenizer marks them as special.
 _END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>", "</s>")
+_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -51,8 +53,15 @@ class Tokenizer:
         return None if token is None else self.backend.token_to_id(token)
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
-        """Token ids of `text`; with `add_special`, with the begin token that the model was trained with, if any."""
-        return list(self.backend.encode(text, add_special_tokens=add_special).ids)
+        """Token ids of `text`; with `add_special`, with the begin token that the model was trained with, if any.
+
+        A text that begins with that token already, as chat prompts do, gets no second one.
+        """
+        encoded = self.backend.encode(text, add_special_tokens=add_special)
+        ids = list(encoded.ids)
+        # The mask is 1 at what was added, 0 at a special token that stands in the text.
+        added = next((index for index, mark in enumerate(encoded.special_tokens_mask) if not mark), len(ids))
+        return ids[added:] if ids[added : 2 * added] == ids[:added] else ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`."""
@@ -107,6 +116,19 @@ class Tokenizer:
     @functools.cached_property
     def _tokens(self) -> dict[int, str]:
         return {index: token for token, index in self.backend.get_vocab(with_added_tokens=True).items()}
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids that `decode` leaves out unless told otherwise."""
+        return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
+    @functools.cached_property
+    def byte_ids(self) -> frozenset[int]:
+        """The ids of single bytes (`<0xE9>`), where the tokenizer writes unknown characters with them."""
+        decoder = self.backend.decoder
+        if decoder is None or b"ByteFallback" not in decoder.__getstate__():
+            return frozenset()
+        return frozenset(index for index, token in self._tokens.items() if _BYTE_TOKEN.fullmatch(token))
 
     @functools.cached_property
     def _wrapped(self) -> Any:
@@ -177,7 +199,8 @@ def _shown(token: str | None) -> str:
 class TextStream:
     """Turns ids that arrive one by one into text that can be printed at once.
 
-    A character may take several tokens; it is held back until it is complete. The pieces joined are the decoding of all
+    A character may take several tokens; it is held back until it is complete. So are byte tokens until another token
+    follows, because one broken byte decides about the text of its whole run. The pieces joined are the decoding of all
     ids, whatever the tokenizer does with spaces between words.
 
     Example:
@@ -198,7 +221,7 @@ class TextStream:
         self._pending += ids
         text = self._text()
         # An unfinished character decodes to U+FFFD.
-        return "" if text.endswith("\ufffd") else self._emit(text)
+        return "" if text.endswith("\ufffd") or self._in_bytes() else self._emit(text)
 
     def flush(self) -> str:
         """What is left at the end, an unfinished character included."""
@@ -207,6 +230,12 @@ class TextStream:
     def _text(self) -> str:
         before = self._tokenizer.decode(self._context, self._skip_special)
         return self._tokenizer.decode(self._context + self._pending, self._skip_special)[len(before) :]
+
+    def _in_bytes(self) -> bool:
+        """Whether the last id that shows is a byte token, which the next one may belong to."""
+        known = self._tokenizer.byte_ids
+        hidden = self._tokenizer.special_ids if self._skip_special else frozenset()
+        return next((index in known for index in reversed(self._pending) if index not in hidden), False)
 
     def _emit(self, text: str) -> str:
         if text:

@@ -273,6 +273,52 @@ def test_streaming_gives_the_same_text_in_whole_characters(sentence_piece, kind,
     assert "\ufffd" not in "".join(pieces)
 
 
+@pytest.mark.parametrize("skip_special", [True, False])
+@pytest.mark.parametrize("kind", ["byte pairs", "sentence piece", "sentence piece, no prefix"])
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_streamed_text_of_any_ids_is_their_decoding(bare_sentence_piece, sentence_piece, kind, skip_special, data):
+    tokenizer = {"byte pairs": tiny_tokenizer(), "sentence piece": sentence_piece}.get(kind, bare_sentence_piece)
+    # Bytes of broken and of whole characters, often side by side, with other tokens and special ones in between.
+    first = tokenizer.backend.token_to_id("<0x00>") if kind != "byte pairs" else None
+    favourites = [first + byte for byte in (0xC3, 0xA9, 0xF0, 0x9F, 0x99, 0x82, 0x20, 0x41, 0xFF)] if first else []
+    some = st.sampled_from([*favourites, 0, 1, 2]) | st.integers(0, tokenizer.vocab_size - 1)
+    ids = data.draw(st.lists(some, max_size=20))
+    stream, pieces, start = TextStream(tokenizer, skip_special), [], 0
+    while start < len(ids):
+        size = data.draw(st.integers(1, 4))
+        pieces.append(stream.push(ids[start : start + size]))
+        start += size
+    assert "".join(pieces) + stream.flush() == tokenizer.decode(ids, skip_special)
+
+
+@pytest.fixture(scope="module")
+def bare_sentence_piece(tmp_path_factory):
+    return from_metadata(tmp_path_factory.mktemp("bare"), sentence_piece_metadata(add_space_prefix=False))
+
+
+@pytest.mark.parametrize("text", ["<s>a b", "<s>", "<s><s>a", "a<s>", "", "<s> a</s>"])
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_text_that_begins_itself_gets_no_second_begin_token(tmp_path, ends, text):
+    tokenizer = from_metadata(tmp_path, sentence_piece_metadata(add_eos_token=ends))
+    plain = tokenizer.encode(text, add_special=False)
+    begin = [] if text.startswith("<s>") else [1]
+    assert tokenizer.encode(text) == [*begin, *plain, *([2] if ends else [])]
+    if text.startswith("<s>"):
+        assert plain[0] == 1
+
+
+def test_a_chat_prompt_given_as_text_begins_once(tmp_path):
+    chat = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer = from_metadata(tmp_path, sentence_piece_metadata() | {"tokenizer.chat_template": chat})
+    prompt = tokenizer.apply_chat([{"role": "user", "content": "a b"}])
+    assert tokenizer.encode(prompt) == tokenizer.encode(prompt, add_special=False)
+    assert tokenizer.encode(prompt)[0] == 1
+    # Where nothing is added, nothing is taken away.
+    bare = from_metadata(tmp_path, sentence_piece_metadata(add_bos_token=False))
+    assert bare.encode("<s><s>a")[:2] == [1, 1]
+
+
 def test_streaming_emits_a_character_as_soon_as_it_is_whole():
     tokenizer = tiny_tokenizer()
     stream, ids = TextStream(tokenizer), tokenizer.encode("🙂!")

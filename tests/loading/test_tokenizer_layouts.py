@@ -224,6 +224,24 @@ def test_an_end_token_outside_tokenizer_json_ends_a_generation(tmp_path):
         assert tokenizer.decode([index], skip_special=False) == token
 
 
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "special tokens split"])
+def test_no_second_begin_token(tmp_path, name):
+    tokenizer = hf_tokenizer(write(tmp_path / "folder", name))
+    begun = tokenizer.encode("<s>the a")
+    assert begun[:1] == [tokenizer.backend.token_to_id("<s>")] or tokenizer.bos_id is None
+    assert begun.count(begun[0]) == 1
+
+
+def test_no_second_begin_token_after_a_sequence_of_processors(tmp_path):
+    made = byte_level()
+    made.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), made.post_processor])
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(FAST))
+    tokenizer = hf_tokenizer(tmp_path)
+    assert tokenizer.encode("a") == [256, 64]
+    assert tokenizer.encode("<s>a") == [256, 64]
+
+
 def test_several_templates_without_a_default_are_no_template(tmp_path):
     folder = write(tmp_path / "folder", "no begin token")
     named = FAST | {"chat_template": [{"name": "rag", "template": "x"}]}
