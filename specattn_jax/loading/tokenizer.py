@@ -174,22 +174,30 @@ def make_tokenizer(
     return Tokenizer(backend, known, tuple(sorted(ends)), template, wrapped)
 
 
-def check_compatible(draft: Tokenizer, target: Tokenizer) -> None:
+def check_compatible(draft: Tokenizer, target: Tokenizer) -> int | None:
     """Checks that the draft's token ids mean the same to the target.
 
-    Padding of the models' vocabularies does not matter here; the tokens must be the same.
+    Padding of the models' vocabularies does not matter here; the tokens must be the same. Only added tokens after the
+    last id of the other may be known to one alone.
+
+    Returns:
+        The first id that the draft knows and the target does not, None where there is none. Such ids must never be
+        proposed (`limit_vocabulary`).
 
     Raises:
         UserError: they are not; names the first token that differs.
     """
     ours, theirs = draft._tokens, target._tokens
+    known_to_both = min(max(ours, default=-1), max(theirs, default=-1)) + 1
+    added = draft.backend.get_added_tokens_decoder().keys() | target.backend.get_added_tokens_decoder().keys()
     for index in sorted(ours.keys() | theirs.keys()):
-        if ours.get(index) != theirs.get(index):
+        if ours.get(index) != theirs.get(index) and not (index >= known_to_both and index in added):
             raise UserError(
                 f"draft and target: token {index} is {_shown(ours.get(index))} for the draft and "
                 f"{_shown(theirs.get(index))} for the target; expected the same tokenizer; choose a draft "
                 "of the same family."
             )
+    return min(ours.keys() - theirs.keys(), default=None)
 
 
 def _shown(token: str | None) -> str:

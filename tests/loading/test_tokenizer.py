@@ -9,7 +9,7 @@ import gguf
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import AddedToken, Regex, pre_tokenizers
 from transformers import AutoTokenizer, convert_slow_tokenizer
 from transformers.models.qwen2 import tokenization_qwen2
 
@@ -344,6 +344,22 @@ def test_different_tokenizers_are_refused_with_the_first_difference():
     with pytest.raises(UserError, match=r"token 260 is 'the' for the draft and absent for the target"):
         check_compatible(tiny_tokenizer(), tiny_tokenizer(merges=("t h",)))
     assert tiny_tokenizer().fingerprint() != tiny_tokenizer(merges=("t h",)).fingerprint()
+
+
+def added(*tokens, special=True):
+    made = backend()
+    made.add_tokens([AddedToken(token, special=special, normalized=False) for token in tokens])
+    return make_tokenizer(made, {}, [], None)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_added_tokens_after_the_others_last_are_no_difference(special):
+    plain, longer = tiny_tokenizer(), added("<|tool|>", "<|call|>", special=special)
+    assert check_compatible(plain, tiny_tokenizer()) is None
+    assert check_compatible(longer, plain) == plain.vocab_size
+    assert check_compatible(plain, longer) is None
+    with pytest.raises(UserError, match=r"token 261 is '<\|tool\|>' for the draft and '<\|call\|>' for the target"):
+        check_compatible(longer, added("<|call|>", "<|tool|>"))
 
 
 def test_end_tokens_are_gathered_from_every_file(tmp_path):
