@@ -132,7 +132,8 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: it is missing, unreadable or something else.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        # Some editors put a byte-order mark before it.
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); expected a complete model folder.") from error
     except ValueError as error:

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from specattn_jax.errors import UserError
 from specattn_jax.files import is_taken
-from specattn_jax.texts import read_text
+from specattn_jax.texts import decode_text, read_text
 
 if TYPE_CHECKING:
     from specattn_jax.loading.tokenizer import Tokenizer
@@ -173,14 +173,7 @@ def read_stdin() -> str:
     Raises:
         UserError: it is not UTF-8 (says where).
     """
-    data = sys.stdin.buffer.read()
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"stdin is not valid UTF-8: byte 0x{data[error.start]:02x} at offset {error.start} "
-            f"(line {data[: error.start].count(10) + 1}); convert the text to UTF-8."
-        ) from error
+    return decode_text(sys.stdin.buffer.read(), "stdin")
 
 
 def check_out(out: Path) -> None:
