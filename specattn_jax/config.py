@@ -16,18 +16,27 @@ class RopeScaling:
 
     Attributes:
         kind: `linear` divides every frequency by `factor`; `llama3` divides only the low frequencies, with a smooth
-            transition between two wavelengths (Llama 3.1).
+            transition between two wavelengths (Llama 3.1); `yarn` likewise, between two channels, and scales the
+            attention logits besides (Peng et al. 2023).
         factor: how much longer the context becomes.
         low_freq_factor: `llama3` only. Wavelengths above `original_context / low_freq_factor` are fully stretched.
         high_freq_factor: `llama3` only. Wavelengths below `original_context / high_freq_factor` are left alone.
-        original_context: `llama3` only. Context length before the stretch, in tokens.
+        original_context: `llama3` and `yarn`. Context length before the stretch, in tokens.
+        beta_fast: `yarn` only. Frequencies that turn more often than this in the original context are left alone.
+        beta_slow: `yarn` only. Frequencies that turn less often than this are fully stretched.
+        attention_factor: `yarn` only. Multiplies rotated queries and keys alike.
+        truncate: `yarn` only. Whether the ends of the transition are rounded to whole channels.
     """
 
-    kind: Literal["linear", "llama3"]
+    kind: Literal["linear", "llama3", "yarn"]
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy as np
 
 from specattn_jax.config import Family, ModelConfig, RopeScaling
 from specattn_jax.errors import UserError
+from specattn_jax.loading.hf_rope import longest_context, yarn_attention_factor
 from specattn_jax.loading.tensors import AnyTensor
 
 # Mistral models call themselves "llama" in GGUF files.
@@ -187,6 +188,8 @@ def _config(source: GGUFSource) -> ModelConfig:
     )
     head_dim = value("attention.key_length", embed_dim // heads)
     _check_variant(source, arch, head_dim)
+    scaling = _rope_scaling(source, arch, head_dim)
+    context = longest_context(context, scaling)
     return ModelConfig(
         family=_FAMILIES[arch],
         vocab_size=int(source.tensors["token_embd.weight"].shape[-1]),
@@ -198,7 +201,7 @@ def _config(source: GGUFSource) -> ModelConfig:
         mlp_dim=required("feed_forward_length"),
         max_context=min(context, value("attention.sliding_window") or context),
         rope_theta=_tidy(value("rope.freq_base", 10000.0)),
-        rope_scaling=_rope_scaling(source, arch, head_dim),
+        rope_scaling=scaling,
         norm_eps=_tidy(required("attention.layer_norm_rms_epsilon")),
         tie_embeddings="output.weight" not in source.tensors,
         qkv_bias=arch == "qwen2",
@@ -234,9 +237,30 @@ def _rope_scaling(source: GGUFSource, arch: str, head_dim: int) -> RopeScaling |
         if not factor:
             raise UserError(f"{source.path}: rope scaling is linear without a factor; convert the file again.")
         return RopeScaling("linear", _tidy(factor)) if factor != 1 else None
+    if kind == "yarn":
+        return _yarn_scaling(source, arch)
     if kind != "none":
-        raise UserError(f"{source.path}: rope scaling is {kind!r}; expected none, linear or Llama 3.1's.")
+        raise UserError(f"{source.path}: rope scaling is {kind!r}; expected none, linear, yarn or Llama 3.1's.")
     return None
+
+
+def _yarn_scaling(source: GGUFSource, arch: str) -> RopeScaling:
+    prefix = f"{arch}.rope.scaling."
+    said = {key.removeprefix(prefix): value for key, value in source.metadata.items() if key.startswith(prefix)}
+    known = {"type", "finetuned", "factor", "original_context_length", "yarn_beta_fast", "yarn_beta_slow"}
+    if unknown := sorted(said.keys() - known):
+        raise UserError(f"{source.path}: metadata {prefix}{unknown[0]} is not supported; expected plain yarn scaling.")
+    factor, original = said.get("factor"), said.get("original_context_length")
+    if not factor or not original:
+        raise UserError(f"{source.path}: rope scaling is yarn without factor or original context; convert it again.")
+    return RopeScaling(
+        "yarn",
+        _tidy(factor),
+        original_context=int(original),
+        beta_fast=_tidy(said.get("yarn_beta_fast", 32.0)),
+        beta_slow=_tidy(said.get("yarn_beta_slow", 1.0)),
+        attention_factor=yarn_attention_factor(_tidy(factor)),
+    )
 
 
 def _llama3_scaling(source: GGUFSource, arch: str, head_dim: int) -> RopeScaling | None:

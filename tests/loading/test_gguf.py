@@ -79,7 +79,12 @@ def test_rope_scaling_is_recovered(tmp_path):
     ("metadata", "message"),
     [
         ({"general.architecture": "gemma3"}, r"architecture is 'gemma3'; expected one of llama, qwen2, qwen3"),
-        ({"llama.rope.scaling.type": "yarn"}, r"rope scaling is 'yarn'"),
+        ({"llama.rope.scaling.type": "longrope"}, r"rope scaling is 'longrope'; expected none, linear, yarn or"),
+        ({"llama.rope.scaling.type": "yarn"}, r"yarn without factor or original context"),
+        (
+            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_log_multiplier": 0.1},
+            r"metadata llama\.rope\.scaling\.yarn_log_multiplier is not supported",
+        ),
         ({"llama.rope.scaling.type": "linear"}, r"linear without a factor"),
         ({"llama.expert_count": 8}, r"mixture of experts"),
         ({"llama.rope.dimension_count": 8}, r"rope\.dimension_count is 8; expected the head width, 32"),

@@ -109,7 +109,7 @@ def test_defaults_are_those_of_transformers():
         ({"model_type": "gpt_neox"}, r"x: model_type is 'gpt_neox'; expected one of llama, mistral, qwen2, qwen3\."),
         ({"hidden_act": "gelu"}, r"hidden_act is 'gelu'; expected 'silu'"),
         ({"attention_bias": True}, r"attention_bias is True; expected False"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r"rope scaling is 'yarn'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, r"rope scaling is 'dynamic'"),
         ({"rope_scaling": {"type": "linear"}}, r"x \(rope scaling\): factor is missing"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor"),
         ({"quantization_config": {"bits": 4}}, r"weights are quantised"),

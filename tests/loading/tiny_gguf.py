@@ -86,6 +86,12 @@ def write_gguf(
             f"{prefix}.rope.scaling.type": "linear",
             f"{prefix}.rope.scaling.factor": float(config.rope_parameters["factor"]),
         }
+    if config.rope_parameters["rope_type"] == "yarn":
+        fields |= {
+            f"{prefix}.rope.scaling.type": "yarn",
+            f"{prefix}.rope.scaling.factor": float(config.rope_parameters["factor"]),
+            f"{prefix}.rope.scaling.original_context_length": 256,
+        }
     for key, value in (fields | (metadata or {})).items():
         add_field(writer, key, value)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
