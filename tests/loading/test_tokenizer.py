@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from pathlib import Path
 
 import gguf
 import pytest
@@ -20,7 +21,7 @@ from specattn_jax.errors import UserError
 from specattn_jax.loading import TextStream, check_compatible, get_preset, is_cached
 from specattn_jax.loading.fetch import cached_path
 from specattn_jax.loading.gguf import open_gguf, reader_class
-from specattn_jax.loading.gguf_tokenizer import gguf_tokenizer
+from specattn_jax.loading.gguf_tokenizer import _ALIASES, _CUTS, gguf_tokenizer
 from specattn_jax.loading.hf_tokenizer import hf_tokenizer
 from specattn_jax.loading.tokenizer import make_tokenizer
 
@@ -133,6 +134,46 @@ def smollm_cuts(tmp_path_factory):
     return from_metadata(tmp_path_factory.mktemp("smollm"), byte_pair_metadata("smollm")).backend.pre_tokenizer
 
 
+VECTORS = json.loads((Path(__file__).parent / "llama_cpp_ids.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("pre", VECTORS["ids"])
+def test_ids_are_those_of_llama_cpp(tmp_path, pre):
+    """Ids that llama.cpp (node-llama-cpp 3.21.1) gave for a vocabulary whose merges reach across every cut."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *VECTORS["tokens"]]
+    metadata = byte_pair_metadata(pre, tokens=tokens, token_type=[1] * len(tokens), merges=VECTORS["merges"])
+    tokenizer = from_metadata(tmp_path, metadata | {"tokenizer.ggml.add_bos_token": False})
+    assert len(VECTORS["texts"]) >= 40
+    for text, ids in zip(VECTORS["texts"], VECTORS["ids"][pre], strict=True):
+        assert tokenizer.encode(text) == ids, text
+
+
+def test_every_pre_tokenizer_has_vectors():
+    assert set(VECTORS["ids"]) == set(_CUTS)
+    assert set(_ALIASES.values()) <= set(_CUTS)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(alphabet="abDL'lt 12½٣.,\n\r\té漢🙂_/ÉéΩж\u0301\u0308ก็", max_size=30))
+@pytest.mark.parametrize("pre", ["qwen35", "tekken", "gpt-4o", "smaug-bpe"])
+def test_cuts_with_marks_equal_those_of_transformers(marks, pre, text):
+    mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
+    published = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(mapping.GGUF_PRE_TOKENIZER_SPLITS[pre]), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    assert marks[pre].pre_tokenize_str(text) == published.pre_tokenize_str(text)
+
+
+@pytest.fixture(scope="module")
+def marks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("marks")
+    names = ("qwen35", "tekken", "gpt-4o", "smaug-bpe")
+    return {pre: from_metadata(folder, byte_pair_metadata(pre)).backend.pre_tokenizer for pre in names}
+
+
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(alphabet="abDL'lt 12½٣.,\n\r\té漢🙂_", max_size=30))
 @pytest.mark.parametrize("pre", ["qwen2", "llama-bpe"])
@@ -166,7 +207,8 @@ def test_byte_pairs_and_special_tokens_from_metadata(tmp_path):
 
 def test_begin_token_follows_the_metadata_and_llama3_has_it_by_default(tmp_path):
     assert from_metadata(tmp_path, byte_pair_metadata("gpt-2", add_bos_token=True)).encode("the")[0] == 1
-    assert from_metadata(tmp_path, byte_pair_metadata("llama-bpe")).encode("the")[0] == 1
+    for pre in ("llama-bpe", "pixtral", "tekken"):
+        assert from_metadata(tmp_path, byte_pair_metadata(pre)).encode("the")[0] == 1
     assert from_metadata(tmp_path, byte_pair_metadata("llama-bpe")).encode("the", add_special=False)[0] != 1
     assert from_metadata(tmp_path, byte_pair_metadata("llama-bpe", add_bos_token=False)).encode("the")[0] != 1
 
