@@ -58,6 +58,7 @@ class ModelConfig:
         norm_eps: epsilon of every RMS norm.
         tie_embeddings: whether the output matrix is the embedding.
         qkv_bias: whether q, k and v have a bias (Qwen2).
+        out_bias: whether the output projection of attention has one (Llama with `attention_bias`).
         qk_norm: whether q and k are RMS-normalised per head (Qwen3).
     """
 
@@ -75,6 +76,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     qkv_bias: bool = False
+    out_bias: bool = False
     qk_norm: bool = False
 
     def __post_init__(self) -> None:
@@ -112,7 +114,7 @@ class ModelConfig:
         d, h = self.embed_dim, self.head_dim
         qkv = (self.num_heads + 2 * self.num_kv_heads) * h
         per_layer = d * qkv + self.num_heads * h * d + 3 * d * self.mlp_dim + 2 * d
-        per_layer += qkv * self.qkv_bias + 2 * h * self.qk_norm
+        per_layer += qkv * self.qkv_bias + d * self.out_bias + 2 * h * self.qk_norm
         return self.vocab_size * d * (1 if self.tie_embeddings else 2) + self.num_layers * per_layer + d
 
     def to_json(self) -> dict[str, Any]:

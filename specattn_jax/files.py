@@ -17,6 +17,7 @@ from specattn_jax.errors import UserError
 
 # Metadata, and the rounding of files to blocks.
 _DISK_OVERHEAD = 1.1
+LFS_POINTER = "is a pointer of Git LFS, not the file itself; run `git lfs pull` in its folder, or download the file."
 
 
 def exists(path: Path) -> bool:
@@ -36,6 +37,13 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what Git leaves in place of a large one that it has not fetched."""
+    mark = b"version https://git-lfs"
+    with path.open("rb") as file:
+        return file.read(len(mark)) == mark
 
 
 def first_line(reason: object) -> str:

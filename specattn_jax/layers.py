@@ -102,6 +102,7 @@ class Attention(nnx.Module):
         self.qkv = nnx.Param(_INIT(rngs.params(), (d, k, g + 2, h), dtype))
         self.qkv_bias = nnx.Param(jnp.zeros((k, g + 2, h), dtype)) if config.qkv_bias else None
         self.out = nnx.Param(_INIT(rngs.params(), (k, g, h, d), dtype))
+        self.out_bias = nnx.Param(jnp.zeros((d,), dtype)) if config.out_bias else None
         self.q_norm = RMSNorm(h, config.norm_eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(h, config.norm_eps, dtype=dtype) if config.qk_norm else None
 
@@ -123,7 +124,8 @@ class Attention(nnx.Module):
     def merge(self, attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         """Output projection of the attended values."""
         weight = self.out[...]
-        return attended.reshape(*attended.shape[:2], -1) @ weight.reshape(-1, weight.shape[-1])
+        merged = attended.reshape(*attended.shape[:2], -1) @ weight.reshape(-1, weight.shape[-1])
+        return merged if self.out_bias is None else merged + self.out_bias[...]
 
 
 class MLP(nnx.Module):

@@ -15,6 +15,7 @@ import numpy as np
 
 from specattn_jax.config import Family, ModelConfig, RopeScaling
 from specattn_jax.errors import UserError
+from specattn_jax.files import LFS_POINTER, is_lfs_pointer
 from specattn_jax.loading.hf_rope import longest_context, yarn_attention_factor
 from specattn_jax.loading.tensors import AnyTensor
 
@@ -164,6 +165,8 @@ def _open_file(path: Path) -> Any:
             magic = file.read(len(_MAGIC))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); expected a GGUF file.") from error
+    if magic != _MAGIC and is_lfs_pointer(path):
+        raise UserError(f"{path}: {LFS_POINTER}")
     if magic != _MAGIC:
         raise UserError(f"{path}: starts with {magic!r}; expected a GGUF file, which starts with {_MAGIC!r}.")
     try:
@@ -296,7 +299,8 @@ def _config(source: GGUFSource) -> ModelConfig:
         rope_scaling=scaling,
         norm_eps=_tidy(required("attention.layer_norm_rms_epsilon")),
         tie_embeddings="output.weight" not in source.tensors,
-        qkv_bias=arch == "qwen2",
+        qkv_bias="blk.0.attn_q.bias" in source.tensors,
+        out_bias="blk.0.attn_output.bias" in source.tensors,
         qk_norm=arch == "qwen3",
     )
 

@@ -19,9 +19,8 @@ _ARCHITECTURES: dict[Family, str] = {
 }
 # Fields that change the computation in ways that we do not follow, with the values that leave it alone.
 _PLAIN: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
+    "hidden_act": ("silu", "swish"),
+    "mlp_bias": (False, None),
     "partial_rotary_factor": (None, 1, 1.0),
 }
 
@@ -54,6 +53,8 @@ def parse_hf_config(data: Mapping[str, Any], origin: str) -> ModelConfig:
             raise UserError(f"{origin}: {key} is {data[key]!r}; expected {plain[0]!r}; this variant is not supported.")
     embed_dim, heads = _required(data, "hidden_size", origin), _required(data, "num_attention_heads", origin)
     theta, scaling = parse_rope(data, origin)
+    # The other families do not read this field: Mistral has no biases, Qwen2 always has those of q, k and v.
+    biased = family in ("llama", "qwen3") and bool(data.get("attention_bias", False))
     return ModelConfig(
         family=family,
         vocab_size=_required(data, "vocab_size", origin),
@@ -68,7 +69,8 @@ def parse_hf_config(data: Mapping[str, Any], origin: str) -> ModelConfig:
         rope_scaling=scaling,
         norm_eps=float(data.get("rms_norm_eps", 1e-6)),
         tie_embeddings=bool(data.get("tie_word_embeddings", False)),
-        qkv_bias=family == "qwen2",
+        qkv_bias=family == "qwen2" or biased,
+        out_bias=biased,
         qk_norm=family == "qwen3",
     )
 
@@ -92,6 +94,7 @@ def hf_config(config: ModelConfig, dtype_name: str) -> dict[str, Any]:
         "rope_scaling": None if scaling is None else scaling_fields(scaling),
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": config.out_bias or (config.qkv_bias and config.family != "qwen2"),
         "dtype": dtype_name,
     }
     # Mistral's default is a window of 4096; ours already limits max_position_embeddings.

@@ -42,13 +42,30 @@ def _auto_tokenizer(folder: Path) -> Any:
         )
     try:
         return import_transformers().AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
+            folder, config=_model_kind(folder), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # depends on the tokenizer's class and on what is damaged
         raise UserError(
             f"{folder / found[0]}: is not a readable tokenizer ({first_line(error)}); download it and the files beside "
             "it again."
         ) from error
+
+
+def _model_kind(folder: Path) -> Any:
+    """What the choice of a tokenizer's class depends on, of transformers' configuration; None where there is no such.
+
+    Other fields are not our business here, and transformers refuses or complains about some that do no harm.
+    """
+    file = folder / "config.json"
+    data = read_json(file) if file.is_file() else {}
+    try:
+        config = import_transformers().AutoConfig.for_model(data.get("model_type"))
+    except ValueError:
+        return None
+    for field in ("tokenizer_class", "_name_or_path"):
+        if isinstance(data.get(field), str):
+            setattr(config, field, data[field])
+    return config
 
 
 def _end_ids(folder: Path) -> list[int]:

@@ -200,12 +200,19 @@ def _resolve_path(reference: str, path: Path, progress: Progress | None) -> Mode
         return ModelFiles(reference, "orbax", path, checkpoint.read_config(path))
     if draft.is_draft(path):
         return _resolve_draft(reference, path, progress)
+    if (cached := hub.cached_snapshot(path)) is not None:
+        return _resolve_path(reference, cached, progress)
     if not any(path.glob("*.safetensors")) and (single := gguf_in(path)) is not None:
         return _resolve_path(reference, single, progress)
     if (path / "config.json").is_file():
         with sensible(path, _AGAIN):
             folder = open_hf(path)
             return ModelFiles(reference, "hf", path, folder.config, folder)
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path}: holds an adapter (adapter_config.json), not a model; merge it into its base model first "
+            "(merge_and_unload of the peft library) and give the merged folder."
+        )
     raise UserError(
         f"{path}: holds neither config.json (a Hugging Face folder) nor a GGUF file nor {checkpoint.MARKER} (a folder "
         f"written by specattn convert) nor {draft.MARKER} (by specattn train-draft); give the folder of one model."
