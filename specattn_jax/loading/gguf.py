@@ -299,7 +299,7 @@ def _config(source: GGUFSource) -> ModelConfig:
         rope_scaling=scaling,
         norm_eps=_tidy(required("attention.layer_norm_rms_epsilon")),
         tie_embeddings="output.weight" not in source.tensors,
-        qkv_bias="blk.0.attn_q.bias" in source.tensors,
+        qkv_bias=arch == "qwen2" or all(f"blk.0.attn_{letter}.bias" in source.tensors for letter in "qkv"),
         out_bias="blk.0.attn_output.bias" in source.tensors,
         qk_norm=arch == "qwen3",
     )
