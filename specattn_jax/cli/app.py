@@ -14,12 +14,17 @@ from specattn_jax.cli.estimate import estimate_command
 from specattn_jax.cli.generate import generate_command
 from specattn_jax.cli.models import convert_command, fetch_command, info_command
 from specattn_jax.cli.perplexity import perplexity_command
-from specattn_jax.cli.terminal import mendable_errors
+from specattn_jax.cli.terminal import mendable_errors, writable_output
 from specattn_jax.cli.train_draft import train_draft_command
 
 
 class _Commands(TyperGroup):
     """The commands, with errors for people."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Parses, runs, and writes what there is to write."""
+        with writable_output():
+            return super().main(*args, **extra)
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the command."""
