@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from specattn_jax.selection.protocol import Selection
     from specattn_jax.texts import find_text, read_text
 
+__version__ = "0.1.0"
+
 __all__ = [
     "CalibrationSettings",
     "DecodeSettings",
@@ -42,6 +44,7 @@ __all__ = [
     "Table",
     "UserError",
     "WindowRecord",
+    "__version__",
     "calibrate",
     "check_compatible",
     "compare",

@@ -17,6 +17,7 @@ from specattn_jax.errors import UserError
 
 # Metadata, and the rounding of files to blocks.
 _DISK_OVERHEAD = 1.1
+LFS_POINTER = "is a pointer of Git LFS, not the file itself; run `git lfs pull` in its folder, or download the file."
 
 
 def exists(path: Path) -> bool:
@@ -36,6 +37,13 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what Git leaves in place of a large one that it has not fetched."""
+    mark = b"version https://git-lfs"
+    with path.open("rb") as file:
+        return file.read(len(mark)) == mark
 
 
 def first_line(reason: object) -> str:
@@ -132,7 +140,8 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: it is missing, unreadable or something else.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        # Some editors put a byte-order mark before it.
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); expected a complete model folder.") from error
     except ValueError as error:

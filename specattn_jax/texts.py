@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import importlib.resources
 import lzma
@@ -53,14 +54,33 @@ def read_text(path: Path) -> str:
         raise UserError(f"text: {path} does not exist.") from error
     except (OSError, lzma.LZMAError, zlib.error, EOFError, ValueError) as error:
         raise UserError(f"text: {path} cannot be read ({error}).") from error
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"text: {path} is not valid UTF-8: byte 0x{data[error.start]:02x} at offset {error.start} (line {line}); "
-            "convert the file to UTF-8."
-        ) from error
+    text = decode_text(data, f"text: {path}")
     if not text.strip():
         raise UserError(f"text: {path} is empty; expected some text.")
     return text
+
+
+def decode_text(data: bytes, origin: str) -> str:
+    """UTF-8 bytes as text. A byte-order mark at the beginning is no text.
+
+    Args:
+        data: the bytes.
+        origin: what to call them in messages.
+
+    Raises:
+        UserError: they are not UTF-8 (says where, and what they look like).
+    """
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        other = " (it begins like UTF-16)" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else ""
+        raise UserError(
+            f"{origin} is not valid UTF-8: byte 0x{data[error.start]:02x} at offset {error.start} (line {line})"
+            f"{other}; convert it to UTF-8."
+        ) from error
+
+
+def without_final_newline(text: str) -> str:
+    """The text without the line end that editors put at the end of a file: LF, CRLF or CR."""
+    return text[:-2] if text.endswith("\r\n") else text[:-1] if text.endswith(("\n", "\r")) else text

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from command import mistake, run
 
+import specattn_jax
 from specattn_jax.loading import get_preset, is_cached
 from specattn_jax.reporting import plots
 from specattn_jax.texts import shipped_books
@@ -51,6 +52,9 @@ class TestHelp:
             "import sys, specattn_jax.cli.app; sys.exit(bool({'jax', 'transformers', 'matplotlib'} & set(sys.modules)))"
         )
         subprocess.run([sys.executable, "-c", code], check=True)
+
+    def test_version(self):
+        assert run("--version").stdout == f"specattn {specattn_jax.__version__}\n"
 
     def test_a_wrong_option_is_a_usage_error(self):
         assert run("generate", "--no-such-option").exit_code == 2

@@ -6,7 +6,6 @@ import dataclasses
 import re
 import warnings
 
-import jax
 import jax.numpy as jnp
 import pytest
 from specattn_kernels import (

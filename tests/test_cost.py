@@ -20,7 +20,7 @@ from specattn_jax.selection.policy import load_policy
 
 LLAMA = Scenario(load_shape("llama-3.1-8b"), load_shape("llama-3.2-1b"), batch=8)
 DRAFT_READS = load_policy("default").draft_reads
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "choosing_a_mode.md"
 ALONE, DENSE, SPARSE = Autoregressive(), Speculative(), SpecAttn()
 PAIRS = {
     "Llama-3.2-1B / 3.1-8B": ("llama-3.1-8b", "llama-3.2-1b"),
@@ -107,10 +107,10 @@ def test_names_that_are_not_known():
         load_shape("gpt")
 
 
-def test_the_table_of_the_readme():
+def test_the_table_of_the_documentation():
     """Each row: pair, batch, context, then specattn over dense speculative and over autoregressive decoding."""
     rows = re.findall(
-        r"^\| ([^|]+) \| (\d+) \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", README.read_text(), re.M
+        r"^\| ([^|]+) \| (\d+) \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", PAGE.read_text(), re.M
     )
     assert len(rows) >= 10
     for pair, batch, context, *ratios in rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ def saving(share: float) -> jax.Array:
     return jnp.asarray(share, jnp.float32)
 
 
-BASELINES = {
+BASELINES: dict[str, Any] = {
     "streaming": Streaming(saving(0.6), CONFIG, num_sink=2, dense_layers=1),
     "quest": Quest(saving(0.6), CONFIG, page=4, dense_layers=1),
     "oracle": Oracle(NucleusMass.uniform(0.8, LAYERS), CONFIG, num_sink=1, num_recent=2),

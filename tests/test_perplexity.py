@@ -246,7 +246,7 @@ class TestSearch:
     @pytest.mark.parametrize("wanted", [0.3, 0.75, 0.9, 0.97])
     @pytest.mark.parametrize("power", [0.2, 0.5, 1.3])
     def test_smooth_curves_are_met(self, wanted, power):
-        known = {}
+        known: dict[float, float] = {}
         mass = find_left_out(lambda x: 1 - min(1.0, 0.02 * x**-power), wanted, known)
         if 0.02 * 1e-6**-power > 1 - wanted > 0.0201:
             assert known[mass] == pytest.approx(wanted, abs=TOLERANCE)
@@ -259,7 +259,7 @@ class TestSearch:
             calls.append(mass)
             return 0.2 if mass < 0.0312 else 0.7
 
-        known = {}
+        known: dict[float, float] = {}
         mass = find_left_out(stairs, 0.6, known)
         assert known[mass] == 0.7
         assert len(calls) == len(set(calls)) <= READINGS

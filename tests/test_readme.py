@@ -1,29 +1,94 @@
-"""What the README shows is there, and is what the scripts draw."""
+"""What the README and the documentation show is there, and is what commands print and files hold."""
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import typer
+from command import run
+
+import specattn_jax
+from specattn_jax import examples
+from specattn_jax.cli.app import app
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "scripts" / "results"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FILES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/**/*.md"))
+PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in FILES}
+each_page = pytest.mark.parametrize("page", PAGES)
+DECODE = json.loads((RESULTS / "decode-nvidia-h100" / "decode.json").read_text(encoding="utf-8"))
+PAIRS = {"Llama-3.2-1B / 3.1-8B": "llama-3.1-8b", "TinyLlama-1.1B / Llama-2-7B": "llama-2-7b"}
+# Rows of the table of quality, by rows of the ablation.
+QUALITY = {
+    "StreamingLLM, first two layers dense": "streaming, dl2",
+    "Quest, pages of 16, first two layers dense": "quest, dl2",
+    "SpecAttn as published": "published, dl2",
+    "the same with the exact nucleus": "published with exact nucleus, dl2",
+    "**`default`**": "default as shipped",
+    "oracle: the target's own attention": "oracle, budgets",
+}
 
 
-def test_links_and_pictures_are_there():
-    targets = re.findall(r"\]\(([^)#]+)\)|(?:src|srcset)=\"([^\"]+)\"", README)
-    local = [one or other for one, other in targets if not (one or other).startswith("http")]
-    assert local
-    for target in local:
-        assert (ROOT / target).exists(), target
+def blocks(text: str, language: str = "") -> list[str]:
+    """Fenced blocks of a page."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [block for name, block in found if name == language]
 
 
-def test_links_within_the_page_lead_somewhere():
-    headings = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
-    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    for target in re.findall(r"\]\(#([^)]+)\)", README):
-        assert target in anchors, target
+def rows(text: str, first: str) -> Iterator[list[str]]:
+    """Cells of the table rows that begin with a cell."""
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("| ").split("|")]
+        if line.startswith("|") and cells[0] == first:
+            yield cells
+
+
+@each_page
+def test_links_and_pictures_are_there(page):
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)|(?:src|srcset)=\"([^\"]+)\"", PAGES[page])
+    for target in [one or other for one, other in targets]:
+        if not target.startswith("http"):
+            assert ((ROOT / page).parent / target).exists(), target
+
+
+@each_page
+def test_links_to_headings_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\(([^)#]*)#([^)]+)\)", PAGES[page]):
+        path = (ROOT / page).parent / target if target else ROOT / page
+        headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_commands_exist(page):
+    group = typer.main.get_command(app)
+    for block in blocks(PAGES[page]):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True) if re.match(r"(specattn|bash|python) \S", line) else [""]
+            if words[0] == "specattn":
+                check_command(group, words[1:])
+            elif words[0] and words[1].startswith("scripts/"):
+                assert (ROOT / words[1]).is_file(), line
+
+
+def check_command(group: Any, words: list[str]) -> None:
+    """Fails where a command line names a command or an option that there is not."""
+    context, command = click.Context(group), group
+    while hasattr(command, "commands") and words and not words[0].startswith("-"):
+        assert words[0] in command.commands
+        command, words = command.commands[words[0]], words[1:]
+    known = {option for parameter in command.get_params(context) for option in parameter.opts}
+    assert {word for word in words if word.startswith("--")} <= known, words
 
 
 def test_the_figure_is_what_its_script_draws(tmp_path):
@@ -31,3 +96,95 @@ def test_the_figure_is_what_its_script_draws(tmp_path):
     for theme in ("light", "dark"):
         name = f"method_{theme}.svg"
         assert (tmp_path / name).read_text(encoding="utf-8") == (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def test_the_readme_stays_short():
+    assert len(README.splitlines()) <= 160
+
+
+def test_the_version_is_that_of_the_package():
+    (cited,) = re.findall(r"version = \{(.*)\}", README)
+    assert cited == specattn_jax.__version__
+    assert f"\n## [{cited}]" in PAGES["CHANGELOG.md"]
+
+
+def test_what_estimate_prints():
+    (command,) = re.findall(r"^specattn (estimate .*)$", README, re.MULTILINE)
+    printed = "\n".join(line.rstrip() for line in run(*shlex.split(command)).stderr.splitlines())
+    assert f"```\n{printed}\n```" in README
+
+
+def test_the_lines_of_python(monkeypatch, capsys):
+    (code,) = blocks(README, "python")
+    assert len(code.splitlines()) <= 12
+    monkeypatch.setattr("specattn_jax.load_pair", lambda _: examples.tiny_pair(), raising=False)
+    exec(compile(code, "README.md", "exec"), {})
+    assert "drafted tokens accepted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_the_table_of_decoding(page):
+    """Each row: pair, sequences, context, tokens/s in three modes, SpecAttn over the other two."""
+    found = 0
+    for name, target in PAIRS.items():
+        for cells in rows(PAGES[page], name):
+            batch, slots = int(cells[1]), 1024 * int(cells[2].removesuffix("k"))
+            speeds = {
+                point["method"]: point["tokens_per_second"]
+                for point in DECODE["points"]
+                if (point["case"].get("target"), point["case"].get("batch"), point["case"].get("slots"))
+                == (target, batch, slots)
+            }
+            check_speeds(cells[3:], speeds["autoregressive"], speeds["speculative"], speeds["specattn"])
+            found += 1
+    assert found >= 3
+
+
+def test_the_row_of_the_embedded_pair():
+    (cells,) = rows(README, "SmolLM2-135M, our draft")
+    assert cells[1:3] == ["1", "6k"]
+    speeds = [
+        point["tokens_per_second"]
+        for method in ("autoregressive", "speculative", "specattn")
+        for point in DECODE["points"]
+        if point["case"].get("name", point["case"].get("target")) == "smollm2" and point["method"] == method
+    ]
+    check_speeds(cells[3:], *speeds)
+
+
+def check_speeds(cells: list[str], alone: float, dense: float, sparse: float) -> None:
+    assert cells == [f"{speed:,.0f}" for speed in (alone, dense, sparse)] + [
+        f"{ratio:.2f}" for ratio in (sparse / dense, sparse / alone)
+    ]
+
+
+@pytest.mark.parametrize("label", QUALITY)
+def test_the_table_of_quality(label):
+    """Each row: KL, top-1 and increase of perplexity, at 75 and at 90 % saved."""
+    ablation = json.loads((RESULTS / "ablation.json").read_text(encoding="utf-8"))["rows"]
+    (cells,) = rows(PAGES["docs/quality.md"], label)
+    for saving, shown in ((0.75, cells[1:4]), (0.9, cells[5:8])):
+        (row,) = (one for one in ablation if (one["row"], one["wanted_saving"]) == (QUALITY[label], saving))
+        measured = row["kl"], 100 * row["top1_fidelity"], 100 * row["relative_increase"]
+        for cell, number in zip(shown, measured, strict=True):
+            digits = len(cell.strip("*+ %").partition(".")[2])
+            assert float(cell.strip("*+ %")) == pytest.approx(number, abs=0.5001 * 10**-digits)
+
+
+def test_the_readme_says_what_the_pages_say():
+    """Shares such as .014 stand in the table of quality; what the demo printed stands in full among the results."""
+    numbers = r"(?<!\d)\.\d{2,}"
+    said = set(re.findall(numbers, README))
+    assert len(said) >= 4
+    assert said <= set(re.findall(numbers, PAGES["docs/quality.md"]))
+    demo = re.findall(r"^  (?:dense|SpecAttn) +\d.*$", README, re.MULTILINE)
+    assert len(demo) == 2
+    assert set(demo) <= set(PAGES["docs/results.md"].splitlines())
+
+
+def test_the_axes_of_the_glossary():
+    from specattn_jax import glossary
+
+    letters = re.findall(r"^([A-Z])  +(.*)$", glossary.__doc__ or "", re.MULTILINE)
+    assert len(letters) > 10
+    assert letters == re.findall(r"^\| ([A-Z]) \| (.*) \|$", PAGES["docs/glossary.md"], re.MULTILINE)

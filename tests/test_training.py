@@ -17,7 +17,6 @@ from specattn_jax.errors import UserError
 from specattn_jax.evaluation.forced import read_documents
 from specattn_jax.models.forward import read_sequence
 from specattn_jax.selection.alignment import attention_kl, fit_mixture
-from specattn_jax.training import trainer
 from specattn_jax.training.data import make_data
 from specattn_jax.training.objective import attention_loss, read, token_loss
 from specattn_jax.training.settings import TrainSettings
@@ -115,7 +114,7 @@ def test_simulated_acceptance_is_that_of_the_real_loop(target, data):
     limit, prompt = 61, data.held_out[0, :16].tolist()
     state = run(Speculative(window=5), target, draft, [prompt], limit)
     text = jnp.asarray([prompt + outputs(state)[0]], jnp.int32)
-    best = trainer.likeliest_next(draft, text)
+    best = likeliest_next(draft, text)
     # The first new token is the target's own; windows begin after it.
     agrees = np.asarray(best[:, :-1] == text[:, 1:])[:, len(prompt) :]
     counts = state.statistics

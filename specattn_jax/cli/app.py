@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+import specattn_jax
 from specattn_jax.cli.bench import bench
 from specattn_jax.cli.calibrate import calibrate_command
 from specattn_jax.cli.estimate import estimate_command
 from specattn_jax.cli.generate import generate_command
 from specattn_jax.cli.models import convert_command, fetch_command, info_command
 from specattn_jax.cli.perplexity import perplexity_command
-from specattn_jax.cli.terminal import mendable_errors
+from specattn_jax.cli.terminal import mendable_errors, writable_output
 from specattn_jax.cli.train_draft import train_draft_command
 
 
 class _Commands(TyperGroup):
     """The commands, with errors for people."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Parses, runs, and writes what there is to write."""
+        with writable_output():
+            return super().main(*args, **extra)
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the command."""
@@ -29,11 +35,27 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     name="specattn",
     cls=_Commands,
-    help="SpecAttn: a draft model's attention decides which cache entries the target reads while it verifies.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"specattn {specattn_jax.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """SpecAttn: a draft model's attention decides which cache entries the target reads while it verifies."""
+
+
 app.command("generate")(generate_command)
 app.command("calibrate")(calibrate_command)
 app.command("perplexity")(perplexity_command)

@@ -12,7 +12,7 @@ from specattn_jax.cli import options
 from specattn_jax.cli.process import importing
 from specattn_jax.cli.terminal import print_json, print_table, read_stdin, say, stage_bar
 from specattn_jax.errors import UserError
-from specattn_jax.texts import read_text
+from specattn_jax.texts import read_text, without_final_newline
 
 if TYPE_CHECKING:
     from specattn_jax.loading.tokenizer import Tokenizer
@@ -190,7 +190,7 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
         raise UserError("expected a prompt: give either --prompt TEXT or --prompt-file FILE ('-' for stdin).")
     if prompt_file is not None:
         prompt = read_stdin() if prompt_file == "-" else read_text(Path(prompt_file))
-        prompt = prompt.removesuffix("\n")
+        prompt = without_final_newline(prompt)
     assert prompt is not None
     if not prompt.strip():
         raise UserError("the prompt is empty; expected some text.")

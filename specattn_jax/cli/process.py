@@ -26,12 +26,34 @@ def prepare_process() -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    _hide_tpu_library()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     sys.unraisablehook = _interrupt_again
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+
+
+def _hide_tpu_library(devices: Path = Path("/sys/bus/pci/devices")) -> None:
+    """Lets JAX find no libtpu where no TPU is: it would print a dozen lines before it gives up.
+
+    Nothing else about JAX's choice of a device changes, and a person who names platforms is not overruled.
+    """
+    named = {"JAX_PLATFORMS", "JAX_FORCE_TPU_INIT"} & os.environ.keys()
+    if not named and not any(_is_tpu(device) for device in devices.glob("*")):
+        sys.modules.setdefault("libtpu", None)  # type: ignore[arg-type]  # imports of it fail
+        # libtpu sets it once it is imported, also for programs that are started from there, as from a notebook.
+        os.environ.pop("TPU_LIBRARY_PATH", None)
+
+
+def _is_tpu(device: Path) -> bool:
+    """Whether a PCI device may be a TPU: made by Google, and neither its network card nor its disk."""
+    try:
+        vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "device"))
+    except OSError:
+        return False
+    return vendor == "0x1ae0" and kind not in ("0x0042", "0x001f")
 
 
 def _interrupt_again(dropped: sys.UnraisableHookArgs) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,8 +25,8 @@ from rich.progress import (
 from rich.text import Text
 
 from specattn_jax.errors import UserError
-from specattn_jax.files import is_taken
-from specattn_jax.texts import read_text
+from specattn_jax.files import first_line, is_taken
+from specattn_jax.texts import decode_text, read_text
 
 if TYPE_CHECKING:
     from specattn_jax.loading.tokenizer import Tokenizer
@@ -60,9 +62,48 @@ def mendable_errors() -> Iterator[None]:
         say("Interrupted.")
         raise SystemExit(130) from interrupt
     except Exception as error:
+        if problem := _missing_platform():
+            say_error(problem)
+            raise SystemExit(1) from error
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         say_error("the device ran out of memory; use a smaller model, a shorter context or --dtype bfloat16.")
+        raise SystemExit(1) from error
+
+
+def _missing_platform() -> str | None:
+    """What is wrong with JAX_PLATFORMS, if JAX cannot start with it; asked only once something has failed."""
+    named = os.environ.get("JAX_PLATFORMS")
+    if not named:
+        return None
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where JAX was built without that platform
+        reason = first_line(error).partition(" (set JAX_PLATFORMS")[0] if str(error) else "JAX was built without it"
+        return f"JAX_PLATFORMS is {named!r}, but JAX finds no such device here ({reason}); unset it, or set it to cpu."
+    return None
+
+
+@contextlib.contextmanager
+def writable_output() -> Iterator[None]:
+    """Turns output that cannot be written, as into a full disk, into one sentence and exit status 1.
+
+    A reader that has gone (a broken pipe) is left to typer, which ends quietly.
+    """
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
+        # What is still buffered must not fail once more when the program ends.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        where = f"{error.filename}" if error.filename else "the output"
+        say_error(f"{where} cannot be written ({error.strerror}); free some space, or write somewhere else.")
         raise SystemExit(1) from error
 
 
@@ -173,14 +214,7 @@ def read_stdin() -> str:
     Raises:
         UserError: it is not UTF-8 (says where).
     """
-    data = sys.stdin.buffer.read()
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"stdin is not valid UTF-8: byte 0x{data[error.start]:02x} at offset {error.start} "
-            f"(line {data[: error.start].count(10) + 1}); convert the text to UTF-8."
-        ) from error
+    return decode_text(sys.stdin.buffer.read(), "stdin")
 
 
 def check_out(out: Path) -> None:

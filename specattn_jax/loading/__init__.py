@@ -1,7 +1,7 @@
 """Models from files: Hugging Face folders, GGUF, Orbax, drafts, presets and hub ids, behind one resolver."""
 
 from specattn_jax.loading.checkpoint import load_checkpoint, save_checkpoint
-from specattn_jax.loading.draft import save_draft, share_embedding
+from specattn_jax.loading.draft import limit_vocabulary, save_draft, share_embedding
 from specattn_jax.loading.fetch import cache_dir, is_cached
 from specattn_jax.loading.hf import save_hf
 from specattn_jax.loading.memory import available_bytes, check_memory
@@ -24,6 +24,7 @@ __all__ = [
     "fetch_preset",
     "get_preset",
     "is_cached",
+    "limit_vocabulary",
     "load_checkpoint",
     "load_model",
     "preset_names",

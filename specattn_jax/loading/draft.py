@@ -27,7 +27,7 @@ from specattn_jax.loading.hf import HFSource, tensor_names
 from specattn_jax.loading.presets import preset_names
 from specattn_jax.loading.tensors import AnyTensor, array_path, hf_tensors
 from specattn_jax.models.config import ModelConfig
-from specattn_jax.models.transformer import LanguageModel
+from specattn_jax.models.transformer import LanguageModel, abstract_model
 
 MARKER = "specattn_draft.json"
 Storage = Literal["int8", "bfloat16"]
@@ -217,6 +217,21 @@ def share_embedding(draft: LanguageModel, target: LanguageModel) -> LanguageMode
         return other if bool(jnp.array_equal(leaf, other)) else leaf
 
     return dataclasses.replace(draft, params=jax.tree_util.tree_map_with_path(pick, draft.params))
+
+
+def limit_vocabulary(draft: LanguageModel, size: int) -> LanguageModel:
+    """The draft without the ids from `size` on, which its target does not know: it can neither propose nor weigh them.
+
+    The same model where its vocabulary is not larger.
+    """
+    if draft.config.vocab_size <= size:
+        return draft
+    smaller = abstract_model(dataclasses.replace(draft.config, vocab_size=size), draft.dtype)
+
+    def cut(path: tuple[object, ...], leaf: jax.Array) -> jax.Array:
+        return leaf[:size] if array_path(path) in (("embedding",), ("output",)) else leaf
+
+    return dataclasses.replace(smaller, params=jax.tree_util.tree_map_with_path(cut, draft.params))
 
 
 def embedding_fingerprint(embedding: AnyTensor) -> str:

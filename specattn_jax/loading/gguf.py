@@ -5,20 +5,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
+from importlib.metadata import version as metadata_version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from specattn_jax.errors import UserError
+from specattn_jax.files import LFS_POINTER, is_lfs_pointer
+from specattn_jax.loading.hf_rope import longest_context, yarn_attention_factor
 from specattn_jax.loading.tensors import AnyTensor
 from specattn_jax.models.config import Family, ModelConfig, RopeScaling
 
 # Mistral models call themselves "llama" in GGUF files.
 _FAMILIES: dict[str, Family] = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-_QUANTISATIONS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
+_MAGIC = b"GGUF"
+# Models in several files are called so (gguf-split of llama.cpp).
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)?", re.IGNORECASE | re.DOTALL)
 
 _TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -47,7 +52,7 @@ class GGUFSource:
     """An opened GGUF file.
 
     Attributes:
-        path: the file.
+        path: the file, or the first of several.
         metadata: its key-value pairs.
         tensors: its tensors (`gguf.ReaderTensor`) under llama.cpp's names; their data stay in the file until read.
     """
@@ -84,54 +89,137 @@ class GGUFSource:
         return tensor
 
     def dequantised(self, gguf_name: str) -> AnyTensor:
-        """One tensor in float32, as it lies in the file.
-
-        Raises:
-            UserError: it is quantised in a way that we do not read.
-        """
+        """One tensor in float32, as it lies in the file."""
         from gguf.quants import dequantize
 
         tensor = self.tensors[gguf_name]
-        if tensor.tensor_type.name not in _QUANTISATIONS:
-            raise UserError(
-                f"{self.path}: tensor {gguf_name} is quantised as {tensor.tensor_type.name}; expected one of "
-                f"{', '.join(_QUANTISATIONS)}; choose another quantisation of this model."
-            )
         result: AnyTensor = dequantize(tensor.data, tensor.tensor_type)
         return result
 
 
-def open_gguf(path: Path) -> GGUFSource:
-    """Reads names, shapes and metadata of a GGUF file, not its weights.
-
-    Raises:
-        UserError: the file is missing, not GGUF, truncated or corrupt.
-    """
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as GGUF files do, whatever it is called."""
     try:
         with path.open("rb") as file:
-            magic = file.read(4)
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError:
+        return False
+
+
+def gguf_in(folder: Path) -> Path | None:
+    """The GGUF model that a folder holds, None where it holds none; of a model in several files, the first.
+
+    Raises:
+        UserError: it holds several.
+    """
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".gguf" and is_gguf(path))
+    models = {(match[1] if (match := _SHARD.fullmatch(path.name)) else path.name): path for path in reversed(files)}
+    if len(models) > 1:
+        names = ", ".join(sorted(path.name for path in models.values()))
+        raise UserError(f"{folder}: holds {len(models)} GGUF models ({names}); give the path of one of them.")
+    return next(iter(models.values()), None)
+
+
+def open_gguf(path: Path) -> GGUFSource:
+    """Reads names, shapes and metadata of a GGUF file, not its weights; of a model in several files, of all of them.
+
+    Args:
+        path: the file, or any of several (`…-00002-of-00003.gguf`), which must lie beside each other.
+
+    Raises:
+        UserError: a file is missing, not GGUF, truncated or corrupt, or has a tensor of a type that the `gguf` library
+            cannot dequantise.
+    """
+    paths = _shards(path)
+    readers = [_open_file(each) for each in paths]
+    metadata = {name: _contents(field, paths[0]) for name, field in readers[0].fields.items()}
+    found = [tensor for reader in readers for tensor in reader.tensors]
+    expected = metadata.get("split.tensors.count", len(found))
+    if metadata.get("split.count", 1) not in (0, len(paths)) or expected != len(found):
+        raise UserError(
+            f"{path}: is one of {metadata.get('split.count')} files that hold {expected} tensors together, but "
+            f"{len(found)} are here; expected all of them side by side, called ...-00001-of-0000N.gguf and so on."
+        )
+    _check_types(paths[0], found)
+    return GGUFSource(paths[0], metadata, {tensor.name: tensor for tensor in found})
+
+
+def _shards(path: Path) -> list[Path]:
+    """All files of the model that a file belongs to, in order."""
+    match = _SHARD.fullmatch(path.name)
+    if match is None:
+        return [path]
+    count, suffix = int(match[3]), match[4] or ""
+    paths = [path.with_name(f"{match[1]}-{index:05}-of-{match[3]}{suffix}") for index in range(1, count + 1)]
+    absent = [each.name for each in paths if not each.is_file()]
+    if absent:
+        raise UserError(
+            f"{path}: is one of {count} files, but {absent[0]} is not beside it ({len(absent)} missing); expected all."
+        )
+    return paths
+
+
+def _open_file(path: Path) -> Any:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(len(_MAGIC))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); expected a GGUF file.") from error
-    if magic != b"GGUF":
-        raise UserError(f"{path}: starts with {magic!r}; expected a GGUF file, which starts with b'GGUF'.")
+    if magic != _MAGIC and is_lfs_pointer(path):
+        raise UserError(f"{path}: {LFS_POINTER}")
+    if magic != _MAGIC:
+        raise UserError(f"{path}: starts with {magic!r}; expected a GGUF file, which starts with {_MAGIC!r}.")
     try:
-        reader = reader_class()(path)
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
+        return reader_class()(path)
     # What the library raises on bytes that make no sense; our reader raises EOFError past the end.
     except (ValueError, KeyError, IndexError, EOFError, OverflowError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: is truncated or corrupt ({path.stat().st_size:,} bytes; {error}); download it again."
-        ) from error
-    return GGUFSource(path, metadata, {tensor.name: tensor for tensor in reader.tensors})
+        raise _corrupt(path, error) from error
+
+
+def _contents(field: Any, path: Path) -> Any:
+    try:
+        return field.contents()
+    except (ValueError, KeyError, IndexError, OverflowError, UnicodeDecodeError) as error:
+        raise _corrupt(path, error) from error
+
+
+def _corrupt(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: is truncated or corrupt ({path.stat().st_size:,} bytes; {error}); download it again.")
+
+
+def _check_types(path: Path, tensors: Iterable[Any]) -> None:
+    """Refuses what the library cannot dequantise. It has no list to ask, so that one block of zeros is tried."""
+    from gguf import GGML_QUANT_SIZES
+    from gguf.quants import dequantize
+
+    first = {tensor.tensor_type: tensor.name for tensor in reversed(list(tensors))}
+    for kind, name in first.items():
+        try:
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+        except NotImplementedError as error:
+            raise _unreadable(path, name, kind.name) from error
+
+
+def _unreadable(path: Path, tensor: str, kind: str) -> UserError:
+    import gguf
+
+    return UserError(
+        f"{path}: tensor {tensor} is of type {kind}, which the installed gguf library "
+        f"({metadata_version(gguf.__name__)}) does not dequantise; choose another quantisation of this model."
+    )
 
 
 @functools.cache
 def reader_class() -> type:
-    """`gguf.GGUFReader`, checked against reading past the end and three times faster."""
-    from gguf import GGUFReader
+    """`gguf.GGUFReader`, checked against reading past the end and unknown types, and three times faster."""
+    from gguf import GGMLQuantizationType, GGUFReader
 
     class Reader(GGUFReader):  # type: ignore[misc]
         data: Any
+
+        def __init__(self, path: Path, *options: Any) -> None:
+            self.origin = path
+            super().__init__(path, *options)
 
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
             if isinstance(self.data, np.memmap):
@@ -141,6 +229,14 @@ def reader_class() -> type:
             if end > self.data.nbytes:
                 raise EOFError(f"its contents say that it goes on to byte {end:,}")
             return super()._get(offset, dtype, count, override_order)
+
+        def _build_tensors(self, start_offs: int, fields: Any) -> None:
+            known = {kind.value for kind in GGMLQuantizationType}
+            for field in fields:
+                kind = int(field.parts[4][0])
+                if kind not in known:
+                    raise _unreadable(self.origin, field.name, f"number {kind}")
+            super()._build_tensors(start_offs, fields)
 
     return Reader
 
@@ -187,6 +283,8 @@ def _config(source: GGUFSource) -> ModelConfig:
     )
     head_dim = value("attention.key_length", embed_dim // heads)
     _check_variant(source, arch, head_dim)
+    scaling = _rope_scaling(source, arch, head_dim)
+    context = longest_context(context, scaling)
     return ModelConfig(
         family=_FAMILIES[arch],
         vocab_size=int(source.tensors["token_embd.weight"].shape[-1]),
@@ -198,10 +296,11 @@ def _config(source: GGUFSource) -> ModelConfig:
         mlp_dim=required("feed_forward_length"),
         max_context=min(context, value("attention.sliding_window") or context),
         rope_theta=_tidy(value("rope.freq_base", 10000.0)),
-        rope_scaling=_rope_scaling(source, arch, head_dim),
+        rope_scaling=scaling,
         norm_eps=_tidy(required("attention.layer_norm_rms_epsilon")),
         tie_embeddings="output.weight" not in source.tensors,
-        qkv_bias=arch == "qwen2",
+        qkv_bias=arch == "qwen2" or all(f"blk.0.attn_{letter}.bias" in source.tensors for letter in "qkv"),
+        out_bias="blk.0.attn_output.bias" in source.tensors,
         qk_norm=arch == "qwen3",
     )
 
@@ -234,9 +333,30 @@ def _rope_scaling(source: GGUFSource, arch: str, head_dim: int) -> RopeScaling |
         if not factor:
             raise UserError(f"{source.path}: rope scaling is linear without a factor; convert the file again.")
         return RopeScaling("linear", _tidy(factor)) if factor != 1 else None
+    if kind == "yarn":
+        return _yarn_scaling(source, arch)
     if kind != "none":
-        raise UserError(f"{source.path}: rope scaling is {kind!r}; expected none, linear or Llama 3.1's.")
+        raise UserError(f"{source.path}: rope scaling is {kind!r}; expected none, linear, yarn or Llama 3.1's.")
     return None
+
+
+def _yarn_scaling(source: GGUFSource, arch: str) -> RopeScaling:
+    prefix = f"{arch}.rope.scaling."
+    said = {key.removeprefix(prefix): value for key, value in source.metadata.items() if key.startswith(prefix)}
+    known = {"type", "finetuned", "factor", "original_context_length", "yarn_beta_fast", "yarn_beta_slow"}
+    if unknown := sorted(said.keys() - known):
+        raise UserError(f"{source.path}: metadata {prefix}{unknown[0]} is not supported; expected plain yarn scaling.")
+    factor, original = said.get("factor"), said.get("original_context_length")
+    if not factor or not original:
+        raise UserError(f"{source.path}: rope scaling is yarn without factor or original context; convert it again.")
+    return RopeScaling(
+        "yarn",
+        _tidy(factor),
+        original_context=int(original),
+        beta_fast=_tidy(said.get("yarn_beta_fast", 32.0)),
+        beta_slow=_tidy(said.get("yarn_beta_slow", 1.0)),
+        attention_factor=yarn_attention_factor(_tidy(factor)),
+    )
 
 
 def _llama3_scaling(source: GGUFSource, arch: str, head_dim: int) -> RopeScaling | None:

@@ -20,16 +20,69 @@ _MODERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# ruff: noqa: RUF001
+# Latin, Greek, Cyrillic, Armenian and Georgian letters that have upper and lower case, as DeepSeek's list has them.
+_CASED = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄ"
+    "ῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲"
+    "𑢠-𑣟𞤀-𞥃"
+)
+_EASTERN = "[一-龥ࠀ-一가-\ud7ff]+"
+# Words in which a change from lower to upper case begins a new piece.
+_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+_CASES = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+%(ending)s|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*%(ending)s"
+    r"|\p{N}%(digits)s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # tokenizer.ggml.pre: the expressions that cut the text, one after the other, before byte pairs are merged (llama.cpp,
-# src/llama-vocab.cpp). What lies between two matches is a piece of its own.
+# src/llama-vocab.cpp, where they stand as in the models' own tokenizer.json). What lies between two matches is a piece
+# of its own.
 _CUTS: dict[str, tuple[str, ...]] = {
     "gpt-2": (_WORDS,),
     "smollm": (r"\p{N}", _WORDS),
     "llama-bpe": (_MODERN.format(digits="{1,3}"),),
+    "smaug-bpe": (_MODERN.format(digits="{1,3}"),),
     "qwen2": (_MODERN.format(digits=""),),
+    # Accents and other marks belong to the letters before them.
+    "qwen35": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+        r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    "tekken": (_CASES % {"ending": "", "digits": ""},),
+    "gpt-4o": (_CASES % {"ending": "(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "digits": "{1,3}"},),
+    "deepseek-llm": (
+        "[\r\n]",
+        rf"\s?[{_CASED}]+",
+        r"\s?[!-/:-~！-／：-～‘-‟\u3000-。]+",
+        r"\s+$",
+        _EASTERN,
+        r"\p{N}+",
+    ),
+    "deepseek-coder": ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _EASTERN, r"\p{N}"),
+    "deepseek-v3": (
+        r"\p{N}{1,3}",
+        "[一-龥\u3040-ゟ゠-ヿ]+",
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+        r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _WORDS, r"[0-9][0-9][0-9]"),
+    "seed-coder": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _WORDS, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
-_ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
+_ALIASES = {
+    **dict.fromkeys(("llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0", "lfm2"), "llama-bpe"),
+    **dict.fromkeys(("dbrx", "glm4", "chatglm-bpe"), "smaug-bpe"),
+    **dict.fromkeys(("deepseek-r1-qwen", "megrez"), "qwen2"),
+    **dict.fromkeys(("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), "smollm"),
+    **dict.fromkeys(("mpt", "olmo", "jais", "trillion", "phi-2"), "gpt-2"),
+    "llama4": "gpt-4o",
+}
+# These take a word that is a token whole, even where no sequence of merges leads to it, and add a begin token where the
+# file does not say.
+_WHOLE_WORDS = ("llama-bpe", "tekken")
 
 
 def gguf_tokenizer(source: GGUFSource) -> Tokenizer:
@@ -95,9 +148,8 @@ def _byte_pairs(source: GGUFSource, vocab: dict[str, int]) -> Backend:
     """GPT-2's kind: bytes written as printable characters, merged in the order of the list."""
     merges = [tuple(pair.split(" ", 1)) for pair in _listed(source, "tokenizer.ggml.merges")]
     name, cuts = _cuts(source)
-    # Llama 3 takes a word that is a token whole, even where no sequence of merges leads to it.
-    backend = Backend(models.BPE(vocab, merges, ignore_merges=name == "llama-bpe"))
-    if name == "qwen2":
+    backend = Backend(models.BPE(vocab, merges, ignore_merges=name in _WHOLE_WORDS))
+    if name in ("qwen2", "qwen35"):
         backend.normalizer = normalizers.NFC()
     split = [pre_tokenizers.Split(Regex(cut), behavior="isolated") for cut in cuts]
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -136,7 +188,7 @@ def _merges(vocab: dict[str, int], scores: Sequence[float]) -> list[tuple[str, s
 def _add_template(source: GGUFSource, backend: Backend, roles: dict[str, str | None], kind: str) -> None:
     """Makes `encode` add the begin and end tokens that the model was trained with."""
     # Defaults of llama.cpp where the file does not say.
-    begins = kind == "llama" or _cuts(source)[0] == "llama-bpe"
+    begins = kind == "llama" or _cuts(source)[0] in _WHOLE_WORDS
     bos = roles["bos_token"] if source.metadata.get("tokenizer.ggml.add_bos_token", begins) else None
     eos = roles["eos_token"] if source.metadata.get("tokenizer.ggml.add_eos_token", False) else None
     if bos is None and eos is None:

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from specattn_jax.errors import UserError
 from specattn_jax.files import read_json
+from specattn_jax.loading.hf_rope import longest_context, parse_rope, scaling_fields
 from specattn_jax.models.config import Family, ModelConfig, RopeScaling
 
 _ARCHITECTURES: dict[Family, str] = {
@@ -18,9 +19,8 @@ _ARCHITECTURES: dict[Family, str] = {
 }
 # Fields that change the computation in ways that we do not follow, with the values that leave it alone.
 _PLAIN: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
+    "hidden_act": ("silu", "swish"),
+    "mlp_bias": (False, None),
     "partial_rotary_factor": (None, 1, 1.0),
 }
 
@@ -52,7 +52,9 @@ def parse_hf_config(data: Mapping[str, Any], origin: str) -> ModelConfig:
         if data.get(key, plain[0]) not in plain:
             raise UserError(f"{origin}: {key} is {data[key]!r}; expected {plain[0]!r}; this variant is not supported.")
     embed_dim, heads = _required(data, "hidden_size", origin), _required(data, "num_attention_heads", origin)
-    theta, scaling = _rope(data, origin)
+    theta, scaling = parse_rope(data, origin)
+    # The other families do not read this field: Mistral has no biases, Qwen2 always has those of q, k and v.
+    biased = family in ("llama", "qwen3") and bool(data.get("attention_bias", False))
     return ModelConfig(
         family=family,
         vocab_size=_required(data, "vocab_size", origin),
@@ -62,12 +64,13 @@ def parse_hf_config(data: Mapping[str, Any], origin: str) -> ModelConfig:
         num_kv_heads=data.get("num_key_value_heads") or heads,
         head_dim=data.get("head_dim") or (128 if family == "qwen3" else embed_dim // heads),
         mlp_dim=_required(data, "intermediate_size", origin),
-        max_context=_max_context(data, family, origin),
+        max_context=_max_context(data, family, scaling, origin),
         rope_theta=theta,
         rope_scaling=scaling,
         norm_eps=float(data.get("rms_norm_eps", 1e-6)),
         tie_embeddings=bool(data.get("tie_word_embeddings", False)),
-        qkv_bias=family == "qwen2",
+        qkv_bias=family == "qwen2" or biased,
+        out_bias=biased,
         qk_norm=family == "qwen3",
     )
 
@@ -88,9 +91,10 @@ def hf_config(config: ModelConfig, dtype_name: str) -> dict[str, Any]:
         "hidden_act": "silu",
         "max_position_embeddings": config.max_context,
         "rope_theta": config.rope_theta,
-        "rope_scaling": None if scaling is None else _scaling_fields(scaling),
+        "rope_scaling": None if scaling is None else scaling_fields(scaling),
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": config.out_bias or (config.qkv_bias and config.family != "qwen2"),
         "dtype": dtype_name,
     }
     # Mistral's default is a window of 4096; ours already limits max_position_embeddings.
@@ -105,41 +109,9 @@ def _required(data: Mapping[str, Any], key: str, origin: str) -> Any:
     return data[key]
 
 
-def _max_context(data: Mapping[str, Any], family: Family, origin: str) -> int:
+def _max_context(data: Mapping[str, Any], family: Family, scaling: RopeScaling | None, origin: str) -> int:
     """The longest sequence over which dense attention computes the same as the model's sliding window."""
-    longest: int = _required(data, "max_position_embeddings", origin)
+    longest = longest_context(_required(data, "max_position_embeddings", origin), scaling)
     slides = family == "mistral" or (family in ("qwen2", "qwen3") and data.get("use_sliding_window", False))
     window: int | None = data.get("sliding_window", 4096) if slides else None
     return longest if window is None else min(longest, window)
-
-
-def _rope(data: Mapping[str, Any], origin: str) -> tuple[float, RopeScaling | None]:
-    """Base and stretch of the rotary frequencies, in any of the three spellings that transformers has had."""
-    rope: Mapping[str, Any] = data.get("rope_parameters") or data.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta", data.get("rope_theta", 10000.0)))
-    if rope.get("partial_rotary_factor", 1) != 1:
-        raise UserError(f"{origin}: only part of each head is rotated (partial_rotary_factor); not supported.")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, RopeScaling("linear", float(_required(rope, "factor", f"{origin} (rope scaling)")))
-    if kind != "llama3":
-        raise UserError(f"{origin}: rope scaling is {kind!r}; expected default, linear or llama3.")
-    where = f"{origin} (rope scaling)"
-    factor, low, high = (
-        float(_required(rope, key, where)) for key in ("factor", "low_freq_factor", "high_freq_factor")
-    )
-    original = int(_required(rope, "original_max_position_embeddings", where))
-    return theta, RopeScaling("llama3", factor, low, high, original)
-
-
-def _scaling_fields(scaling: RopeScaling) -> dict[str, Any]:
-    fields: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind == "llama3":
-        fields |= {
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_context,
-        }
-    return fields

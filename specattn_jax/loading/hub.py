@@ -13,6 +13,27 @@ _WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 _IGNORED = ["original/*", "consolidated*", "onnx/*", "gguf/*"]
 
 
+def cached_snapshot(folder: Path) -> Path | None:
+    """The snapshot to read where a folder is a repository's root in the hub's cache, None where it is something else.
+
+    Raises:
+        UserError: it holds several snapshots, and none is marked as the main one.
+    """
+    if not (folder / "snapshots").is_dir():
+        return None
+    found = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
+    main = folder / "refs" / "main"
+    named = folder / "snapshots" / main.read_text(encoding="utf-8").strip() if main.is_file() else None
+    if named in found:
+        return named
+    if len(found) != 1:
+        raise UserError(
+            f"{folder}: is a folder of the hub's cache with {len(found)} snapshots, none of them marked as the main "
+            "one; give the path of one snapshot."
+        )
+    return found[0]
+
+
 def snapshot(repo: str, *, weights: bool) -> Path:
     """The local copy of a repository, downloaded as far as needed.
 

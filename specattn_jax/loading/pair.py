@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from specattn_jax.calibration.calibrate import CalibrationSettings, calibrate, save_calibration
 from specattn_jax.errors import UserError
-from specattn_jax.loading.draft import share_embedding
+from specattn_jax.loading.draft import limit_vocabulary, share_embedding
 from specattn_jax.loading.memory import check_memory
 from specattn_jax.loading.presets import get_preset, preset_names
 from specattn_jax.loading.resolve import draft_reference, load_model, resolve
@@ -155,9 +155,10 @@ def load_pair(
     target_files = resolve(target, progress)
     draft_files = resolve(draft_reference(draft, target), progress)
     shared = draft_files.path == target_files.path
+    unknown = None
     if not shared:
         if draft_files.target is None or draft_files.target.path != target_files.path:
-            check_compatible(draft_files.tokenizer(), target_files.tokenizer())
+            unknown = check_compatible(draft_files.tokenizer(), target_files.tokenizer())
         check_memory(
             {"target weights": target_files.weight_bytes(kind), "draft weights": draft_files.weight_bytes(kind)}
         )
@@ -165,6 +166,8 @@ def load_pair(
     draft_model = target_model
     if not shared:
         draft_model = share_embedding(load_model(draft_files, dtype=kind, progress=progress)[0], target_model)
+    if unknown is not None:
+        draft_model = limit_vocabulary(draft_model, unknown)
     folder = shipped_alignment(target, shared) if alignment == "default" else alignment
     loaded = None if folder is None else load_alignment(Path(folder))
     if loaded is not None:

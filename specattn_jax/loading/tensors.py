@@ -122,6 +122,8 @@ def _layer_packings(config: ModelConfig, index: int) -> dict[ArrayPath, Packing]
     }
     if config.qkv_bias:
         table[*here, "attention", "qkv_bias"] = _qkv(config, attention, "bias")
+    if config.out_bias:
+        table[*here, "attention", "out_bias"] = _alike(f"{attention}.o_proj.bias", d)
     if config.qk_norm:
         table[*here, "attention", "q_norm", "scale"] = _alike(f"{attention}.q_norm.weight", h)
         table[*here, "attention", "k_norm", "scale"] = _alike(f"{attention}.k_norm.weight", h)

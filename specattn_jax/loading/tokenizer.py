@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from specattn_jax.errors import UserError
 
 # Tokens that end a generation in one chat format or another. They count only where the tokenizer marks them as special.
 _END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>", "</s>")
+_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -29,12 +31,15 @@ class Tokenizer:
         roles: the special tokens by what they are for (`bos_token`, `eos_token`, `unk_token`, `pad_token`).
         eos_ids: every id that ends a generation, ascending.
         chat_template: Jinja source of the chat format, if the model has one.
+        wrapped: transformers' tokenizer around `backend`, where it was read by transformers: it knows what else its
+            folder says (further keys for the chat template, how to tidy decoded text). None is made when first needed.
     """
 
     backend: Backend
     roles: Mapping[str, str]
     eos_ids: tuple[int, ...]
     chat_template: str | None = None
+    wrapped: Any = dataclasses.field(default=None, repr=False)
 
     @property
     def vocab_size(self) -> int:
@@ -48,12 +53,20 @@ class Tokenizer:
         return None if token is None else self.backend.token_to_id(token)
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
-        """Token ids of `text`; with `add_special`, with the begin token that the model was trained with, if any."""
-        return list(self.backend.encode(text, add_special_tokens=add_special).ids)
+        """Token ids of `text`; with `add_special`, with the begin token that the model was trained with, if any.
+
+        A text that begins with that token already, as chat prompts do, gets no second one.
+        """
+        encoded = self.backend.encode(text, add_special_tokens=add_special)
+        ids = list(encoded.ids)
+        # The mask is 1 at what was added, 0 at a special token that stands in the text.
+        added = next((index for index, mark in enumerate(encoded.special_tokens_mask) if not mark), len(ids))
+        return ids[added:] if ids[added : 2 * added] == ids[:added] else ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`."""
-        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special))
+        decoder = self.backend if self.wrapped is None else self.wrapped
+        return str(decoder.decode(list(ids), skip_special_tokens=skip_special))
 
     def apply_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The prompt that asks the model for the next message of a conversation.
@@ -105,8 +118,23 @@ class Tokenizer:
         return {index: token for token, index in self.backend.get_vocab(with_added_tokens=True).items()}
 
     @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids that `decode` leaves out unless told otherwise."""
+        return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
+    @functools.cached_property
+    def byte_ids(self) -> frozenset[int]:
+        """The ids of single bytes (`<0xE9>`), where the tokenizer writes unknown characters with them."""
+        decoder = self.backend.decoder
+        if decoder is None or b"ByteFallback" not in decoder.__getstate__():
+            return frozenset()
+        return frozenset(index for index, token in self._tokens.items() if _BYTE_TOKEN.fullmatch(token))
+
+    @functools.cached_property
     def _wrapped(self) -> Any:
         """The same as transformers wants it; only chat and saving need it."""
+        if self.wrapped is not None:
+            return self.wrapped
         return import_transformers().PreTrainedTokenizerFast(
             tokenizer_object=self.backend,
             chat_template=self.chat_template,
@@ -124,9 +152,16 @@ def import_transformers() -> Any:
 
 
 def make_tokenizer(
-    backend: Backend, roles: Mapping[str, str | None], eos_ids: Iterable[int], chat_template: str | None
+    backend: Backend,
+    roles: Mapping[str, str | None],
+    eos_ids: Iterable[int],
+    chat_template: str | Mapping[str, str] | None,
+    wrapped: Any = None,
 ) -> Tokenizer:
-    """A tokenizer, with what is known of the model's special tokens gathered into `eos_ids`."""
+    """A tokenizer, with what is known of the model's special tokens gathered into `eos_ids`.
+
+    Of several chat templates, the one named "default" is taken.
+    """
     # Some files ask for truncation or padding, meant for training.
     backend.no_truncation()
     backend.no_padding()
@@ -135,25 +170,34 @@ def make_tokenizer(
     ends = set(eos_ids) | {special[token] for token in _END_TOKENS if token in special}
     if (eos := known.get("eos_token")) is not None and (index := backend.token_to_id(eos)) is not None:
         ends.add(index)
-    return Tokenizer(backend, known, tuple(sorted(ends)), chat_template)
+    template = chat_template.get("default") if isinstance(chat_template, Mapping) else chat_template
+    return Tokenizer(backend, known, tuple(sorted(ends)), template, wrapped)
 
 
-def check_compatible(draft: Tokenizer, target: Tokenizer) -> None:
+def check_compatible(draft: Tokenizer, target: Tokenizer) -> int | None:
     """Checks that the draft's token ids mean the same to the target.
 
-    Padding of the models' vocabularies does not matter here; the tokens must be the same.
+    Padding of the models' vocabularies does not matter here; the tokens must be the same. Only added tokens after the
+    last id of the other may be known to one alone.
+
+    Returns:
+        The first id that the draft knows and the target does not, None where there is none. Such ids must never be
+        proposed (`limit_vocabulary`).
 
     Raises:
         UserError: they are not; names the first token that differs.
     """
     ours, theirs = draft._tokens, target._tokens
+    known_to_both = min(max(ours, default=-1), max(theirs, default=-1)) + 1
+    added = draft.backend.get_added_tokens_decoder().keys() | target.backend.get_added_tokens_decoder().keys()
     for index in sorted(ours.keys() | theirs.keys()):
-        if ours.get(index) != theirs.get(index):
+        if ours.get(index) != theirs.get(index) and not (index >= known_to_both and index in added):
             raise UserError(
                 f"draft and target: token {index} is {_shown(ours.get(index))} for the draft and "
                 f"{_shown(theirs.get(index))} for the target; expected the same tokenizer; choose a draft "
                 "of the same family."
             )
+    return min(ours.keys() - theirs.keys(), default=None)
 
 
 def _shown(token: str | None) -> str:
@@ -163,7 +207,8 @@ def _shown(token: str | None) -> str:
 class TextStream:
     """Turns ids that arrive one by one into text that can be printed at once.
 
-    A character may take several tokens; it is held back until it is complete. The pieces joined are the decoding of all
+    A character may take several tokens; it is held back until it is complete. So are byte tokens until another token
+    follows, because one broken byte decides about the text of its whole run. The pieces joined are the decoding of all
     ids, whatever the tokenizer does with spaces between words.
 
     Example:
@@ -184,7 +229,7 @@ class TextStream:
         self._pending += ids
         text = self._text()
         # An unfinished character decodes to U+FFFD.
-        return "" if text.endswith("\ufffd") else self._emit(text)
+        return "" if text.endswith("\ufffd") or self._in_bytes() else self._emit(text)
 
     def flush(self) -> str:
         """What is left at the end, an unfinished character included."""
@@ -193,6 +238,12 @@ class TextStream:
     def _text(self) -> str:
         before = self._tokenizer.decode(self._context, self._skip_special)
         return self._tokenizer.decode(self._context + self._pending, self._skip_special)[len(before) :]
+
+    def _in_bytes(self) -> bool:
+        """Whether the last id that shows is a byte token, which the next one may belong to."""
+        known = self._tokenizer.byte_ids
+        hidden = self._tokenizer.special_ids if self._skip_special else frozenset()
+        return next((index in known for index in reversed(self._pending) if index not in hidden), False)
 
     def _emit(self, text: str) -> str:
         if text:

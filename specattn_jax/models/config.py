@@ -16,18 +16,27 @@ class RopeScaling:
 
     Attributes:
         kind: `linear` divides every frequency by `factor`; `llama3` divides only the low frequencies, with a smooth
-            transition between two wavelengths (Llama 3.1).
+            transition between two wavelengths (Llama 3.1); `yarn` likewise, between two channels, and scales the
+            attention logits besides (Peng et al. 2023).
         factor: how much longer the context becomes.
         low_freq_factor: `llama3` only. Wavelengths above `original_context / low_freq_factor` are fully stretched.
         high_freq_factor: `llama3` only. Wavelengths below `original_context / high_freq_factor` are left alone.
-        original_context: `llama3` only. Context length before the stretch, in tokens.
+        original_context: `llama3` and `yarn`. Context length before the stretch, in tokens.
+        beta_fast: `yarn` only. Frequencies that turn more often than this in the original context are left alone.
+        beta_slow: `yarn` only. Frequencies that turn less often than this are fully stretched.
+        attention_factor: `yarn` only. Multiplies rotated queries and keys alike.
+        truncate: `yarn` only. Whether the ends of the transition are rounded to whole channels.
     """
 
-    kind: Literal["linear", "llama3"]
+    kind: Literal["linear", "llama3", "yarn"]
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +58,7 @@ class ModelConfig:
         norm_eps: epsilon of every RMS norm.
         tie_embeddings: whether the output matrix is the embedding.
         qkv_bias: whether q, k and v have a bias (Qwen2).
+        out_bias: whether the output projection of attention has one (Llama with `attention_bias`).
         qk_norm: whether q and k are RMS-normalised per head (Qwen3).
     """
 
@@ -66,6 +76,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     qkv_bias: bool = False
+    out_bias: bool = False
     qk_norm: bool = False
 
     def __post_init__(self) -> None:
@@ -103,7 +114,7 @@ class ModelConfig:
         d, h = self.embed_dim, self.head_dim
         qkv = (self.num_heads + 2 * self.num_kv_heads) * h
         per_layer = d * qkv + self.num_heads * h * d + 3 * d * self.mlp_dim + 2 * d
-        per_layer += qkv * self.qkv_bias + 2 * h * self.qk_norm
+        per_layer += qkv * self.qkv_bias + d * self.out_bias + 2 * h * self.qk_norm
         return self.vocab_size * d * (1 if self.tie_embeddings else 2) + self.num_layers * per_layer + d
 
     def to_json(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from specattn_jax.models.config import ModelConfig
+from specattn_jax.models.config import ModelConfig, RopeScaling
 
 _INIT = nnx.initializers.normal(stddev=0.02)
 
@@ -29,7 +29,7 @@ class Rotation(NamedTuple):
 def rotary_frequencies(config: ModelConfig) -> Float[Array, " half"]:
     """Angular frequency per pair of channels, float32 `[H / 2]`, with the model's stretch applied.
 
-    Source: Su et al. 2021 (RoPE); the `llama3` stretch is the one published with Llama 3.1.
+    Source: Su et al. 2021 (RoPE); the `llama3` stretch is the one published with Llama 3.1; `yarn` is Peng et al. 2023.
     """
     half = config.head_dim // 2
     frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -39,16 +39,36 @@ def rotary_frequencies(config: ModelConfig) -> Float[Array, " half"]:
     stretched = frequencies / scaling.factor
     if scaling.kind == "linear":
         return stretched
-    turns = scaling.original_context * frequencies / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    if scaling.kind == "yarn":
+        first, last = _yarn_range(config, scaling)
+        keep = 1.0 - jnp.clip((jnp.arange(half, dtype=jnp.float32) - first) / (last - first), 0.0, 1.0)
+    else:
+        turns = scaling.original_context * frequencies / (2 * math.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
     return keep * frequencies + (1 - keep) * stretched
 
 
+def _yarn_range(config: ModelConfig, scaling: RopeScaling) -> tuple[float, float]:
+    """The channels between which the stretch sets in: there, a frequency turns `beta` times in the original context."""
+
+    def channel(turns: float) -> float:
+        wavelengths = scaling.original_context / (turns * 2 * math.pi)
+        return config.head_dim * math.log(wavelengths) / (2 * math.log(config.rope_theta))
+
+    first, last = channel(scaling.beta_fast), channel(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, config.head_dim - 1)
+    # Apart by a little, where they meet.
+    return first, last if first != last else last + 0.001
+
+
 def rotation(config: ModelConfig, positions: Int[Array, "B T"]) -> Rotation:
-    """Rotary angles at the given positions, in float32."""
+    """Rotary angles at the given positions, in float32, times yarn's factor where the model has one."""
     angles = positions[..., None].astype(jnp.float32) * rotary_frequencies(config)
-    return Rotation(jnp.cos(angles), jnp.sin(angles))
+    scale = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor
+    return Rotation(jnp.cos(angles) * scale, jnp.sin(angles) * scale)
 
 
 def rotate(x: Float[Array, "B T heads H"], by: Rotation) -> Float[Array, "B T heads H"]:
@@ -82,6 +102,7 @@ class Attention(nnx.Module):
         self.qkv = nnx.Param(_INIT(rngs.params(), (d, k, g + 2, h), dtype))
         self.qkv_bias = nnx.Param(jnp.zeros((k, g + 2, h), dtype)) if config.qkv_bias else None
         self.out = nnx.Param(_INIT(rngs.params(), (k, g, h, d), dtype))
+        self.out_bias = nnx.Param(jnp.zeros((d,), dtype)) if config.out_bias else None
         self.q_norm = RMSNorm(h, config.norm_eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(h, config.norm_eps, dtype=dtype) if config.qk_norm else None
 
@@ -103,7 +124,8 @@ class Attention(nnx.Module):
     def merge(self, attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         """Output projection of the attended values."""
         weight = self.out[...]
-        return attended.reshape(*attended.shape[:2], -1) @ weight.reshape(-1, weight.shape[-1])
+        merged = attended.reshape(*attended.shape[:2], -1) @ weight.reshape(-1, weight.shape[-1])
+        return merged if self.out_bias is None else merged + self.out_bias[...]
 
 
 class MLP(nnx.Module):

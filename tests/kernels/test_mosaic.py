@@ -120,6 +120,7 @@ def test_lowers_for_a_gpu(monkeypatch, head_dim, dtype, block_size):
     cache = jax.ShapeDtypeStruct((2, 2, 1000, head_dim), dtype)
     lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
     options = {"return_lse": True, "implementation": "pallas_mosaic_gpu"}
+    arguments: tuple[object, ...]
     if block_size is None:
         function = jax.jit(lambda q, k, v, lengths: kernels.decode_attention(q, k, v, lengths, **options))
         arguments, name = (q, cache, cache, lengths), "mosaic_dense_decode"

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tiny import causal_attention, tiny_config
 
+from specattn_jax.decoding.sampling import match_vocabulary
 from specattn_jax.errors import UserError
 from specattn_jax.examples import byte_tokenizer
 from specattn_jax.loading import load_model, resolve, save_checkpoint, save_draft, save_hf, share_embedding
@@ -25,6 +26,7 @@ from specattn_jax.loading.tensors import array_path, hf_tensors
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.models.layers import rotation
 from specattn_jax.models.transformer import LanguageModel, abstract_model
+from specattn_jax.runtime.generate import generate
 
 SHARED = ("model.embed_tokens.weight", "lm_head.weight")
 NOTES = {"steps": 3, "texts": ["books/train"]}
@@ -182,6 +184,35 @@ def test_pair_and_shared_arrays(folder, tiny_folders):
         assert shared.params[name][...] is pair.target.params[name][...]
     assert jax.tree.structure(shared) == jax.tree.structure(pair.draft)
     np.testing.assert_array_equal(logits_of(shared, [[1, 2, 3]]), logits_of(pair.draft, [[1, 2, 3]]))
+
+
+def test_a_token_that_only_the_draft_knows_is_never_proposed(tmp_path, tiny_folders):
+    """The target's embedding is padded, so that the id would be within its vocabulary."""
+    padded = tiny_config(vocab_size=264, num_layers=3, max_context=256)
+    target = random_model(padded, 0)
+    save_hf(target, byte_tokenizer(), tmp_path / "target")
+    longer = byte_tokenizer()
+    longer.backend.add_special_tokens(["<|only the draft|>"])
+    unknown = longer.backend.token_to_id("<|only the draft|>")
+    assert unknown == 257
+    model = random_model(dataclasses.replace(padded, num_layers=1), 3)
+    # Weights that make the draft want nothing else.
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.at[unknown].mul(100.0) if array_path(path)[0] == "output" else leaf, model.params
+    )
+    save_hf(dataclasses.replace(model, params=params), longer, tmp_path / "draft")
+    pair = load_pair(str(tmp_path / "target"), str(tmp_path / "draft"), alignment=None, dtype="float32")
+    assert pair.draft.config.vocab_size == unknown
+    assert jax.tree.structure(pair.draft.params) == jax.tree.structure(model.params)
+    logits = match_vocabulary(jnp.asarray(logits_of(pair.draft, [[1, 2, 3]])), padded.vocab_size)
+    assert logits.shape[-1] == padded.vocab_size
+    assert np.isneginf(logits[..., unknown:]).all()
+    np.testing.assert_array_equal(logits[..., :unknown], logits_of(model, [[1, 2, 3]])[..., :unknown])
+    texts = [
+        [result.tokens for result in generate(pair, ["Call me"], mode=mode, max_new_tokens=12).results]
+        for mode in ("autoregressive", "speculative")
+    ]
+    assert texts[0] == texts[1]
 
 
 def test_arrays_that_differ_are_not_shared(target, draft):

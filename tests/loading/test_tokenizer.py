@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
+from pathlib import Path
 
 import gguf
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import AddedToken, Regex, pre_tokenizers
 from transformers import AutoTokenizer, convert_slow_tokenizer
 from transformers.models.qwen2 import tokenization_qwen2
 
@@ -19,7 +21,7 @@ from specattn_jax.errors import UserError
 from specattn_jax.loading import TextStream, check_compatible, get_preset, is_cached
 from specattn_jax.loading.fetch import cached_path
 from specattn_jax.loading.gguf import open_gguf, reader_class
-from specattn_jax.loading.gguf_tokenizer import gguf_tokenizer
+from specattn_jax.loading.gguf_tokenizer import _ALIASES, _CUTS, gguf_tokenizer
 from specattn_jax.loading.hf_tokenizer import hf_tokenizer
 from specattn_jax.loading.tokenizer import make_tokenizer
 
@@ -132,6 +134,46 @@ def smollm_cuts(tmp_path_factory):
     return from_metadata(tmp_path_factory.mktemp("smollm"), byte_pair_metadata("smollm")).backend.pre_tokenizer
 
 
+VECTORS = json.loads((Path(__file__).parent / "llama_cpp_ids.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("pre", VECTORS["ids"])
+def test_ids_are_those_of_llama_cpp(tmp_path, pre):
+    """Ids that llama.cpp (node-llama-cpp 3.21.1) gave for a vocabulary whose merges reach across every cut."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *VECTORS["tokens"]]
+    metadata = byte_pair_metadata(pre, tokens=tokens, token_type=[1] * len(tokens), merges=VECTORS["merges"])
+    tokenizer = from_metadata(tmp_path, metadata | {"tokenizer.ggml.add_bos_token": False})
+    assert len(VECTORS["texts"]) >= 40
+    for text, ids in zip(VECTORS["texts"], VECTORS["ids"][pre], strict=True):
+        assert tokenizer.encode(text) == ids, text
+
+
+def test_every_pre_tokenizer_has_vectors():
+    assert set(VECTORS["ids"]) == set(_CUTS)
+    assert set(_ALIASES.values()) <= set(_CUTS)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(alphabet="abDL'lt 12½٣.,\n\r\té漢🙂_/ÉéΩж\u0301\u0308ก็", max_size=30))
+@pytest.mark.parametrize("pre", ["qwen35", "tekken", "gpt-4o", "smaug-bpe"])
+def test_cuts_with_marks_equal_those_of_transformers(marks, pre, text):
+    mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
+    published = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(mapping.GGUF_PRE_TOKENIZER_SPLITS[pre]), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    assert marks[pre].pre_tokenize_str(text) == published.pre_tokenize_str(text)
+
+
+@pytest.fixture(scope="module")
+def marks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("marks")
+    names = ("qwen35", "tekken", "gpt-4o", "smaug-bpe")
+    return {pre: from_metadata(folder, byte_pair_metadata(pre)).backend.pre_tokenizer for pre in names}
+
+
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(alphabet="abDL'lt 12½٣.,\n\r\té漢🙂_", max_size=30))
 @pytest.mark.parametrize("pre", ["qwen2", "llama-bpe"])
@@ -165,7 +207,8 @@ def test_byte_pairs_and_special_tokens_from_metadata(tmp_path):
 
 def test_begin_token_follows_the_metadata_and_llama3_has_it_by_default(tmp_path):
     assert from_metadata(tmp_path, byte_pair_metadata("gpt-2", add_bos_token=True)).encode("the")[0] == 1
-    assert from_metadata(tmp_path, byte_pair_metadata("llama-bpe")).encode("the")[0] == 1
+    for pre in ("llama-bpe", "pixtral", "tekken"):
+        assert from_metadata(tmp_path, byte_pair_metadata(pre)).encode("the")[0] == 1
     assert from_metadata(tmp_path, byte_pair_metadata("llama-bpe")).encode("the", add_special=False)[0] != 1
     assert from_metadata(tmp_path, byte_pair_metadata("llama-bpe", add_bos_token=False)).encode("the")[0] != 1
 
@@ -272,6 +315,52 @@ def test_streaming_gives_the_same_text_in_whole_characters(sentence_piece, kind,
     assert "\ufffd" not in "".join(pieces)
 
 
+@pytest.mark.parametrize("skip_special", [True, False])
+@pytest.mark.parametrize("kind", ["byte pairs", "sentence piece", "sentence piece, no prefix"])
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_streamed_text_of_any_ids_is_their_decoding(bare_sentence_piece, sentence_piece, kind, skip_special, data):
+    tokenizer = {"byte pairs": tiny_tokenizer(), "sentence piece": sentence_piece}.get(kind, bare_sentence_piece)
+    # Bytes of broken and of whole characters, often side by side, with other tokens and special ones in between.
+    first = tokenizer.backend.token_to_id("<0x00>") if kind != "byte pairs" else None
+    favourites = [first + byte for byte in (0xC3, 0xA9, 0xF0, 0x9F, 0x99, 0x82, 0x20, 0x41, 0xFF)] if first else []
+    some = st.sampled_from([*favourites, 0, 1, 2]) | st.integers(0, tokenizer.vocab_size - 1)
+    ids = data.draw(st.lists(some, max_size=20))
+    stream, pieces, start = TextStream(tokenizer, skip_special), [], 0
+    while start < len(ids):
+        size = data.draw(st.integers(1, 4))
+        pieces.append(stream.push(ids[start : start + size]))
+        start += size
+    assert "".join(pieces) + stream.flush() == tokenizer.decode(ids, skip_special)
+
+
+@pytest.fixture(scope="module")
+def bare_sentence_piece(tmp_path_factory):
+    return from_metadata(tmp_path_factory.mktemp("bare"), sentence_piece_metadata(add_space_prefix=False))
+
+
+@pytest.mark.parametrize("text", ["<s>a b", "<s>", "<s><s>a", "a<s>", "", "<s> a</s>"])
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_text_that_begins_itself_gets_no_second_begin_token(tmp_path, ends, text):
+    tokenizer = from_metadata(tmp_path, sentence_piece_metadata(add_eos_token=ends))
+    plain = tokenizer.encode(text, add_special=False)
+    begin = [] if text.startswith("<s>") else [1]
+    assert tokenizer.encode(text) == [*begin, *plain, *([2] if ends else [])]
+    if text.startswith("<s>"):
+        assert plain[0] == 1
+
+
+def test_a_chat_prompt_given_as_text_begins_once(tmp_path):
+    chat = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer = from_metadata(tmp_path, sentence_piece_metadata() | {"tokenizer.chat_template": chat})
+    prompt = tokenizer.apply_chat([{"role": "user", "content": "a b"}])
+    assert tokenizer.encode(prompt) == tokenizer.encode(prompt, add_special=False)
+    assert tokenizer.encode(prompt)[0] == 1
+    # Where nothing is added, nothing is taken away.
+    bare = from_metadata(tmp_path, sentence_piece_metadata(add_bos_token=False))
+    assert bare.encode("<s><s>a")[:2] == [1, 1]
+
+
 def test_streaming_emits_a_character_as_soon_as_it_is_whole():
     tokenizer = tiny_tokenizer()
     stream, ids = TextStream(tokenizer), tokenizer.encode("🙂!")
@@ -299,6 +388,22 @@ def test_different_tokenizers_are_refused_with_the_first_difference():
     assert tiny_tokenizer().fingerprint() != tiny_tokenizer(merges=("t h",)).fingerprint()
 
 
+def added(*tokens, special=True):
+    made = backend()
+    made.add_tokens([AddedToken(token, special=special, normalized=False) for token in tokens])
+    return make_tokenizer(made, {}, [], None)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_added_tokens_after_the_others_last_are_no_difference(special):
+    plain, longer = tiny_tokenizer(), added("<|tool|>", "<|call|>", special=special)
+    assert check_compatible(plain, tiny_tokenizer()) is None
+    assert check_compatible(longer, plain) == plain.vocab_size
+    assert check_compatible(plain, longer) is None
+    with pytest.raises(UserError, match=r"token 261 is '<\|tool\|>' for the draft and '<\|call\|>' for the target"):
+        check_compatible(longer, added("<|call|>", "<|tool|>"))
+
+
 def test_end_tokens_are_gathered_from_every_file(tmp_path):
     folder = save(tiny("llama"), tmp_path)
     tiny_tokenizer().save(folder)
@@ -314,3 +419,17 @@ def test_folders_without_a_readable_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer\.json: is not a readable tokenizer"):
         hf_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("ids", ["7", [[7]], 7.5, True])
+def test_end_ids_of_another_kind_are_one_sentence(tmp_path, ids):
+    tiny_tokenizer().save(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id is .*; expected a token id or a list"):
+        hf_tokenizer(tmp_path)
+
+
+def test_minus_one_means_no_end_token(tmp_path):
+    tiny_tokenizer().save(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": -1}))
+    assert hf_tokenizer(tmp_path).eos_ids == (0, 2)

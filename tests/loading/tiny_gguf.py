@@ -62,11 +62,15 @@ def write_gguf(
     *,
     metadata: dict[str, Any] | None = None,
     tensors: dict[str, Any] | None = None,
+    split: int = 0,
 ) -> Path:
-    """Writes `model`; `metadata` and `tensors` (by GGUF name; None to leave one out) override what follows from it."""
+    """Writes `model`; `metadata` and `tensors` (by GGUF name; None to leave one out) override what follows from it.
+
+    With `split`, into several files of so many tensors, called after `path`.
+    """
     config = model.config
     arch = ARCHITECTURES[config.model_type]
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch], split_max_tensors=split)
     prefix = gguf.MODEL_ARCH_NAMES[arch]
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     fields = {
@@ -85,6 +89,12 @@ def write_gguf(
         fields |= {
             f"{prefix}.rope.scaling.type": "linear",
             f"{prefix}.rope.scaling.factor": float(config.rope_parameters["factor"]),
+        }
+    if config.rope_parameters["rope_type"] == "yarn":
+        fields |= {
+            f"{prefix}.rope.scaling.type": "yarn",
+            f"{prefix}.rope.scaling.factor": float(config.rope_parameters["factor"]),
+            f"{prefix}.rope.scaling.original_context_length": 256,
         }
     for key, value in (fields | (metadata or {})).items():
         add_field(writer, key, value)
@@ -115,12 +125,11 @@ def add_field(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 
 def random_blocks(rows: int, columns: int, kind: Quantisation, seed: int = 0) -> tuple[np.ndarray, Quantisation]:
-    """Random bytes of a K-quantisation, which the library can read but not make; the scales are small and finite."""
+    """Random bytes of a quantisation, which the library can read but not make; all that they stand for is finite."""
     per_block, size = gguf.GGML_QUANT_SIZES[kind]
-    blocks = np.random.default_rng(seed).integers(0, 256, (rows, columns // per_block, size), np.uint8)
-    scale = np.array([0.01], np.float16).view(np.uint8)
-    if kind == Quantisation.Q6_K:
-        blocks[..., -2:] = scale
-    else:
-        blocks[..., 0:2] = blocks[..., 2:4] = scale
-    return blocks.reshape(rows, -1), kind
+    rng = np.random.default_rng(seed)
+    while True:
+        # Bytes below 60 keep the scales (float16, or an exponent), wherever they lie, small.
+        blocks = rng.integers(0, 60, (rows, columns // per_block * size), np.uint8)
+        if np.isfinite(gguf.quants.dequantize(blocks, kind)).all():
+            return blocks, kind

@@ -39,6 +39,9 @@ _LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 
+# The transition lies among this model's 16 channels, and half of the test's tokens beyond the original context.
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256}
+
 CONFIGS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**_SHAPE, head_dim=32),
     "llama-tied": lambda: LlamaConfig(**{**_SHAPE, "num_key_value_heads": 4}, tie_word_embeddings=True),
@@ -50,6 +53,7 @@ CONFIGS: dict[str, Any] = {
     ),
     "mistral": lambda: MistralConfig(**{**_SHAPE, "num_key_value_heads": 1}, sliding_window=None),
     "qwen2": lambda: Qwen2Config(**_SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    "qwen2-yarn": lambda: Qwen2Config(**_SHAPE, rope_parameters=_YARN),
     "qwen3": lambda: Qwen3Config(**_SHAPE, head_dim=32, tie_word_embeddings=True),
 }
 

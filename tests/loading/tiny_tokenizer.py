@@ -17,7 +17,7 @@ CHAT = (
 def backend(merges: tuple[str, ...] = ("t h", "th e")) -> Tokenizer:
     tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(pair.replace(" ", "") for pair in merges)]
     vocab = {token: index for index, token in enumerate(tokens)}
-    made = Tokenizer(models.BPE(vocab, [tuple(pair.split()) for pair in merges]))
+    made = Tokenizer(models.BPE(vocab, [(left, right) for left, right in map(str.split, merges)]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 import specattn_jax
-from specattn_jax.selection.alignment import load_alignment
 from specattn_jax.calibration.calibrate import CalibrationSettings
 from specattn_jax.examples import tiny_pair
+from specattn_jax.selection.alignment import load_alignment
 from specattn_jax.texts import find_text, read_text
 
 PROMPTS = ("It is a truth universally acknowledged, that a single man", "Call me", "Once upon a time there were three")
@@ -138,9 +138,9 @@ def perplexity() -> Iterator[tuple[str, Callable[[], Any]]]:
     def rows() -> Any:
         from typer.testing import CliRunner
 
-        from specattn_jax.selection.alignment import save_alignment
         from specattn_jax.cli.app import app
         from specattn_jax.examples import save_tiny_pair
+        from specattn_jax.selection.alignment import save_alignment
 
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
