@@ -11,6 +11,11 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+from shapes import check_shapes
+
+# Before anything imports ours.
+check_shapes()
+
 import jax
 import pytest
 from tiny import random_alignment, tiny_config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float, Int32
@@ -62,6 +62,7 @@ class WindowRecord(NamedTuple):
     verdict: Verdict
 
 
+@runtime_checkable
 class Strategy(Protocol):
     """A way of decoding: a frozen pytree of static settings and of the arrays that a selection needs."""
 

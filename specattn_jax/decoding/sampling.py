@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, PRNGKeyArray
+from jaxtyping import Array, Float, Int32, Key
 from specattn_kernels import top_p_threshold
 
 from specattn_jax.errors import UserError
@@ -61,13 +61,13 @@ def token_distribution(logits: Float[Array, "*batch V"], sampling: Sampling) -> 
     return probs
 
 
-def draw(keys: PRNGKeyArray, probs: Float[Array, "B V"]) -> Int32[Array, " B"]:
+def draw(keys: Key[Array, " B"], probs: Float[Array, "B V"]) -> Int32[Array, " B"]:
     """One token per sequence, each with its own key, so that a batch draws what its sequences would draw alone."""
     return jax.vmap(jax.random.categorical)(keys, jnp.log(probs)).astype(jnp.int32)
 
 
 def choose(
-    keys: PRNGKeyArray, logits: Float[Array, "B V"], sampling: Sampling
+    keys: Key[Array, " B"], logits: Float[Array, "B V"], sampling: Sampling
 ) -> tuple[Int32[Array, " B"], Float[Array, "B V"] | None]:
     """The next token of every sequence, and the distribution it was drawn from (None when greedy)."""
     if sampling.greedy:
@@ -104,7 +104,7 @@ def _leading(accept: Array) -> Int32[Array, " B"]:
 
 
 def verify(
-    keys: PRNGKeyArray,
+    keys: Key[Array, " B"],
     drafted: Int32[Array, "B W"],
     draft_probs: Float[Array, "B W V"] | None,
     target_logits: Float[Array, "B T V"],

@@ -170,7 +170,7 @@ def fit_mixture(
     rows, count, _ = target.shape
     start = jnp.full((rows, sources.shape[0]), 1.0 / sources.shape[0], jnp.float32)
 
-    def improve(_: int, weights: Float[Array, "rows R"]) -> Float[Array, "rows R"]:
+    def improve(_: Int32[Array, ""], weights: Float[Array, "rows R"]) -> Float[Array, "rows R"]:
         mix = jnp.einsum("ar,rns->ans", weights, sources)
         responsibility = jnp.einsum("ans,rns->ar", target / jnp.maximum(mix, _TINY), sources) / count
         updated = weights * responsibility

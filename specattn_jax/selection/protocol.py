@@ -7,7 +7,7 @@ to read (`plan`), and tells it what verification saw (`learn`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from jaxtyping import Array, Bool, DTypeLike, Float, Int32
 from specattn_kernels import SelectionPlan
@@ -94,6 +94,7 @@ class Opening(NamedTuple):
         return self.past.shape[0]
 
 
+@runtime_checkable
 class Selection(Protocol):
     """Decides what is read, by the draft and by the target; a pytree. Its state keeps its structure from `init` on."""
 

@@ -64,8 +64,8 @@ def draft_layers(target: LanguageModel, num_layers: int) -> tuple[int, ...]:
     return tuple(round(float(place)) for place in np.linspace(0, have - 1, num_layers))
 
 
-def by_path(model: LanguageModel) -> Weights:
-    """All weights by path, such as `['layers'][0]['mlp']['down'].value`."""
+def by_path(model: LanguageModel) -> dict[str, Any]:
+    """All weights by path, such as `['layers'][0]['mlp']['down'].value`; of an abstract model their shapes."""
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model.params)}
 
 
