@@ -4,40 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
-from specattn_jax.bench.decode_cases import AUTOREGRESSIVE, RIVAL, SPECULATIVE, DecodeCase, Method, shape
-from specattn_jax.planning.cost import Scenario, scored_bytes, scoring_bytes, window_bytes
-
-# Whose best is the baseline "dense speculative decoding with our best dense attention".
-_BEST_DENSE = (SPECULATIVE, "speculative (mosaic gpu)")
+from specattn_jax.bench.decode_cases import DecodeCase, shape
+from specattn_jax.bench.decode_methods import AUTOREGRESSIVE, MOSAIC, RIVAL, SPECULATIVE, Method
+from specattn_jax.decoding.work import Scenario, Work
+from specattn_jax.planning.cost import window_bytes
 
 
 def roofline(case: DecodeCase, method: Method, found: dict[str, Any], copy: float) -> dict[str, Any]:
-    """The bytes that a window has to move, and how near to the copy bandwidth it came, whole and in parts.
+    """The bytes that a window has to move, and how near to the copy bandwidth it came.
 
     Args:
         case: what was decoded.
         method: how.
-        found: `window_seconds`, `density` and perhaps `parts`.
+        found: `window_seconds` and `density`.
         copy: bytes per second of a copy.
     """
     scenario = scenario_of(case, method, found["density"])
-    moved = window_bytes(scenario, method.mode)
-    scored = 0.0
-    if method.mode == "specattn":
-        scored = scored_bytes(scenario) + scoring_bytes(scenario)
-        if not method.sparse_target:
-            moved = moved._replace(selection=scored)
-    facts: dict[str, Any] = {
-        "bytes": moved._asdict(),
-        "share_of_copy_bandwidth": moved.total / found["window_seconds"] / copy,
-    }
-    if "parts" in found:
-        floors = {
-            "draft": (moved.draft_weights + moved.draft_cache + scored) / copy,
-            "verify": (moved.target_weights + moved.target_cache) / copy,
-        }
-        facts["over_roofline"] = {name: found["parts"][name] / floor for name, floor in floors.items()}
-    return facts
+    moved = window_bytes(scenario, work_of(case, method, scenario))
+    return {"bytes": moved._asdict(), "share_of_copy_bandwidth": moved.total / found["window_seconds"] / copy}
+
+
+def work_of(case: DecodeCase, method: Method, scenario: Scenario) -> Work:
+    """What a window of a method consists of."""
+    return method.outline(case.window).cost(scenario)
 
 
 def scenario_of(case: DecodeCase, method: Method, density: float) -> Scenario:
@@ -65,7 +54,8 @@ def compare(points: list[dict[str, Any]]) -> None:
             for name in (AUTOREGRESSIVE, SPECULATIVE, RIVAL)
             if name in speeds
         }
-        dense = [speeds[name] for name in _BEST_DENSE if name in speeds]
+        # Dense speculative decoding with our best dense attention.
+        dense = [speeds[name] for name in (SPECULATIVE, MOSAIC) if name in speeds]
         if dense:
             over["best dense speculative"] = point["tokens_per_second"] / max(dense)
         point["speedup_over"] = over

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from specattn_jax.reporting.plots import as_png, new_figure
+from specattn_jax.bench.drawing import draw_lines, failed_row, gather, markdown
 
 _COLUMNS = ("op", "shape", "point", "contender", "us", "GB/s", "of copy", "speed-up", "error")
 
@@ -19,10 +18,8 @@ def kernel_table(report: dict[str, Any]) -> str:
         "Bytes are those that have to be moved; the speed-up is over the best baseline of the same run (of sparse "
         "attention: dense attention); the error is relative, against float64."
     )
-    rows = [_row(point) for point in report["points"]]
-    lines = [_COLUMNS, ("---",) * len(_COLUMNS), *rows]
     unfinished = "" if report["complete"] else "\nThe run stopped before its end.\n"
-    return f"{head}\n{unfinished}\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{head}\n{unfinished}\n" + markdown(_COLUMNS, [_row(point) for point in report["points"]])
 
 
 def _reads_cache(case: dict[str, Any]) -> bool:
@@ -43,7 +40,7 @@ def _row(point: dict[str, Any]) -> tuple[str, ...]:
     }.get(case["op"], "all")
     names = (case["op"], shape, where, point["contender"])
     if point["failure"] is not None:
-        return *names, "failed", "", "", "", point["failure"].replace("|", "/")
+        return failed_row(names, point["failure"], len(_COLUMNS))
     speedup, error = _speedup(point), point["relative_error"]
     return (
         *names,
@@ -130,33 +127,19 @@ def draw(points: list[dict[str, Any]]) -> dict[str, bytes]:
     """The plots, as PNG by file name: latency over context, speed-up over density, selection over row length."""
     good = [point for point in points if point["failure"] is None]
     return {
-        name: _panels([point for point in good if picture.wanted(point["case"])], picture)
+        name: _draw([point for point in good if picture.wanted(point["case"])], picture)
         for name, picture in _PICTURES.items()
     }
 
 
-def _panels(points: list[dict[str, Any]], picture: _Picture) -> bytes:
+def _draw(points: list[dict[str, Any]], picture: _Picture) -> bytes:
     """Draws the points; panels of a single place on the horizontal axis are left out if others have more."""
-    panels: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
-    for point in points:
-        value = picture.y(point)
-        if value is not None:
-            panels[picture.panel(point)][picture.line(point)].append((point["case"][picture.x], value))
+    panels = gather(
+        (picture.panel(point), picture.line(point), point["case"][picture.x], value)
+        for point in points
+        if (value := picture.y(point)) is not None
+    )
     telling = {
         name: lines for name, lines in panels.items() if len({x for line in lines.values() for x, _ in line}) > 1
     }
-    shown = telling or panels
-    columns = min(3, max(1, len(shown)))
-    rows = max(1, -(-len(shown) // columns))
-    figure = new_figure(5.5 * columns, 4.2 * rows, dpi=110)
-    places = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for empty in places[len(shown) :]:
-        empty.remove()
-    for axes, (name, lines) in zip(places, shown.items(), strict=False):
-        for label, line in lines.items():
-            axes.plot(*zip(*sorted(line), strict=True), "o-", markersize=3, linewidth=1, label=label)
-        axes.set(xlabel=picture.labels[0], ylabel=picture.labels[1], xscale="log", yscale=picture.y_scale)
-        axes.set_title(name, fontsize="small")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="xx-small")
-    return as_png(figure)
+    return draw_lines(telling or panels, *picture.labels, y_scale=picture.y_scale)
