@@ -1,7 +1,8 @@
 """Times whole windows of decoding; the same as `specattn bench decode`, with the device in the results' name.
 
     python scripts/bench_decode.py --grid small --minutes 9
-    python scripts/bench_decode.py --cases "B8 S32768" "B1 S2048" --only speculative specattn --out FOLDER
+    python scripts/bench_decode.py --cases "B8 S32768" "B1 S2048" --only speculative specattn --out AFTER
+    python scripts/compare_decode.py BEFORE AFTER
     python scripts/bench_decode_hf.py --out THE_SAME_FOLDER     # Hugging Face transformers beside it
 
 writes scripts/results/decode-DEVICE/. The same command again goes on where the time ran out. With --report DIR, table,
