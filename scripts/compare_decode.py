@@ -92,10 +92,8 @@ def main() -> None:
         remarks = [word for word, holds in (("SLOWER", slow), ("COMPILES", long), ("FAILS", one.failed)) if holds]
         counts = [" -> ".join(map(str, pair)) for pair in (one.launches, one.copies) if pair[0] is not None]
         print(f"{one.title:60} {ratios[0]:>6} {ratios[1]:>8}   {'  '.join([*counts, *remarks])}".rstrip())
-    print(
-        f"{len(found)} points of both runs, {len(before | after) - len(found)} of one alone; {len(bad)} beyond what is"
-    )
-    print(f"allowed: speed at least {options.speed}, compiling at most {options.compile}.")
+    print(f"{len(found)} points of both runs, {len(before | after) - len(found)} of one alone.")
+    print(f"{len(bad)} are beyond what is allowed: speed {options.speed} or more, compiling {options.compile} or less.")
     if bad:
         raise SystemExit(1)
 

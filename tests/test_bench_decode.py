@@ -31,7 +31,7 @@ from specattn_jax.bench.decode_methods import (
     methods,
 )
 from specattn_jax.bench.decode_report import decode_table
-from specattn_jax.bench.decode_roofline import roofline, scenario_of, work_of
+from specattn_jax.bench.decode_roofline import predict, roofline
 from specattn_jax.bench.decode_workload import Workload, bench_strategy
 from specattn_jax.bench.runner import Limits, rewrite_report, run_benchmark
 from specattn_jax.errors import UserError
@@ -168,10 +168,11 @@ class TestMethods:
     def test_our_own_is_what_is_shipped(self):
         found = methods()
         assert found[SPECATTN].policy == found[RIVAL].policy == load_policy("default")
-        assert found[RIVAL].outline(5).lossless
-        assert found[DENSE_DRAFT].draft_reads == 1.0
+        case = DecodeCase("llama-3.1-8b", "llama-3.2-1b", 8, 32768)
+        assert predict(case, found[RIVAL]).strategy.lossless
+        assert predict(case, found[DENSE_DRAFT]).scenario.draft_reads == 1.0
         assert set(CHOICES) <= set(found)
-        assert [found[name].outline(5).name for name in CHOICES] == list(CHOICES) == list(MODES)
+        assert [predict(case, found[name]).strategy.name for name in CHOICES] == list(CHOICES) == list(MODES)
         assert REAL_METHODS[SPECATTN] == {"mode": "specattn", "kv_reduction": 0.75}
 
     def test_a_sparse_draft_counts_in_every_step(self):
@@ -192,10 +193,8 @@ def made_up(profile, platform="gpu"):
     for batch, slots in ((1, 2048), (1, 131072), (8, 8192), (8, 32768)):
         case = DecodeCase("llama-3.1-8b", "llama-3.2-1b", batch, slots)
         for name in CHOICES:
-            method = methods()[name]
-            density = case.density if name == SPECATTN else 1.0
-            scenario = scenario_of(case, method, density)
-            work = work_of(case, method, scenario)
+            _, scenario, work = predict(case, methods()[name])
+            density = work.target_reads
             took = window_seconds(scenario, work, profile)
             tokens = batch * work.tokens
             parts = {"draft": took.draft, "select": took.selection, "verify": took.verify, "rest": took.rest}

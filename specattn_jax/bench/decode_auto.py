@@ -6,7 +6,7 @@ from typing import Any
 
 from specattn_jax.bench.decode_cases import DecodeCase, by_case
 from specattn_jax.bench.decode_methods import AUTO, CHOICES, SPECATTN, methods
-from specattn_jax.bench.decode_roofline import scenario_of
+from specattn_jax.bench.decode_roofline import predict
 from specattn_jax.planning.acceptance import Acceptance
 from specattn_jax.planning.device import DeviceProfile, device_kind, load_profile, window_seconds
 from specattn_jax.planning.gate import Situation, choose_strategy
@@ -56,27 +56,21 @@ def report_profile(report: dict[str, Any]) -> DeviceProfile:
 
 def _choose(case: DecodeCase, good: dict[str, dict[str, Any]], profile: DeviceProfile) -> dict[str, Any]:
     """What is chosen, and what was predicted."""
-    known = {name: methods()[name] for name in CHOICES}
-    strategies = {name: method.outline(case.window) for name, method in known.items()}
-    wanted = {name: 1.0 if strategy.lossless else case.density for name, strategy in strategies.items()}
-    scenarios = {
-        name: scenario_of(case, known[name], good[name]["density"] if name in good else wanted[name])
-        for name in CHOICES
-    }
+    asked = {name: predict(case, methods()[name], good.get(name, {}).get("density")) for name in CHOICES}
     decision = choose_strategy(
-        scenarios[SPECATTN],
+        asked[SPECATTN].scenario,
         profile,
         Situation(case.context, _REMAINING, Acceptance.of_mean(case.window, case.mean_accepted)),
-        tuple(strategies.values()),
+        tuple(one.strategy for one in asked.values()),
     )
     return {
         "chosen": decision.mode,
         "reason": decision.reason,
         "methods": {
             name: {
-                "predicted_window_seconds": window_seconds(scenario, strategies[name].cost(scenario), profile).total,
-                "window_seconds": good[name]["window_seconds"] if name in good else None,
+                "predicted_window_seconds": window_seconds(one.scenario, one.work, profile).total,
+                "window_seconds": good.get(name, {}).get("window_seconds"),
             }
-            for name, scenario in scenarios.items()
+            for name, one in asked.items()
         },
     }

@@ -12,7 +12,7 @@ from scipy.optimize import least_squares
 
 from specattn_jax.bench.decode_cases import case_of
 from specattn_jax.bench.decode_methods import CHOICES, methods
-from specattn_jax.bench.decode_roofline import scenario_of, work_of
+from specattn_jax.bench.decode_roofline import predict
 from specattn_jax.decoding.work import Scenario, Work
 from specattn_jax.errors import UserError
 from specattn_jax.planning.device import DeviceProfile, window_seconds
@@ -70,9 +70,7 @@ def fit_terms(reports: Sequence[dict[str, Any]]) -> list[Term]:
             case, name = case_of(point), point["method"]
             if point["failure"] is not None or case.real or name not in CHOICES:
                 continue
-            method = methods()[name]
-            scenario = scenario_of(case, method, point["density"])
-            work = work_of(case, method, scenario)
+            _, scenario, work = predict(case, methods()[name], point["density"])
             parts = {ours: point["parts"][its] for its, ours in _PARTS.items() if "parts" in point}
             times = {"total": point["window_seconds"], **{part: took for part, took in parts.items() if took > 0}}
             terms += [

@@ -20,7 +20,6 @@ from specattn_jax.models.cache import KVCache
 from specattn_jax.models.forward import Attend, Read
 from specattn_jax.selection.policy import SelectionPolicy, load_policy
 from specattn_jax.selection.protocol import Opening, Seen, Selection
-from specattn_jax.selection.reads import ReadEverything
 
 AUTOREGRESSIVE, SPECULATIVE, SPECATTN = "autoregressive", "speculative", "specattn"
 RIVAL, DENSE_DRAFT = "sparse draft, dense verification", "specattn, dense draft"
@@ -123,15 +122,6 @@ class Method(NamedTuple):
     policy: SelectionPolicy | None = None
     implementation: str = BEST
     platform: str | None = None
-
-    @property
-    def draft_reads(self) -> float:
-        """Share of its own cache that the draft reads."""
-        return 1.0 if self.policy is None else self.policy.draft_reads
-
-    def outline(self, window: int) -> Strategy:
-        """The strategy as far as it can be known without models: its name, and what it costs."""
-        return self.make(ReadEverything(), window, judge_exactly)
 
 
 def _alone(selection: Selection, window: int, judge: Judge) -> Strategy:

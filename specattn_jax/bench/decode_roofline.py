@@ -2,12 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from specattn_jax.bench.decode_cases import DecodeCase, shape
 from specattn_jax.bench.decode_methods import AUTOREGRESSIVE, MOSAIC, RIVAL, SPECULATIVE, Method
+from specattn_jax.decoding.protocol import Strategy
+from specattn_jax.decoding.speculative import judge_exactly
 from specattn_jax.decoding.work import Scenario, Work
 from specattn_jax.planning.cost import window_bytes
+from specattn_jax.selection.reads import ReadEverything
+
+
+class Predicted(NamedTuple):
+    """What a method decodes in a case, as the cost model sees it.
+
+    Attributes:
+        strategy: how, as far as it can be known without models.
+        scenario: what.
+        work: what a window of it consists of.
+    """
+
+    strategy: Strategy
+    scenario: Scenario
+    work: Work
+
+
+def predict(case: DecodeCase, method: Method, density: float | None = None) -> Predicted:
+    """What the cost model is asked of a method.
+
+    Args:
+        case: what is decoded.
+        method: how.
+        density: share of the target's cache that was read; where it was not measured, what is wanted.
+    """
+    strategy = method.make(ReadEverything(), case.window, judge_exactly)
+    if density is None:
+        density = 1.0 if strategy.lossless else case.density
+    scenario = Scenario(
+        shape(case.target),
+        shape(case.draft),
+        case.batch,
+        case.context,
+        case.window,
+        case.mean_accepted,
+        kv_reduction=max(0.0, 1.0 - density),
+        itemsize=4 if case.dtype == "float32" else 2,
+        draft_reads=1.0 if method.policy is None else method.policy.draft_reads,
+    )
+    return Predicted(strategy, scenario, strategy.cost(scenario))
 
 
 def roofline(case: DecodeCase, method: Method, found: dict[str, Any], copy: float) -> dict[str, Any]:
@@ -19,29 +61,9 @@ def roofline(case: DecodeCase, method: Method, found: dict[str, Any], copy: floa
         found: `window_seconds` and `density`.
         copy: bytes per second of a copy.
     """
-    scenario = scenario_of(case, method, found["density"])
-    moved = window_bytes(scenario, work_of(case, method, scenario))
+    _, scenario, work = predict(case, method, found["density"])
+    moved = window_bytes(scenario, work)
     return {"bytes": moved._asdict(), "share_of_copy_bandwidth": moved.total / found["window_seconds"] / copy}
-
-
-def work_of(case: DecodeCase, method: Method, scenario: Scenario) -> Work:
-    """What a window of a method consists of."""
-    return method.outline(case.window).cost(scenario)
-
-
-def scenario_of(case: DecodeCase, method: Method, density: float) -> Scenario:
-    """What a method decodes, where it read that share of the target's cache."""
-    return Scenario(
-        shape(case.target),
-        shape(case.draft),
-        case.batch,
-        case.context,
-        case.window,
-        case.mean_accepted,
-        kv_reduction=max(0.0, 1.0 - density),
-        itemsize=4 if case.dtype == "float32" else 2,
-        draft_reads=method.draft_reads,
-    )
 
 
 def compare(points: list[dict[str, Any]]) -> None:
