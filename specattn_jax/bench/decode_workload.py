@@ -14,7 +14,7 @@ from specattn_jax.bench.decode_cases import DecodeCase, shape
 from specattn_jax.bench.decode_methods import BEST, ImposedAcceptance, Method
 from specattn_jax.decoding.protocol import Models, Strategy
 from specattn_jax.decoding.state import DecodeState, begin
-from specattn_jax.errors import UserError
+from specattn_jax.loading.memory import check_memory
 from specattn_jax.models.cache import KVCache
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.models.transformer import LanguageModel, abstract_model
@@ -29,8 +29,6 @@ _WEIGHT_SCALE = 0.02
 # How unequal the weights of a random mixture are: a calibrated row has a few large ones too.
 _MIXTURE_SCALE = 2.0
 _NO_LIMIT = 2**30
-# Of an accelerator's memory, what weights and caches may fill.
-_FULL = 0.97
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
@@ -55,14 +53,8 @@ def random_model(config: ModelConfig, key: PRNGKeyArray, dtype: str) -> Language
 def random_cache(config: ModelConfig, batch: int, slots: int, key: PRNGKeyArray, dtype: str) -> KVCache:
     """A cache that looks full of tokens, layer by layer."""
     size = (batch, config.num_kv_heads, slots, config.head_dim)
-    k, v = (
-        tuple(
-            _normal(jax.random.fold_in(key, 2 * layer + which), 1.0, shape=size, dtype=dtype)
-            for layer in range(config.num_layers)
-        )
-        for which in range(2)
-    )
-    return KVCache(k, v, jnp.zeros((batch,), jnp.int32))
+    arrays = [_normal(jax.random.fold_in(key, n), 1.0, shape=size, dtype=dtype) for n in range(2 * config.num_layers)]
+    return KVCache(tuple(arrays[::2]), tuple(arrays[1::2]), jnp.zeros((batch,), jnp.int32))
 
 
 def random_alignment(target: ModelConfig, draft: ModelConfig) -> Alignment:
@@ -101,7 +93,7 @@ class Workload:
         item = jnp.dtype(case.dtype).itemsize
         self.cache_bytes = sum(config.cache_bytes(case.batch, case.slots, item) for config in configs)
         self.weight_bytes = sum(config.parameter_count() * item for config in configs)
-        _check_memory(self.cache_bytes + self.weight_bytes)
+        check_memory({"weights": 0 if models else self.weight_bytes, "caches": self.cache_bytes})
         keys = jax.random.split(jax.random.key(1))
         made = (random_model(config, key, case.dtype) for config, key in zip(configs, keys, strict=True))
         self.session = Session(Models(*made) if models is None else models)
@@ -152,17 +144,6 @@ def _begin(target_cache: KVCache, draft_cache: KVCache | None, context: Array, *
         jax.random.split(jax.random.key(3), batch),
         room=room,
     )
-
-
-def _check_memory(needed: int) -> None:
-    """Refuses what an accelerator cannot hold, before it is half made."""
-    stats = jax.devices()[0].memory_stats()
-    limit = (stats or {}).get("bytes_limit")
-    if limit is not None and needed > _FULL * limit:
-        raise UserError(
-            f"weights and caches take {needed / 1e9:.1f} GB, but JAX may use {limit / 1e9:.1f} GB of the device; set "
-            "XLA_PYTHON_CLIENT_MEM_FRACTION=0.96, or leave this case out."
-        )
 
 
 def backend_of(method: Method) -> Implementation | None:

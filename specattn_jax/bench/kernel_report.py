@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from specattn_jax.bench.drawing import draw_lines, failed_row, gather, markdown
 
@@ -57,89 +56,36 @@ def _speedup(point: dict[str, Any]) -> float | None:
     return min(point.get("speedup_over", {}).values(), default=None)
 
 
-class _Picture(NamedTuple):
-    """One plot file: panels of lines, both named by functions of a point, for the points that are wanted."""
-
-    wanted: Callable[[dict[str, Any]], bool]
-    x: str
-    y: Callable[[dict[str, Any]], float | None]
-    panel: Callable[[dict[str, Any]], str]
-    line: Callable[[dict[str, Any]], str]
-    labels: tuple[str, str]
-    y_scale: str
-
-
-def _is_sparse(case: dict[str, Any]) -> bool:
-    return bool(case["op"] == "sparse_decode_attention")
-
-
-def _is_telling(case: dict[str, Any]) -> bool:
-    """Whether a sparse case is one of the few that a crowded plot has room for."""
-    return case["density"] in (0.25, 0.1) and case["block_size"] in (1, 16)
-
-
-def _microseconds(point: dict[str, Any]) -> float:
-    return float(point["seconds"]) * 1e6
-
-
-def _attention_panel(point: dict[str, Any]) -> str:
-    return "B{batch} K{kv_heads} G{group} T{tokens} H{head_dim} {dtype}".format(**point["case"])
-
-
-def _attention_line(point: dict[str, Any]) -> str:
-    case = point["case"]
-    dense = case["op"] == "decode_attention"
-    return f"{point['contender']}, " + ("dense" if dense else f"{case['density']:.0%}, block {case['block_size']}")
-
-
-_PICTURES = {
-    "latency.png": _Picture(
-        lambda case: case["op"] == "decode_attention" or (_is_sparse(case) and _is_telling(case)),
-        "slots",
-        _microseconds,
-        _attention_panel,
-        _attention_line,
-        ("cache slots", "microseconds"),
-        "log",
-    ),
-    "speedup.png": _Picture(
-        _is_sparse,
-        "density",
-        _speedup,
-        lambda point: f"{_attention_panel(point)} S{point['case']['slots']}",
-        lambda point: f"{point['contender']}, block {point['case']['block_size']}",
-        ("share of the cache read", "speed-up over the best dense attention"),
-        "linear",
-    ),
-    "selection.png": _Picture(
-        lambda case: not _reads_cache(case),
-        "slots",
-        _microseconds,
-        lambda point: "{op}, p {p}, block {block_size}".format(**point["case"]),
-        lambda point: f"{point['contender']}, {point['case']['batch'] * point['case']['kv_heads']} rows",
-        ("row length", "microseconds"),
-        "log",
-    ),
-}
-
-
 def draw(points: list[dict[str, Any]]) -> dict[str, bytes]:
     """The plots, as PNG by file name: latency over context, speed-up over density, selection over row length."""
-    good = [point for point in points if point["failure"] is None]
+    latency, speedup, selection = [], [], []
+    for point in points:
+        if point["failure"] is not None:
+            continue
+        case, over = point["case"], _speedup(point)
+        dense, sparse = (case["op"] == op for op in ("decode_attention", "sparse_decode_attention"))
+        shape = "B{batch} K{kv_heads} G{group} T{tokens} H{head_dim} {dtype}".format(**case)
+        block, us = f"block {case['block_size']}", point["seconds"] * 1e6
+        # There is room for few of the sparse cases.
+        if dense or (sparse and case["density"] in (0.25, 0.1) and case["block_size"] in (1, 16)):
+            what = "dense" if dense else f"{case['density']:.0%}, {block}"
+            latency.append((shape, f"{point['contender']}, {what}", case["slots"], us))
+        if sparse and over is not None:
+            speedup.append((f"{shape} S{case['slots']}", f"{point['contender']}, {block}", case["density"], over))
+        if not _reads_cache(case):
+            rows = f"{point['contender']}, {case['batch'] * case['kv_heads']} rows"
+            selection.append(("{op}, p {p}, block {block_size}".format(**case), rows, case["slots"], us))
     return {
-        name: _draw([point for point in good if picture.wanted(point["case"])], picture)
-        for name, picture in _PICTURES.items()
+        "latency.png": _draw(latency, "cache slots", "microseconds", "log"),
+        "speedup.png": _draw(speedup, "share of the cache read", "speed-up over the best dense attention", "linear"),
+        "selection.png": _draw(selection, "row length", "microseconds", "log"),
     }
 
 
-def _draw(points: list[dict[str, Any]], picture: _Picture) -> bytes:
-    """Draws the points; panels of a single place on the horizontal axis are left out if others have more."""
-    panels = gather(
-        (picture.panel(point), picture.line(point), point["case"][picture.x], value)
-        for point in points
-        if (value := picture.y(point)) is not None
-    )
+def _draw(points: list[tuple[str, str, float, float]], x: str, y: str, y_scale: str) -> bytes:
+    """Draws lines; panels of a single place on the horizontal axis are left out if others have more."""
+    panels = gather(points)
     telling = {
         name: lines for name, lines in panels.items() if len({x for line in lines.values() for x, _ in line}) > 1
     }
-    return draw_lines(telling or panels, *picture.labels, y_scale=picture.y_scale)
+    return draw_lines(telling or panels, x, y, y_scale)
