@@ -152,30 +152,22 @@ class _Loop:
         self._call = lowered.compile()
         done = time.perf_counter()
         workload.give_back(state)
+        found, text = self._call.memory_analysis(), self._call.as_text()
+        memory = {"weights": workload.weight_bytes, "caches": workload.cache_bytes}
+        if found is not None:
+            needed = found.argument_size_in_bytes + found.temp_size_in_bytes
+            needed += found.output_size_in_bytes - found.alias_size_in_bytes
+            memory |= {"temporaries": found.temp_size_in_bytes, "program": needed}
         self.facts: dict[str, Any] = {
             "trace_seconds": traced - began,
             "compile_seconds": done - began,
-            "memory": self._memory(),
-            "loop": self._loop_facts(),
+            "memory": memory,
+            "loop": {} if text is None else loop_facts(text, workload.layer_cache_bytes)._asdict(),
         }
 
     def start(self, strategy: Strategy) -> DecodeState:
         """A state at the case's context, which has to be given back."""
         return jax.block_until_ready(self.workload.start(strategy, self._backend))
-
-    def _memory(self) -> dict[str, Any]:
-        """Bytes of the models and caches, and those that the program needs."""
-        found = self._call.memory_analysis()
-        facts: dict[str, Any] = {"weights": self.workload.weight_bytes, "caches": self.workload.cache_bytes}
-        if found is not None:
-            arguments, temporaries = found.argument_size_in_bytes, found.temp_size_in_bytes
-            program = arguments + temporaries + found.output_size_in_bytes - found.alias_size_in_bytes
-            facts |= {"arguments": arguments, "temporaries": temporaries, "program": program}
-        return facts
-
-    def _loop_facts(self) -> dict[str, Any]:
-        text = self._call.as_text()
-        return {} if text is None else loop_facts(text, self.workload.layer_cache_bytes)._asdict()
 
     def run(self, strategy: Strategy, windows: int) -> _Run:
         """So many windows from the case's context on."""

@@ -59,41 +59,43 @@ def _section(case: DecodeCase, points: list[dict[str, Any]]) -> str:
 def _row(point: dict[str, Any]) -> tuple[str, ...]:
     if point["failure"] is not None:
         return failed_row((point["method"],), point["failure"], len(_COLUMNS))
-    parts, over = point.get("parts", {}), point.get("speedup_over", {})
-    speedups = (over.get(name) for name in (AUTOREGRESSIVE, SPECULATIVE, RIVAL))
+    parts = point.get("parts", {})
     return (
         point["method"],
-        f"{point['tokens_per_second']:.1f}",
-        f"{point['window_seconds'] * 1e3:.2f}",
+        *_speeds(point),
         *(f"{parts[name] * 1e3:.2f}" if name in parts else "" for name in _PARTS),
         f"{point['density']:.1%}",
         f"{point['share_of_copy_bandwidth']:.0%}",
-        *("" if value is None else f"{value:.2f}" for value in speedups),
+        *_speedups(point, AUTOREGRESSIVE, SPECULATIVE, RIVAL),
         f"{point['compile_seconds']:.1f} s",
     )
+
+
+def _speeds(point: dict[str, Any]) -> tuple[str, str]:
+    return f"{point['tokens_per_second']:.1f}", f"{point['window_seconds'] * 1e3:.2f}"
+
+
+def _speedups(point: dict[str, Any], *names: str) -> list[str]:
+    over = point.get("speedup_over", {})
+    return [f"{over[name]:.2f}" if name in over else "" for name in names]
 
 
 def _real_section(case: DecodeCase, points: list[dict[str, Any]]) -> str:
     """Speeds of the real pair, and the texts themselves."""
     good = [point for point in points if point["failure"] is None]
     columns = ("method", "tokens/s", "ms/window", "accepted", "read", "over autoregressive", "over speculative")
-    rows = []
-    for point in points:
-        if point["failure"] is not None:
-            rows.append(failed_row((point["method"],), point["failure"], len(columns)))
-            continue
-        over = point.get("speedup_over", {})
-        speedups = (over.get(name) for name in (AUTOREGRESSIVE, SPECULATIVE))
-        rows.append(
-            (
-                f"{AUTO}: {point['plan']}" if point["method"] == AUTO else point["method"],
-                f"{point['tokens_per_second']:.1f}",
-                f"{point['window_seconds'] * 1e3:.2f}",
-                f"{point['accepted_per_window']:.2f}",
-                f"{point['density']:.1%}",
-                *("" if value is None else f"{value:.2f}" for value in speedups),
-            )
+    rows = [
+        failed_row((point["method"],), point["failure"], len(columns))
+        if point["failure"] is not None
+        else (
+            f"{AUTO}: {point['plan']}" if point["method"] == AUTO else point["method"],
+            *_speeds(point),
+            f"{point['accepted_per_window']:.2f}",
+            f"{point['density']:.1%}",
+            *_speedups(point, AUTOREGRESSIVE, SPECULATIVE),
         )
+        for point in points
+    ]
     texts = "".join(f"\n{point['method']}:\n\n{_quoted(point['text'])}\n" for point in good)
     head = f"### {case.target}, real weights\n"
     if good:
@@ -108,21 +110,21 @@ def _quoted(text: str) -> str:
 
 def _auto_section(choices: list[dict[str, Any]]) -> str:
     """What `auto` would choose, against the best of what it chooses from."""
-    rows = []
-    for choice in choices:
-        times = [choice["methods"].get(name, {}) for name in CHOICES]
-        rows.append(
-            (
-                _heading(case_of(choice)),
-                choice["chosen"],
-                choice["best"],
-                "" if choice["of_best"] is None else f"{choice['of_best']:.2f}",
-                *(
-                    " / ".join("-" if seconds is None else f"{seconds * 1e3:.2f}" for seconds in one.values())
-                    for one in times
-                ),
-            )
+
+    def times(choice: dict[str, Any], name: str) -> str:
+        seconds = choice["methods"].get(name, {}).values()
+        return " / ".join("-" if one is None else f"{one * 1e3:.2f}" for one in seconds)
+
+    rows = [
+        (
+            _heading(case_of(choice)),
+            choice["chosen"],
+            choice["best"],
+            "" if choice["of_best"] is None else f"{choice['of_best']:.2f}",
+            *(times(choice, name) for name in CHOICES),
         )
+        for choice in choices
+    ]
     head = (
         "### What `--mode auto` chooses\n\nWith the window and acceptance of the case; `of best` is its tokens/s over "
         "those of the fastest of the three. Times of a window are in ms: predicted / measured.\n"
