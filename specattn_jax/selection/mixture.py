@@ -118,7 +118,10 @@ class Mixture:
             seen = read(_look(state.draft_plan))
             # One array for all layers, each with the newest token alone.
             newest = jax.tree.map(lambda *layers: jnp.stack([layer[:, -1] for layer in layers]), *seen.notes)
-            watched = jax.tree.map(lambda steps, one: steps.at[step].set(one), state.watched, newest)
+            # A plain update: `at[step].set` would first look whether the step is inside, in several kernels of its own.
+            watched = jax.tree.map(
+                lambda steps, one: jax.lax.dynamic_update_index_in_dim(steps, one, step, 0), state.watched, newest
+            )
         else:
             seen = read(self._observe_sources)
             sources = jnp.concatenate(seen.notes, axis=1).astype(state.watched.dtype)
