@@ -127,13 +127,12 @@ def test_bad_options(tmp_path):
 def test_limits_leave_some_methods_of_some_cases(tmp_path, monkeypatch):
     measured = []
     point = {"tokens_per_second": 1.0, "window_seconds": 1.0, "density": 1.0, "share_of_copy_bandwidth": 1.0}
-    monkeypatch.setattr(
-        bench._Bench,
-        "measure",
-        lambda _, point_, beside: (
-            measured.append((point_.title, beside)) or dict(point) | {"context": 1, "compile_seconds": 1.0}
-        ),
-    )
+
+    def measure(_, wanted, beside):
+        measured.append((wanted.title, beside))
+        return dict(point) | {"context": 1, "compile_seconds": 1.0}
+
+    monkeypatch.setattr(bench._Bench, "measure", measure)
     limits = Limits(only=(SPECULATIVE, RIVAL), cases=("B8 S32768", "llama-2"))
     report = run_benchmark(tmp_path, decode_benchmark("small"), limits)
     assert report["complete"]

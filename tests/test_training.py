@@ -15,7 +15,7 @@ from tiny import causal_attention, outputs, run, selection_for, tiny_model
 from specattn_jax.decoding.speculative import Speculative
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.forced import read_documents
-from specattn_jax.models.forward import read_sequence
+from specattn_jax.models.forward import likeliest_next, read_sequence
 from specattn_jax.selection.alignment import attention_kl, fit_mixture
 from specattn_jax.training.data import make_data
 from specattn_jax.training.objective import attention_loss, read, token_loss

@@ -17,7 +17,15 @@ from specattn_jax.errors import UserError
 from specattn_jax.loading import load_model, resolve
 
 FILES = ("config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json", "model.safetensors")
-FIELDS = ("rope_scaling", "rope_parameters", "rope_theta", "attention_bias", "head_dim", "eos_token_id", "model_type")
+FIELDS: tuple[str, ...] = (
+    "rope_scaling",
+    "rope_parameters",
+    "rope_theta",
+    "attention_bias",
+    "head_dim",
+    "eos_token_id",
+    "model_type",
+)
 FIELDS += ("hidden_size", "num_key_value_heads", "tie_word_embeddings", "added_tokens_decoder", "chat_template")
 FIELDS += ("extra_special_tokens", "eos_token", "tokenizer_class", "auto_map", "model", "added_tokens", "decoder")
 VALUES = st.recursive(
