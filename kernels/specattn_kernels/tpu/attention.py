@@ -14,6 +14,7 @@ would rather lay such a cache out with the slots along the lanes, converts it on
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -184,7 +185,7 @@ def _call(
     *,
     tile: _Tile,
     first: int,
-) -> list[jax.Array]:
+) -> Sequence[jax.Array]:
     """Attends with the heads `first` onwards of all B * K."""
     heads, rows, head_dim = queries.shape
     slots, step = k.shape[2], tile.block * tile.copies
@@ -200,7 +201,7 @@ def _call(
 
     # Not left open: XLA might copy a small cache into vector memory as a whole.
     where_it_lies = pl.BlockSpec(memory_space=pltpu.HBM)
-    results: list[jax.Array] = pl.pallas_call(
+    results: Sequence[jax.Array] = pl.pallas_call(
         functools.partial(_attend, tile=tile, first=first),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
