@@ -86,7 +86,7 @@ def selected(chooser: DraftedSelection, attention: np.ndarray) -> list[list[list
             np.testing.assert_array_equal(share, 1.0)
             result.append(None)
             continue
-        own = plan.own_rows()
+        own = plan.take_layer()
         ids, counts = np.asarray(own.block_ids), np.asarray(own.counts)
         slots = [
             [

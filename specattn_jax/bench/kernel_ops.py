@@ -11,19 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from specattn_kernels import (
+    ATTENTION_OPS,
+    SCORE_OPS,
+    AttentionCall,
     Call,
     Implementation,
+    SelectionCall,
     SelectionPlan,
     compact_blocks,
+    compiled_implementations,
     current_device,
     decode_attention,
-    find_obstacle,
     score_cache,
     select_blocks,
     sparse_decode_attention,
     top_p_threshold,
 )
-from specattn_kernels.dispatch import ATTENTION_OPS, BACKEND_OPS, BACKEND_PLATFORMS, SCORE_OPS
 
 from specattn_jax.bench.kernel_cases import Case
 
@@ -76,20 +79,17 @@ def _ours(
     call: Callable[..., Any],
     make: Callable[[int], Inputs],
     error: Callable[[Inputs, Any], float],
+    scores: bool = False,
 ) -> dict[str, Contender]:
     """Our backends that can serve an op in this case on this device; `call` takes one as `implementation`."""
-    device = current_device()
-    shape = None
+    wanted: Call = SelectionCall(op, case.batch * case.kv_heads, case.slots, case.block_size)
     if op in ATTENTION_OPS + SCORE_OPS:
         cache = case.batch, case.kv_heads, case.slots, case.head_dim
         block_size = case.block_size if op == "sparse_decode_attention" else None
-        shape = Call(cache, case.tokens * case.group, case.dtype, block_size)
+        wanted = AttentionCall(op, cache, case.tokens, case.group, case.dtype, block_size=block_size, scores=scores)
     return {
-        name: Contender(functools.partial(call, implementation=name), make, error)
-        for name, ops in BACKEND_OPS.items()
-        if op in ops
-        and BACKEND_PLATFORMS.get(name, device.platform) == device.platform
-        and find_obstacle(name, device, shape) is None
+        str(name): Contender(functools.partial(call, implementation=name), make, error)
+        for name in compiled_implementations(wanted, current_device())
     }
 
 
@@ -142,11 +142,8 @@ def _distance(got: jax.Array, want: np.ndarray) -> float:
 def _dense(case: Case, scores: bool = False) -> Work:
     make = functools.partial(_attention_inputs, case)
     call = functools.partial(decode_attention, return_scores=scores)
-    contenders = _ours("decode_attention", case, call, make, _attention_error)
-    if scores:
-        # It has none.
-        contenders.pop("pallas_mosaic_gpu", None)
-    else:
+    contenders = _ours("decode_attention", case, call, make, _attention_error, scores)
+    if not scores:
         contenders |= _library_attention(case)
     nbytes = _attention_bytes(case, 1.0)
     if scores:
