@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from specattn_jax.bench.decode import read_decode_report
 from specattn_jax.bench.decode_fit import FITTED, fit_profile, fit_terms
+from specattn_jax.bench.runner import read_report
 from specattn_jax.errors import UserError
 from specattn_jax.planning.device import load_profile
 
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("gpu", "tpu"), default="gpu", help="which table of devices.toml")
     options = parser.parse_args()
     try:
-        terms = fit_terms([read_decode_report(folder) for folder in options.folders])
+        terms = fit_terms([read_report(folder, "decode") for folder in options.folders])
         before = load_profile(options.device, bandwidth=1.0)
     except UserError as error:
         parser.error(str(error))

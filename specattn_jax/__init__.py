@@ -9,7 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specattn_jax.bench.kernels import KernelSettings, run_kernel_benchmark
+    from specattn_jax.bench.kernels import kernel_benchmark
+    from specattn_jax.bench.runner import run_benchmark
     from specattn_jax.calibration.calibrate import CalibrationSettings, calibrate
     from specattn_jax.decoding.protocol import DecodeSettings, Models, Strategy, WindowRecord
     from specattn_jax.decoding.sampling import Sampling
@@ -33,7 +34,6 @@ __version__ = "0.1.0"
 __all__ = [
     "CalibrationSettings",
     "DecodeSettings",
-    "KernelSettings",
     "ModelPair",
     "Models",
     "Request",
@@ -52,10 +52,11 @@ __all__ = [
     "describe_kernels",
     "find_text",
     "generate",
+    "kernel_benchmark",
     "load_pair",
     "read_text",
     "resolve",
-    "run_kernel_benchmark",
+    "run_benchmark",
     "save_tiny_pair",
     "sweep",
     "tiny_pair",
@@ -64,7 +65,6 @@ __all__ = [
 _HOMES = {
     "CalibrationSettings": "calibration.calibrate",
     "DecodeSettings": "decoding.protocol",
-    "KernelSettings": "bench.kernels",
     "ModelPair": "loading.pair",
     "Models": "decoding.protocol",
     "Request": "runtime.request",
@@ -82,10 +82,11 @@ _HOMES = {
     "describe_kernels": "notebook.devices",
     "find_text": "texts",
     "generate": "runtime.generate",
+    "kernel_benchmark": "bench.kernels",
     "load_pair": "loading.pair",
     "read_text": "texts",
     "resolve": "loading.resolve",
-    "run_kernel_benchmark": "bench.kernels",
+    "run_benchmark": "bench.runner",
     "save_tiny_pair": "examples",
     "sweep": "notebook.sweep",
     "tiny_pair": "examples",

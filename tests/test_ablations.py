@@ -38,7 +38,7 @@ def pair():
 def test_the_shipped_policies_are_among_them(pair, name):
     documents = np.random.default_rng(0).integers(0, 8, (2, 30))
     # The table's draft reads everything.
-    selection = drafted_selection(*pair, name, 0.7, draft_reads=1.0)
+    selection = drafted_selection(pair[0], pair[1], name, 0.7, draft_reads=1.0)
     if name == "default":
         weights, ingredients = head_weights(selection.alignment, DRAFT), Ingredients(mix_last=True)
     else:
@@ -46,7 +46,7 @@ def test_the_shipped_policies_are_among_them(pair, name):
         ingredients = Ingredients(union=True, linear=True, num_sink=0, num_recent=0)
     left_out = jnp.where(jnp.arange(ROWS) < 2 * selection.policy.dense_layers, 0.0, 0.3)
     ablation = Ablation.make(weights, left_out, 0.0, ingredients, TARGET, DRAFT)
-    want, got = (read_text(*pair, one, documents) for one in (selection, ablation))
+    want, got = (read_text(pair[0], pair[1], one, documents) for one in (selection, ablation))
     np.testing.assert_allclose(got.read, want.read, atol=1e-6)
     np.testing.assert_allclose(got.nll, want.nll, rtol=1e-5)
 

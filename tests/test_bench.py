@@ -11,7 +11,8 @@ from command import mistake, run
 from specattn_jax.bench import kernels
 from specattn_jax.bench.kernel_cases import make_grid
 from specattn_jax.bench.kernel_ops import make_work
-from specattn_jax.bench.kernels import KernelSettings, run_kernel_benchmark
+from specattn_jax.bench.kernels import kernel_benchmark
+from specattn_jax.bench.runner import Limits, run_benchmark
 
 PICTURES = ("latency.png", "speedup.png", "selection.png")
 
@@ -49,7 +50,7 @@ def test_goes_on_where_it_stopped(first_run, tmp_path, monkeypatch):
     kept = report["points"][:-1]
     times = [point["seconds"] for point in kept]
     (tmp_path / "kernels.json").write_text(json.dumps({**report, "points": kept}), encoding="utf-8")
-    unfinished = run_kernel_benchmark(tmp_path, KernelSettings("tiny", minutes=0))
+    unfinished = run_benchmark(tmp_path, kernel_benchmark("tiny"), Limits(minutes=0))
     assert not unfinished["complete"]
     assert [point["seconds"] for point in unfinished["points"]] == times
 
@@ -58,11 +59,11 @@ def test_goes_on_where_it_stopped(first_run, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "time_calls", fail)
-        finished = run_kernel_benchmark(tmp_path, KernelSettings("tiny"))
+        finished = run_benchmark(tmp_path, kernel_benchmark("tiny"))
     assert finished["complete"]
     assert [point["seconds"] for point in finished["points"][:-1]] == times
     assert finished["points"][-1]["failure"] == "MemoryError: no room | none"
-    assert "| failed |  |  |  | MemoryError: no room / none |" in (tmp_path / "kernels.md").read_text(encoding="utf-8")
+    assert "| failed | MemoryError: no room / none |" in (tmp_path / "kernels.md").read_text(encoding="utf-8")
 
 
 def test_results_of_another_device_are_refused(first_run, tmp_path):

@@ -14,9 +14,12 @@ import pytest
 from command import mistake, run
 
 from specattn_jax.bench import decode as bench
-from specattn_jax.bench.decode import DecodeBenchmark, rewrite_decode_report, run_decode_benchmark
+from specattn_jax.bench.decode import decode_benchmark
 from specattn_jax.bench.decode_auto import auto_choices
-from specattn_jax.bench.decode_cases import (
+from specattn_jax.bench.decode_cases import DecodeCase, decode_grid, shape
+from specattn_jax.bench.decode_fit import FITTED, fit_profile, fit_terms
+from specattn_jax.bench.decode_hlo import loop_facts
+from specattn_jax.bench.decode_methods import (
     AUTOREGRESSIVE,
     CHOICES,
     DENSE_DRAFT,
@@ -24,19 +27,16 @@ from specattn_jax.bench.decode_cases import (
     RIVAL,
     SPECATTN,
     SPECULATIVE,
-    DecodeCase,
-    decode_grid,
+    ImposedAcceptance,
     methods,
-    shape,
 )
-from specattn_jax.bench.decode_fit import FITTED, fit_profile, fit_terms
-from specattn_jax.bench.decode_hlo import loop_facts
 from specattn_jax.bench.decode_report import decode_table
-from specattn_jax.bench.decode_roofline import roofline, scenario_of
-from specattn_jax.bench.decode_workload import Workload, make_bench_selector, make_settings
-from specattn_jax.decoding.speculative import DecodeSettings, decode
+from specattn_jax.bench.decode_roofline import predict, roofline
+from specattn_jax.bench.decode_workload import Workload, bench_strategy
+from specattn_jax.bench.runner import Limits, rewrite_report, run_benchmark
 from specattn_jax.errors import UserError
 from specattn_jax.planning.device import load_profile, window_seconds
+from specattn_jax.runtime.request import MODES
 from specattn_jax.selection.policy import load_policy
 
 
@@ -69,7 +69,7 @@ def test_every_method_is_measured_to_the_end(first_run):
     for name in (SPECULATIVE, SPECATTN):
         parts = random[name]["parts"]
         assert sum(parts.values()) == pytest.approx(random[name]["window_seconds"])
-        assert (parts["select"] > 0) == (name == SPECATTN)
+        assert parts["select"] == 0 or name == SPECATTN
     for name in ("speed.png", "parts.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
 
@@ -94,7 +94,7 @@ def test_goes_on_where_it_stopped(first_run, tmp_path, monkeypatch):
     report = json.loads((first_run[0] / "decode.json").read_text(encoding="utf-8"))
     kept = report["points"][:-2]
     (tmp_path / "decode.json").write_text(json.dumps({**report, "points": kept}), encoding="utf-8")
-    unfinished = run_decode_benchmark(tmp_path, DecodeBenchmark("tiny", minutes=0))
+    unfinished = run_benchmark(tmp_path, decode_benchmark("tiny"), Limits(minutes=0))
     assert not unfinished["complete"]
     assert [point["tokens_per_second"] for point in unfinished["points"]] == [
         point["tokens_per_second"] for point in kept
@@ -105,7 +105,7 @@ def test_goes_on_where_it_stopped(first_run, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(bench, "measure_real", fail)
-        finished = run_decode_benchmark(tmp_path, DecodeBenchmark("tiny"))
+        finished = run_benchmark(tmp_path, decode_benchmark("tiny"))
     assert finished["complete"]
     assert [point["failure"] for point in finished["points"][-2:]] == ["MemoryError: no room | none"] * 2
     assert "| failed | MemoryError: no room / none |" in (tmp_path / "decode.md").read_text(encoding="utf-8")
@@ -121,11 +121,28 @@ def test_bad_options(tmp_path):
     assert "--grid is 'huge'" in mistake("bench", "decode", "--grid", "huge", "--out", tmp_path)
     assert "--minutes is 0" in mistake("bench", "decode", "--minutes", 0, "--out", tmp_path)
     assert "method is 'magic'" in mistake("bench", "decode", "--only", "magic", "--out", tmp_path)
+    assert "case is 'B3'" in mistake("bench", "decode", "--cases", "B8", "--cases", "B3", "--out", tmp_path)
+
+
+def test_limits_leave_some_methods_of_some_cases(tmp_path, monkeypatch):
+    measured = []
+    point = {"tokens_per_second": 1.0, "window_seconds": 1.0, "density": 1.0, "share_of_copy_bandwidth": 1.0}
+
+    def measure(_, wanted, beside):
+        measured.append((wanted.title, beside))
+        return dict(point) | {"context": 1, "compile_seconds": 1.0}
+
+    monkeypatch.setattr(bench._Bench, "measure", measure)
+    limits = Limits(only=(SPECULATIVE, RIVAL), cases=("B8 S32768", "llama-2"))
+    report = run_benchmark(tmp_path, decode_benchmark("small"), limits)
+    assert report["complete"]
+    assert [title for title, _ in measured] == ["llama-3.1-8b B8 S32768"] * 2 + ["llama-2-7b B1 S32768"]
+    assert measured[0][1] == [SPECULATIVE, RIVAL]
 
 
 @pytest.mark.parametrize("grid", ["tiny", "small", "full"])
 def test_grids_hold_each_point_once(grid):
-    points = [(point.case, point.method) for point in decode_grid(grid)]
+    points = [(point.case, point.name) for point in decode_grid(grid)]
     assert len(set(points)) == len(points)
     for case, _ in points:
         assert case.real or shape(case.target).vocab_size == shape(case.draft).vocab_size
@@ -133,35 +150,28 @@ def test_grids_hold_each_point_once(grid):
 
 def test_acceptance_is_imposed_alike():
     case = decode_grid("tiny")[0].case
-    workload = Workload(case)
-    for name in (SPECULATIVE, "specattn"):
-        method = methods()[name]
-        settings = dataclasses.replace(make_settings(case, method), imposed_acceptance=(5, 0, 2))
-        selector = make_bench_selector(workload.pair, method, 0.5)
-        state = decode(
-            workload.pair.target,
-            workload.pair.draft,
-            selector,
-            workload.start(settings),
-            jnp.int32(4),
-            settings=settings,
-        )
+    workload = Workload(dataclasses.replace(case, accepted=(5, 0, 2)))
+    for name in (SPECULATIVE, SPECATTN):
+        strategy = bench_strategy(workload, methods()[name], 0.5)
+        state = workload.session.decode(strategy, workload.start(strategy, None), 4)
         assert state.statistics.accepted.tolist() == [5 + 0 + 2 + 5] * case.batch
-        assert state.emitted.tolist() == [12 + 4] * case.batch
+        assert state.emitted.tolist() == [1 + 12 + 4] * case.batch
         assert state.target_cache.lengths.tolist() == [case.context + 16] * case.batch
-        workload.give_back(state.target_cache, state.draft_cache)
-    with pytest.raises(UserError, match="imposed_acceptance is"):
-        DecodeSettings(window=3, imposed_acceptance=(4,))
+        workload.give_back(state)
+    strategy = dataclasses.replace(strategy, judge=ImposedAcceptance((9,)))
+    with pytest.raises(UserError, match="counts is"):
+        workload.session.decode(strategy, workload.start(strategy, None), 1)
 
 
 class TestMethods:
     def test_our_own_is_what_is_shipped(self):
         found = methods()
         assert found[SPECATTN].policy == found[RIVAL].policy == load_policy("default")
-        assert not found[RIVAL].sparse_target
-        assert found[DENSE_DRAFT].draft_reads == 1.0
+        case = DecodeCase("llama-3.1-8b", "llama-3.2-1b", 8, 32768)
+        assert predict(case, found[RIVAL]).strategy.lossless
+        assert predict(case, found[DENSE_DRAFT]).scenario.draft_reads == 1.0
         assert set(CHOICES) <= set(found)
-        assert {name: found[name].mode for name in CHOICES} == {name: name for name in CHOICES}
+        assert [predict(case, found[name]).strategy.name for name in CHOICES] == list(CHOICES) == list(MODES)
         assert REAL_METHODS[SPECATTN] == {"mode": "specattn", "kv_reduction": 0.75}
 
     def test_a_sparse_draft_counts_in_every_step(self):
@@ -182,16 +192,16 @@ def made_up(profile, platform="gpu"):
     for batch, slots in ((1, 2048), (1, 131072), (8, 8192), (8, 32768)):
         case = DecodeCase("llama-3.1-8b", "llama-3.2-1b", batch, slots)
         for name in CHOICES:
-            mode = methods()[name].mode
-            density = case.density if mode == "specattn" else 1.0
-            took = window_seconds(scenario_of(case, methods()[name], density), mode, profile)
-            tokens = batch * (1 if mode == "autoregressive" else 1 + case.mean_accepted)
+            _, scenario, work = predict(case, methods()[name])
+            density = work.target_reads
+            took = window_seconds(scenario, work, profile)
+            tokens = batch * work.tokens
             parts = {"draft": took.draft, "select": took.selection, "verify": took.verify, "rest": took.rest}
             points.append(
                 {"case": json.loads(json.dumps(dataclasses.asdict(case))), "method": name, "failure": None,
                  "tokens_per_second": tokens / took.total, "window_seconds": took.total, "density": density,
                  "context": case.context, "share_of_copy_bandwidth": 0.5, "compile_seconds": 1.0}
-                | ({} if mode == "autoregressive" else {"parts": parts})
+                | ({"parts": parts} if work.steps else {})
             )  # fmt: skip
     return {
         "device": "abacus", "platform": platform, "commit": "0123456789", "versions": {"jax": "0"}, "xla_flags": "",
@@ -235,7 +245,7 @@ class TestAuto:
 
     def test_the_report_is_made_anew(self, tmp_path):
         (tmp_path / "decode.json").write_text(json.dumps(made_up(GPU)), encoding="utf-8")
-        rewrite_decode_report(tmp_path)
+        rewrite_report(tmp_path, decode_benchmark())
         assert len(json.loads((tmp_path / "decode.json").read_text(encoding="utf-8"))["auto"]) == 4
         assert "| specattn | specattn | 1.00 |" in (tmp_path / "decode.md").read_text(encoding="utf-8")
         assert (tmp_path / "speed.png").exists()
@@ -271,6 +281,20 @@ def test_scripts(tmp_path, command):
     assert "there is no decode.json" in lost.stderr
     fitted = f"weights_share = {GPU.weights_share}"
     assert (fitted if command[1:] == [] else "`--mode auto` chooses") in told.stdout
+
+
+def test_runs_are_compared(tmp_path):
+    script = Path(__file__).parents[1] / "scripts" / "compare_decode.py"
+    slower = dataclasses.replace(GPU, bandwidth=0.9 * GPU.bandwidth)
+    for name, profile in (("before", GPU), ("after", slower)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "decode.json").write_text(json.dumps(made_up(profile)), encoding="utf-8")
+    command = [sys.executable, script, tmp_path / "before", tmp_path / "after"]
+    told = subprocess.run(command, capture_output=True, text=True)
+    assert told.returncode == 1
+    assert told.stdout.count("SLOWER") == int(told.stdout.splitlines()[-1].split()[0]) > 6
+    told = subprocess.run([*command, "--speed", "0.89"], capture_output=True, text=True)
+    assert (told.returncode, told.stdout.count("SLOWER")) == (0, 0)
 
 
 HLO = """HloModule jit_decode, is_scheduled=true

@@ -12,11 +12,11 @@ from specattn_jax.errors import UserError
 from specattn_jax.evaluation.documents import cut_documents
 from specattn_jax.evaluation.forced import read_documents
 from specattn_jax.examples import tiny_pair
-from specattn_jax.notebook.compare import MODES, Comparison, compare
+from specattn_jax.notebook.compare import Comparison, compare
 from specattn_jax.notebook.sweep import sweep
 from specattn_jax.reporting.display import PngPicture, Table, columns
 from specattn_jax.runtime.generate import generate
-from specattn_jax.runtime.request import choose_reading
+from specattn_jax.runtime.request import MODES, choose_reading
 
 PROMPT = "Once upon a time there was a cache. "
 TEXT = PROMPT * 8

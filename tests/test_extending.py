@@ -90,10 +90,10 @@ class Scattered(Undrafted):
     ) -> tuple[tuple[LayerChoice, ...], Key[Array, ""]]:
         now, later = jax.random.split(state)
         layers, heads = self.target.num_layers, self.target.num_kv_heads
-        chance = jax.random.uniform(now, (past.shape[0], layers * heads, draft_cache.num_slots))
-        share = jnp.full((past.shape[0], 1), self.share)
+        chance = jax.random.uniform(now, (past.shape[0], layers, heads, draft_cache.num_slots))
+        share = jnp.full((past.shape[0], 1, 1), self.share)
         plan = select_blocks(chance, share, past, num_recent=self.recent, measure="count")
-        return tuple(plan.layer(layer, heads) for layer in range(layers)), later
+        return tuple(plan.at_layer(layer) for layer in range(layers)), later
 
     def learn(self, state: Key[Array, ""], seen: Seen) -> Key[Array, ""]:
         return state

@@ -15,13 +15,13 @@ from specattn_jax.decoding.work import Scenario
 from specattn_jax.errors import UserError
 from specattn_jax.examples import tiny_pair
 from specattn_jax.loading import get_preset
+from specattn_jax.planning.acceptance import Acceptance
 from specattn_jax.planning.cost import load_shape, window_bytes
 from specattn_jax.planning.device import DeviceProfile, load_profile, seconds_per_token, window_seconds
 from specattn_jax.planning.gate import (
     HYSTERESIS,
     TIE,
     WINDOWS,
-    Acceptance,
     Choice,
     Decision,
     Situation,
@@ -290,7 +290,7 @@ class TestGenerate:
     def test_switches_leave_a_lossless_text_as_it_is(self, alone):
         named = [("speculative", 2), ("specattn", 6), ("specattn", 4), ("autoregressive", 0)]
         choices = [Choice(*one) for one in named]
-        situations, told = [], []
+        situations, told = list[Situation](), list[Decision]()
 
         def decide(situation):
             situations.append(situation)

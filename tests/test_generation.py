@@ -19,7 +19,7 @@ from specattn_jax.runtime.writer import Pace
 def test_text_arrives_in_pieces_of_whole_characters(tiny_pair, monkeypatch, mode, windows):
     if windows is not None:
         monkeypatch.setattr("specattn_jax.runtime.generate.Pace", lambda: Pace(windows))
-    pieces = {0: [], 1: []}
+    pieces: dict[int, list[str]] = {0: [], 1: []}
     run = generate(
         tiny_pair,
         ["naïve 日本語", "🙂"],

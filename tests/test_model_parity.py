@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import lzma
 from importlib import resources
+from pathlib import Path
 
 import gguf
 import jax
@@ -12,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from loading.tiny_models import CONFIGS, LENGTH, reference_logits, save, tiny, tokens, torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from specattn_jax.loading import get_preset, is_cached, load_model
+from specattn_jax.loading import check_compatible, get_preset, is_cached, load_model, resolve
 from specattn_jax.loading.fetch import cached_path
 from specattn_jax.loading.gguf import reader_class
 from specattn_jax.loading.hf import open_hf
@@ -103,3 +104,30 @@ def test_smollm2_equals_transformers_reading_the_same_gguf(monkeypatch):
     log_probs = np.asarray(jax.nn.log_softmax(expected[0, :-1]))
     perplexity = np.exp(-log_probs[np.arange(LENGTH - 1), ids[0, 1:]].mean())
     assert 8 < perplexity < 40, "the text must be read as English"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("role", ["target", "draft"])
+def test_the_coder_pair_equals_transformers_reading_the_same_gguf(monkeypatch, role):
+    """Float32 logits of 256 tokens of Python source. The target takes 13 GB, one model after the other."""
+    file = getattr(get_preset("qwen2.5-coder"), role)
+    if not is_cached(file):
+        pytest.skip("run `specattn fetch qwen2.5-coder` first")
+    path = cached_path(file)
+    monkeypatch.setattr(gguf, "GGUFReader", reader_class())
+    files = resolve({"target": "qwen2.5-coder", "draft": "qwen2.5-coder:draft"}[role])
+    tokenizer = files.tokenizer()
+    source = Path(functools.__file__).read_text(encoding="utf-8")
+    ids = np.array([tokenizer.encode(source)[1000:1256]], np.int32)
+    assert ids.shape == (1, 256)
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    expected = reference_logits(theirs, ids)
+    del theirs
+    model, _ = load_model(files, dtype=jnp.float32)
+    assert_same(read(model, jnp.asarray(ids), 128), expected)
+    log_probs = np.asarray(jax.nn.log_softmax(expected[0, :-1]))
+    perplexity = np.exp(-log_probs[np.arange(255), ids[0, 1:]].mean())
+    assert perplexity < 12, "the text must be read as Python"
+    text = "def f(x):\n\treturn 'naïve', 12345  # <|not special|>\r\n"
+    assert tokenizer.encode(text) == AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).encode(text)
+    check_compatible(tokenizer, resolve("qwen2.5-coder").tokenizer())

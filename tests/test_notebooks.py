@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from specattn_jax.notebook.compare import MODES
+from specattn_jax.runtime.request import MODES
 
 FOLDER = Path(__file__).parents[1] / "scripts" / "notebooks"
 NOTEBOOKS = {path.stem: path for path in sorted(FOLDER.glob("*.ipynb"))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -78,14 +79,14 @@ def selected(chooser: DraftedSelection, attention: np.ndarray) -> list[list[list
     for step in range(STEPS):
         _, state = chooser.observe(state, reading(step), jnp.int32(step))
     plans, _ = chooser.plan(state, draft_cache, past)
-    result = []
+    result: list[Any] = []
     for plan in plans:
         share = np.asarray(plan_share(plan, past, 2))
         if plan is None:
             np.testing.assert_array_equal(share, 1.0)
             result.append(None)
             continue
-        own = plan.own_rows()
+        own = plan.take_layer()
         ids, counts = np.asarray(own.block_ids), np.asarray(own.counts)
         slots = [
             [

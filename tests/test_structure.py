@@ -121,6 +121,8 @@ def test_modes_are_told_by_name_only_where_requests_are_read():
         if MODES_BY_NAME & {inside.as_posix(), inside.parts[0]}:
             continue
         found += [
-            f"{inside}:{node.lineno}: {ast.unparse(node)}" for node in ast.walk(parse(path)) if names_a_mode(node)
+            f"{inside}:{getattr(node, 'lineno', 0)}: {ast.unparse(node)}"
+            for node in ast.walk(parse(path))
+            if names_a_mode(node)
         ]
     assert found == []

@@ -79,12 +79,13 @@ def selection_for(
     **changes,
 ) -> DraftedSelection:
     """The selection of a policy preset (with some ingredients changed) for two models, by a random alignment."""
-    shapes = [model.config if isinstance(model, LanguageModel) else model for model in (target, draft)]
+    target, draft = (model.config if isinstance(model, LanguageModel) else model for model in (target, draft))
     return make_selection(
         dataclasses.replace(load_policy(policy), **changes),
-        random_alignment(*shapes) if alignment is None else alignment,
-        NucleusMass.uniform(p, shapes[0].num_layers),
-        *shapes,
+        random_alignment(target, draft) if alignment is None else alignment,
+        NucleusMass.uniform(p, target.num_layers),
+        target,
+        draft,
         implementation,
     )
 
@@ -137,12 +138,12 @@ def trace_decoding(
     """The strategy's start and its decoding as one program, of shapes alone."""
 
     def prefilled(models: Models) -> DecodeState:
-        caches = [
+        target, draft = (
             KVCache.empty(model.config, batch, slots, model.dtype, implementation)
             for model in (models.target, models.draft)
-        ]
+        )
         last, limit = jnp.zeros((batch, 2), jnp.int32), jnp.ones((batch,), jnp.int32)
-        return begin(*caches, last, limit, jax.random.split(jax.random.key(0), batch), room=128)
+        return begin(target, draft, last, limit, jax.random.split(jax.random.key(0), batch), room=128)
 
     @functools.partial(jax.jit, donate_argnames=("state",))
     def start_and_decode(strategy: Strategy, models: Models, state: DecodeState, windows: jax.Array) -> DecodeState:

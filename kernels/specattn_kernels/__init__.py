@@ -13,23 +13,34 @@ from specattn_kernels.api import (
     sparse_decode_attention,
     top_p_threshold,
 )
-from specattn_kernels.dispatch import (
+from specattn_kernels.backends import (
+    ATTENTION_OPS,
+    BACKENDS,
     IMPLEMENTATIONS,
-    Call,
+    SCORE_OPS,
+    SELECTION_OPS,
+    Backend,
     Choice,
-    Device,
     Implementation,
-    SelectionCall,
     choose_implementation,
-    current_device,
-    find_obstacle,
+    compiled_implementations,
 )
+from specattn_kernels.calls import AttentionCall, Call, SelectionCall
+from specattn_kernels.devices import Device, current_device
 from specattn_kernels.types import AttentionOutput, Scores, SelectionPlan
 from specattn_kernels.xla import plan_slots
 
+__version__ = "0.1.0"
+
 __all__ = [
+    "ATTENTION_OPS",
+    "BACKENDS",
     "IMPLEMENTATIONS",
+    "SCORE_OPS",
+    "SELECTION_OPS",
+    "AttentionCall",
     "AttentionOutput",
+    "Backend",
     "Call",
     "Choice",
     "Device",
@@ -39,9 +50,9 @@ __all__ = [
     "SelectionPlan",
     "choose_implementation",
     "compact_blocks",
+    "compiled_implementations",
     "current_device",
     "decode_attention",
-    "find_obstacle",
     "merge_states",
     "plan_slots",
     "score_cache",

@@ -87,7 +87,7 @@ def sparse_decode_attention(
 ) -> AttentionOutput:
     """Oracle of `api.sparse_decode_attention`; always returns lse, and scores over the cache slots."""
     tokens, slots, group = q.shape[1], k.shape[2], q.shape[2] // k.shape[1]
-    plan = plan.own_rows()
+    plan = plan.take_layer()
     selected = jnp.repeat(plan_mask(plan, slots), group, axis=1)[:, :, None]
     is_new = (jnp.arange(slots) >= lengths[:, None] - tokens)[:, None, None]
     return attend(q, k, v, causal_mask(lengths, tokens, slots) & (selected | is_new), scale)

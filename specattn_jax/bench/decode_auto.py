@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from specattn_jax.bench.decode_cases import AUTO, CHOICES, SPECATTN, DecodeCase, by_case, case_of, methods
-from specattn_jax.bench.decode_roofline import scenario_of
+from specattn_jax.bench.decode_cases import DecodeCase, by_case
+from specattn_jax.bench.decode_methods import AUTO, CHOICES, SPECATTN, methods
+from specattn_jax.bench.decode_roofline import predict
+from specattn_jax.planning.acceptance import Acceptance
 from specattn_jax.planning.device import DeviceProfile, device_kind, load_profile, window_seconds
-from specattn_jax.planning.gate import Acceptance, Situation, choose_plan
+from specattn_jax.planning.gate import Situation, choose_strategy
 
 # More tokens than any compilation costs; at the start it does not matter anyway.
 _REMAINING = 10**6
@@ -27,12 +29,12 @@ def auto_choices(report: dict[str, Any]) -> list[dict[str, Any]]:
         measured seconds of a window, method by method. Of a real pair, `auto` itself was measured.
     """
     found = []
-    for points in by_case(report["points"]).values():
+    for case, points in by_case(report["points"]).items():
         good = {point["method"]: point for point in points if point["failure"] is None}
         speeds = {name: good[name]["tokens_per_second"] for name in CHOICES if name in good}
         if not speeds:
             continue
-        case, best = case_of(points[0]), max(speeds, key=lambda name: speeds[name])
+        best = max(speeds, key=lambda name: speeds[name])
         if not case.real:
             choice = _choose(case, good, report_profile(report))
             speed = speeds.get(choice["chosen"])
@@ -54,29 +56,21 @@ def report_profile(report: dict[str, Any]) -> DeviceProfile:
 
 def _choose(case: DecodeCase, good: dict[str, dict[str, Any]], profile: DeviceProfile) -> dict[str, Any]:
     """What is chosen, and what was predicted."""
-    known = methods()
-    scenarios = {
-        name: scenario_of(case, known[name], good[name]["density"] if name in good else _density(case, name))
-        for name in CHOICES
-    }
-    decision = choose_plan(
-        scenarios[SPECATTN],
+    asked = {name: predict(case, methods()[name], good.get(name, {}).get("density")) for name in CHOICES}
+    decision = choose_strategy(
+        asked[SPECATTN].scenario,
         profile,
         Situation(case.context, _REMAINING, Acceptance.of_mean(case.window, case.mean_accepted)),
-        windows=(case.window,),
+        tuple(one.strategy for one in asked.values()),
     )
     return {
         "chosen": decision.mode,
         "reason": decision.reason,
         "methods": {
             name: {
-                "predicted_window_seconds": window_seconds(scenario, name, profile).total,
-                "window_seconds": good[name]["window_seconds"] if name in good else None,
+                "predicted_window_seconds": window_seconds(one.scenario, one.work, profile).total,
+                "window_seconds": good.get(name, {}).get("window_seconds"),
             }
-            for name, scenario in scenarios.items()
+            for name, one in asked.items()
         },
     }
-
-
-def _density(case: DecodeCase, name: str) -> float:
-    return case.density if name == SPECATTN else 1.0

@@ -1,4 +1,4 @@
-"""What `specattn bench decode` measures: pairs of model shapes, ways of decoding, and the grids of both."""
+"""What `specattn bench decode` measures: pairs of model shapes, and the grids of these and the methods."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ import dataclasses
 import itertools
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from specattn_jax.decoding.speculative import MODES, Mode
+from specattn_jax.bench.decode_methods import (
+    AUTO,
+    AUTOREGRESSIVE,
+    DENSE_DRAFT,
+    MOSAIC,
+    REAL_METHODS,
+    RIVAL,
+    SPECATTN,
+    SPECULATIVE,
+    methods,
+)
+from specattn_jax.bench.runner import Point
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.planning.cost import load_shape
-from specattn_jax.selection.policy import SelectionPolicy, load_policy
 
 DecodeGrid: TypeAlias = Literal["tiny", "small", "full"]
 # What is in no file of shapes: two that are made on the spot for tests, by their number of layers.
@@ -62,74 +72,10 @@ class DecodeCase:
         """Drafted tokens accepted per window."""
         return sum(self.accepted) / len(self.accepted)
 
-
-class Method(NamedTuple):
-    """One way of decoding.
-
-    Attributes:
-        mode: of `DecodeSettings`.
-        implementation: backend of all ops; "best" is that of our kernels which serves on this device.
-        policy: what a sparse target, or a sparse draft, reads; None without.
-        sparse_target: whether the target reads what the policy selects.
-        platform: the only one where it can run; None is everywhere.
-    """
-
-    mode: Mode
-    implementation: str = "best"
-    policy: SelectionPolicy | None = None
-    sparse_target: bool = False
-    platform: str | None = None
-
     @property
-    def draft_reads(self) -> float:
-        """Share of its own cache that the draft reads."""
-        return 1.0 if self.policy is None else self.policy.draft_reads
-
-
-AUTOREGRESSIVE: Mode = "autoregressive"
-SPECULATIVE: Mode = "speculative"
-SPECATTN: Mode = "specattn"
-RIVAL, DENSE_DRAFT = "sparse draft, dense verification", "specattn, dense draft"
-MOSAIC = "speculative (mosaic gpu)"
-# What `--mode auto` chooses from: the methods that are called as their modes.
-CHOICES = MODES
-
-
-def methods() -> dict[str, Method]:
-    """The ways of decoding with random weights, by name; the most telling first."""
-    default = load_policy("default")
-    dense = dataclasses.replace(default, draft_reads=1.0)
-    return {
-        SPECULATIVE: Method("speculative"),
-        SPECATTN: Method("specattn", policy=default, sparse_target=True),
-        AUTOREGRESSIVE: Method("autoregressive"),
-        RIVAL: Method("specattn", policy=default),
-        DENSE_DRAFT: Method("specattn", policy=dense, sparse_target=True),
-        MOSAIC: Method("speculative", "pallas_mosaic_gpu", platform="gpu"),
-        "speculative (xla)": Method("speculative", "xla"),
-        "specattn paper": Method("specattn", policy=load_policy("paper"), sparse_target=True),
-    }
-
-
-AUTO = "auto"
-# Of a real pair: the arguments of `generate`.
-REAL_METHODS: dict[str, dict[str, object]] = {
-    AUTOREGRESSIVE: {"mode": "autoregressive"},
-    SPECULATIVE: {"mode": "speculative"},
-    SPECATTN: {"mode": "specattn", "kv_reduction": 0.75},
-    "specattn, 90 % saved": {"mode": "specattn", "kv_reduction": 0.9},
-    # As it is without any option: the window is chosen too.
-    AUTO: {"mode": "auto", "window": None},
-    "specattn paper": {"mode": "specattn", "policy": "paper"},
-}
-
-
-class DecodePoint(NamedTuple):
-    """One measurement: a case, a method, and whether the parts of a window are measured too."""
-
-    case: DecodeCase
-    method: str
-    parts: bool
+    def title(self) -> str:
+        """The case for people, in few words."""
+        return f"{self.target} B{self.batch} S{self.slots}"
 
 
 def case_of(point: dict[str, Any]) -> DecodeCase:
@@ -137,11 +83,11 @@ def case_of(point: dict[str, Any]) -> DecodeCase:
     return DecodeCase(**{**point["case"], "accepted": tuple(point["case"]["accepted"])})
 
 
-def by_case(points: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def by_case(points: Sequence[dict[str, Any]]) -> dict[DecodeCase, list[dict[str, Any]]]:
     """Measured points, case by case."""
-    cases: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    cases: dict[DecodeCase, list[dict[str, Any]]] = defaultdict(list)
     for point in points:
-        cases[str(sorted(point["case"].items()))].append(point)
+        cases[case_of(point)].append(point)
     return cases
 
 
@@ -159,17 +105,17 @@ _SMOLLM2 = ("smollm2-135m", "smollm2-draft")
 _MAIN = (SPECULATIVE, SPECATTN, AUTOREGRESSIVE)
 
 
-def _points(case: DecodeCase, names: Sequence[str], parts: Sequence[str] = ()) -> list[DecodePoint]:
-    return [DecodePoint(case, name, name in parts) for name in names]
+def _points(case: DecodeCase, names: Sequence[str], parts: Sequence[str] = ()) -> list[Point]:
+    return [Point(case, name, case.title, name in parts) for name in names]
 
 
-def _real(target: str, slots: int, room: int, names: Sequence[str] = tuple(REAL_METHODS)) -> list[DecodePoint]:
+def _real(target: str, slots: int, room: int, names: Sequence[str] = tuple(REAL_METHODS)) -> list[Point]:
     """A real pair after a prompt of `slots - room` tokens."""
     case = DecodeCase(target, target, 1, slots, room, accepted=(), density=1.0, dtype="auto")
     return _points(case, names)
 
 
-def decode_grid(grid: DecodeGrid) -> list[DecodePoint]:
+def decode_grid(grid: DecodeGrid) -> list[Point]:
     """The points of a grid, in the order in which they are measured.
 
     `tiny` runs anywhere in seconds, `small` has the points that matter, `full` all pairs, contexts and batches.
@@ -192,11 +138,9 @@ def decode_grid(grid: DecodeGrid) -> list[DecodePoint]:
     ]
     if grid == "small":
         return small
-    have = {(point.case, point.method) for point in small}
-    more = itertools.product((_LLAMA3, _LLAMA2, _SMOLLM2), (2048, 8192, 32768, 131072), (1, 8, 16), names)
-    rest = [
-        DecodePoint(DecodeCase(*pair, batch, slots), name, name in (*_MAIN, RIVAL, DENSE_DRAFT))
-        for pair, slots, batch, name in more
-        if (DecodeCase(*pair, batch, slots), name) not in have
-    ]
-    return [*small, *rest]
+    have = {(point.case, point.name) for point in small}
+    more = itertools.product((_LLAMA3, _LLAMA2, _SMOLLM2), (2048, 8192, 32768, 131072), (1, 8, 16))
+    rest = itertools.chain.from_iterable(
+        _points(DecodeCase(*pair, batch, slots), names, (*_MAIN, RIVAL, DENSE_DRAFT)) for pair, slots, batch in more
+    )
+    return [*small, *(point for point in rest if (point.case, point.name) not in have)]

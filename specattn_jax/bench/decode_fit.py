@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import least_squares
 
-from specattn_jax.bench.decode_cases import CHOICES, case_of, methods
-from specattn_jax.bench.decode_roofline import scenario_of
-from specattn_jax.decoding.speculative import Mode
+from specattn_jax.bench.decode_cases import case_of
+from specattn_jax.bench.decode_methods import CHOICES, methods
+from specattn_jax.bench.decode_roofline import predict
+from specattn_jax.decoding.work import Scenario, Work
 from specattn_jax.errors import UserError
-from specattn_jax.planning.cost import Scenario
 from specattn_jax.planning.device import DeviceProfile, window_seconds
 
 FITTED = (
@@ -37,7 +37,7 @@ class Term(NamedTuple):
         part: a field of `WindowSeconds`, or `total`.
         seconds: the time.
         scenario: what was decoded.
-        mode: how.
+        work: what a window of it consists of.
         bandwidth: of a copy, in the same run.
     """
 
@@ -46,13 +46,13 @@ class Term(NamedTuple):
     part: str
     seconds: float
     scenario: Scenario
-    mode: Mode
+    work: Work
     bandwidth: float
 
     def ratio(self, profile: DeviceProfile) -> float:
         """Predicted over measured."""
         profile = dataclasses.replace(profile, bandwidth=self.bandwidth)
-        return float(getattr(window_seconds(self.scenario, self.mode, profile), self.part)) / self.seconds
+        return float(getattr(window_seconds(self.scenario, self.work, profile), self.part)) / self.seconds
 
 
 def fit_terms(reports: Sequence[dict[str, Any]]) -> list[Term]:
@@ -70,12 +70,11 @@ def fit_terms(reports: Sequence[dict[str, Any]]) -> list[Term]:
             case, name = case_of(point), point["method"]
             if point["failure"] is not None or case.real or name not in CHOICES:
                 continue
-            scenario = scenario_of(case, methods()[name], point["density"])
+            _, scenario, work = predict(case, methods()[name], point["density"])
             parts = {ours: point["parts"][its] for its, ours in _PARTS.items() if "parts" in point}
             times = {"total": point["window_seconds"], **{part: took for part, took in parts.items() if took > 0}}
-            title = f"{case.target} B{case.batch} S{case.slots}"
             terms += [
-                Term(title, name, part, took, scenario, methods()[name].mode, report["copy_bytes_per_second"])
+                Term(case.title, name, part, took, scenario, work, report["copy_bytes_per_second"])
                 for part, took in times.items()
             ]
     if not terms:

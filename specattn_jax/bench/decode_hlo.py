@@ -29,6 +29,13 @@ class _Instruction(NamedTuple):
     called: str | None
     trips: int | None
 
+    @property
+    def copies(self) -> bool:
+        """Whether it only moves numbers; a fusion is named after what it does."""
+        if self.op == "fusion":
+            return "copy" in self.name or "transpose" in self.name
+        return self.op in ("copy", "copy-start", "transpose")
+
 
 class LoopFacts(NamedTuple):
     """What the loop over windows holds.
@@ -50,47 +57,34 @@ def loop_facts(text: str, cache_bytes: int) -> LoopFacts:
         cache_bytes: of the smallest cache array.
     """
     entry, computations = _parse(text)
-    body = next(
-        (one.called for one in computations.get(entry, []) if one.op == "while" and one.trips is None and one.called),
-        entry,
-    )
+    loops = [one.called for one in computations.get(entry, ()) if one.op == "while" and one.trips is None]
     copies: list[str] = []
 
-    def visit(name: str) -> int:
+    def visit(name: str | None) -> int:
         count = 0
-        for one in computations.get(name, []):
+        for one in computations.get(name or entry, ()):
             if one.op in ("while", "call", "conditional") and one.called is not None:
                 count += (one.trips or 1) * visit(one.called)
             elif one.op not in _FREE:
                 count += 1
-            if one.nbytes >= cache_bytes and _copies(one):
+            if one.nbytes >= cache_bytes and one.copies:
                 copies.append(f"{one.name} ({one.nbytes} bytes)")
         return count
 
-    launches = visit(body)
+    launches = visit(next(iter(loops), entry))
     return LoopFacts(copies, launches)
-
-
-def _copies(one: _Instruction) -> bool:
-    """Whether an instruction only moves numbers; a fusion is named after what it does."""
-    if one.op in ("copy", "copy-start", "transpose"):
-        return True
-    return one.op == "fusion" and ("copy" in one.name or "transpose" in one.name)
 
 
 def _parse(text: str) -> tuple[str, dict[str, list[_Instruction]]]:
     """Name of the entry, and the instructions of every computation."""
     computations: dict[str, list[_Instruction]] = {}
-    entry, here = "", ""
+    entry = here = ""
     for line in text.splitlines():
-        begins = None if line.startswith(" ") else _COMPUTATION.match(line)
-        if begins is not None:
+        if begins := _COMPUTATION.match(line):
             here = begins["name"]
             computations[here] = []
             entry = here if begins["entry"] else entry
-            continue
-        found = _INSTRUCTION.match(line)
-        if found is not None and here:
+        elif here and (found := _INSTRUCTION.match(line)):
             called, trips = _CALLED.search(line), _TRIPS.search(line)
             computations[here].append(
                 _Instruction(

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from specattn_jax.bench.decode_cases import REAL_METHODS, TINY, DecodeCase
+from specattn_jax.bench.decode_cases import TINY, DecodeCase
+from specattn_jax.bench.decode_methods import REAL_METHODS
 from specattn_jax.loading.pair import ModelPair, load_pair
-from specattn_jax.planning.gate import Plan
-from specattn_jax.runtime.generate import Generations, generate
+from specattn_jax.planning.gate import Choice
+from specattn_jax.runtime.generate import generate
+from specattn_jax.runtime.results import Generations
 from specattn_jax.texts import read_text, shipped_books
 from specattn_jax.timing import median_and_spread
 
@@ -85,6 +87,6 @@ def measure_real(case: DecodeCase, method: str, methods: Sequence[str], repeats:
         "prompt_tokens": result.prompt_tokens,
         "book": _book().name,
         "text": result.text,
-        "plan": str(Plan(result.mode, result.window or 0)),
+        "plan": str(Choice(result.mode, result.window or 0)),
         "decisions": [decision.reason for decision in run.decisions],
     }

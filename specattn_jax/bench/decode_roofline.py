@@ -2,47 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-from specattn_jax.bench.decode_cases import AUTOREGRESSIVE, RIVAL, SPECULATIVE, DecodeCase, Method, shape
-from specattn_jax.planning.cost import Scenario, scored_bytes, scoring_bytes, window_bytes
+from specattn_jax.bench.decode_cases import DecodeCase, shape
+from specattn_jax.bench.decode_methods import AUTOREGRESSIVE, MOSAIC, RIVAL, SPECULATIVE, Method
+from specattn_jax.decoding.protocol import Strategy
+from specattn_jax.decoding.speculative import judge_exactly
+from specattn_jax.decoding.work import Scenario, Work
+from specattn_jax.planning.cost import window_bytes
+from specattn_jax.selection.reads import ReadEverything
 
-# Whose best is the baseline "dense speculative decoding with our best dense attention".
-_BEST_DENSE = (SPECULATIVE, "speculative (mosaic gpu)")
+
+class Predicted(NamedTuple):
+    """What a method decodes in a case, as the cost model sees it.
+
+    Attributes:
+        strategy: how, as far as it can be known without models.
+        scenario: what.
+        work: what a window of it consists of.
+    """
+
+    strategy: Strategy
+    scenario: Scenario
+    work: Work
 
 
-def roofline(case: DecodeCase, method: Method, found: dict[str, Any], copy: float) -> dict[str, Any]:
-    """The bytes that a window has to move, and how near to the copy bandwidth it came, whole and in parts.
+def predict(case: DecodeCase, method: Method, density: float | None = None) -> Predicted:
+    """What the cost model is asked of a method.
 
     Args:
-        case: what was decoded.
+        case: what is decoded.
         method: how.
-        found: `window_seconds`, `density` and perhaps `parts`.
-        copy: bytes per second of a copy.
+        density: share of the target's cache that was read; where it was not measured, what is wanted.
     """
-    scenario = scenario_of(case, method, found["density"])
-    moved = window_bytes(scenario, method.mode)
-    scored = 0.0
-    if method.mode == "specattn":
-        scored = scored_bytes(scenario) + scoring_bytes(scenario)
-        if not method.sparse_target:
-            moved = moved._replace(selection=scored)
-    facts: dict[str, Any] = {
-        "bytes": moved._asdict(),
-        "share_of_copy_bandwidth": moved.total / found["window_seconds"] / copy,
-    }
-    if "parts" in found:
-        floors = {
-            "draft": (moved.draft_weights + moved.draft_cache + scored) / copy,
-            "verify": (moved.target_weights + moved.target_cache) / copy,
-        }
-        facts["over_roofline"] = {name: found["parts"][name] / floor for name, floor in floors.items()}
-    return facts
-
-
-def scenario_of(case: DecodeCase, method: Method, density: float) -> Scenario:
-    """What a method decodes, where it read that share of the target's cache."""
-    return Scenario(
+    strategy = method.make(ReadEverything(), case.window, judge_exactly)
+    if density is None:
+        density = 1.0 if strategy.lossless else case.density
+    scenario = Scenario(
         shape(case.target),
         shape(case.draft),
         case.batch,
@@ -51,8 +47,23 @@ def scenario_of(case: DecodeCase, method: Method, density: float) -> Scenario:
         case.mean_accepted,
         kv_reduction=max(0.0, 1.0 - density),
         itemsize=4 if case.dtype == "float32" else 2,
-        draft_reads=method.draft_reads,
+        draft_reads=1.0 if method.policy is None else method.policy.draft_reads,
     )
+    return Predicted(strategy, scenario, strategy.cost(scenario))
+
+
+def roofline(case: DecodeCase, method: Method, found: dict[str, Any], copy: float) -> dict[str, Any]:
+    """The bytes that a window has to move, and how near to the copy bandwidth it came.
+
+    Args:
+        case: what was decoded.
+        method: how.
+        found: `window_seconds` and `density`.
+        copy: bytes per second of a copy.
+    """
+    _, scenario, work = predict(case, method, found["density"])
+    moved = window_bytes(scenario, work)
+    return {"bytes": moved._asdict(), "share_of_copy_bandwidth": moved.total / found["window_seconds"] / copy}
 
 
 def compare(points: list[dict[str, Any]]) -> None:
@@ -65,7 +76,8 @@ def compare(points: list[dict[str, Any]]) -> None:
             for name in (AUTOREGRESSIVE, SPECULATIVE, RIVAL)
             if name in speeds
         }
-        dense = [speeds[name] for name in _BEST_DENSE if name in speeds]
+        # Dense speculative decoding with our best dense attention.
+        dense = [speeds[name] for name in (SPECULATIVE, MOSAIC) if name in speeds]
         if dense:
             over["best dense speculative"] = point["tokens_per_second"] / max(dense)
         point["speedup_over"] = over

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
-from specattn_kernels import Implementation, SelectionPlan
+from jaxtyping import Array, PRNGKeyArray
+from specattn_kernels import Implementation
 
-from specattn_jax.bench.decode_cases import DecodeCase, Method, shape
-from specattn_jax.decoding.speculative import DecodeSettings, DecodeState, Statistics
-from specattn_jax.errors import UserError
+from specattn_jax.bench.decode_cases import DecodeCase, shape
+from specattn_jax.bench.decode_methods import BEST, ImposedAcceptance, Method
+from specattn_jax.decoding.protocol import Models, Strategy
+from specattn_jax.decoding.state import DecodeState, begin
+from specattn_jax.loading.memory import check_memory
 from specattn_jax.models.cache import KVCache
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.models.transformer import LanguageModel, abstract_model
+from specattn_jax.runtime.session import Session
 from specattn_jax.selection.alignment import Alignment, NucleusMass
-from specattn_jax.selection.TODO import DraftScores, Selector
+from specattn_jax.selection.make import make_selection
+from specattn_jax.selection.protocol import Selection
+from specattn_jax.selection.reads import ReadEverything
 
 # Standard deviation of all matrices, that of the published models when they were new.
 _WEIGHT_SCALE = 0.02
 # How unequal the weights of a random mixture are: a calibrated row has a few large ones too.
 _MIXTURE_SCALE = 2.0
 _NO_LIMIT = 2**30
-# Of an accelerator's memory, what weights and caches may fill.
-_FULL = 0.97
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
@@ -51,14 +53,8 @@ def random_model(config: ModelConfig, key: PRNGKeyArray, dtype: str) -> Language
 def random_cache(config: ModelConfig, batch: int, slots: int, key: PRNGKeyArray, dtype: str) -> KVCache:
     """A cache that looks full of tokens, layer by layer."""
     size = (batch, config.num_kv_heads, slots, config.head_dim)
-    k, v = (
-        tuple(
-            _normal(jax.random.fold_in(key, 2 * layer + which), 1.0, shape=size, dtype=dtype)
-            for layer in range(config.num_layers)
-        )
-        for which in range(2)
-    )
-    return KVCache(k, v, jnp.zeros((batch,), jnp.int32))
+    arrays = [_normal(jax.random.fold_in(key, n), 1.0, shape=size, dtype=dtype) for n in range(2 * config.num_layers)]
+    return KVCache(tuple(arrays[::2]), tuple(arrays[1::2]), jnp.zeros((batch,), jnp.int32))
 
 
 def random_alignment(target: ModelConfig, draft: ModelConfig) -> Alignment:
@@ -76,59 +72,18 @@ def random_alignment(target: ModelConfig, draft: ModelConfig) -> Alignment:
     )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DenseVerification(Selector):
-    """The rival: the draft reads sparsely, as the policy says, but the target reads everything."""
-
-    def plan(
-        self,
-        scores: DraftScores,
-        past: Array,
-        read: Float[Array, "B L"] | None = None,
-        windows: Array | None = None,
-    ) -> tuple[SelectionPlan | None, ...]:
-        """Everything, in every layer."""
-        return (None,) * self.target.num_layers
-
-
-class Pair(NamedTuple):
-    """Two random models that were asked for by name."""
-
-    names: tuple[str, str, str]
-    target: LanguageModel
-    draft: LanguageModel
-
-    def fits(self, case: DecodeCase) -> bool:
-        """Whether these are the models of a case."""
-        return self.names == _pair_names(case)
-
-
-def make_pair(case: DecodeCase) -> Pair:
-    """The models of a case."""
-    keys = jax.random.split(jax.random.key(1))
-    target, draft = (
-        random_model(shape(name), key, case.dtype) for name, key in zip((case.target, case.draft), keys, strict=True)
-    )
-    return Pair(_pair_names(case), target, draft)
-
-
-def _pair_names(case: DecodeCase) -> tuple[str, str, str]:
-    return case.target, case.draft, case.dtype
-
-
 class Workload:
     """Models and caches of one case; each state borrows the caches and gives them back.
 
     A second pair of caches would not fit beside the first, so that there is one, donated from call to call.
     """
 
-    def __init__(self, case: DecodeCase, pair: Pair | None = None) -> None:
-        """Makes what is not there yet.
+    def __init__(self, case: DecodeCase, models: Models | None = None) -> None:
+        """Makes caches, and models where none are given.
 
         Args:
             case: what is decoded.
-            pair: models made before; taken if they are of the case.
+            models: those of the case, see `models_for`.
 
         Raises:
             UserError: the device has not enough memory.
@@ -138,8 +93,10 @@ class Workload:
         item = jnp.dtype(case.dtype).itemsize
         self.cache_bytes = sum(config.cache_bytes(case.batch, case.slots, item) for config in configs)
         self.weight_bytes = sum(config.parameter_count() * item for config in configs)
-        _check_memory(self.cache_bytes + self.weight_bytes)
-        self.pair = pair if pair is not None and pair.fits(case) else make_pair(case)
+        check_memory({"weights": 0 if models else self.weight_bytes, "caches": self.cache_bytes})
+        keys = jax.random.split(jax.random.key(1))
+        made = (random_model(config, key, case.dtype) for config, key in zip(configs, keys, strict=True))
+        self.session = Session(Models(*made) if models is None else models)
         keys = jax.random.split(jax.random.key(2))
         self._target_cache, self._draft_cache = (
             random_cache(config, case.batch, case.slots, key, case.dtype)
@@ -147,105 +104,64 @@ class Workload:
         )
         jax.block_until_ready((self._target_cache, self._draft_cache))
 
+    def models_for(self, case: DecodeCase) -> Models | None:
+        """The models of this workload if they are those of another case too."""
+        mine = self.case
+        same = (mine.target, mine.draft, mine.dtype) == (case.target, case.draft, case.dtype)
+        return self.session.models if same else None
+
     @property
     def layer_cache_bytes(self) -> int:
         """Bytes of the smallest array of the caches."""
-        return int(min(cache.k[0].nbytes for cache in (self._target_cache, self._draft_cache)))
+        return min(self._target_cache.layer_bytes, self._draft_cache.layer_bytes)
 
-    def start(self, settings: DecodeSettings, selector: Selector | None = None) -> DecodeState:
-        """A state at the case's context, with the caches; `give_back` a state before the next.
-
-        Where the draft reads sparsely its first plan is of slots at equal distances; the later ones are its own.
-        """
-        batch, width = self.case.batch, settings.tokens_per_window
-
-        def zeros(*shape: int) -> Array:
-            return jnp.zeros(shape, jnp.int32)
-
-        return DecodeState(
-            target_cache=self._target_cache.at_lengths(jnp.full((batch,), self.case.context, jnp.int32)),
-            draft_cache=self._draft_cache.at_lengths(jnp.full((batch,), self.case.context - 1, jnp.int32)),
-            last=jnp.tile(jnp.arange(1, 3, dtype=jnp.int32), (batch, 1)),
-            output=zeros(batch, self.case.room + width),
-            emitted=zeros(batch),
-            limit=jnp.full((batch,), _NO_LIMIT, jnp.int32),
-            done=jnp.zeros((batch,), jnp.bool_),
-            keys=jax.random.split(jax.random.key(3), batch),
-            statistics=Statistics(
-                zeros(batch),
-                zeros(batch),
-                zeros(batch),
-                jnp.zeros((batch, self.pair.target.config.num_layers), jnp.float32),
-            ),
-            draft_plan=None if selector is None else self._spaced_plan(selector, settings.window),
+    def start(self, strategy: Strategy, implementation: Implementation | None) -> DecodeState:
+        """A started state at the case's context, with the caches; `give_back` a state before the next."""
+        state = _begin(
+            dataclasses.replace(self._target_cache, implementation=implementation),
+            dataclasses.replace(self._draft_cache, implementation=implementation) if strategy.needs_draft else None,
+            jnp.int32(self.case.context),
+            room=self.case.room + strategy.window + 1,
         )
+        return self.session.start(strategy, state)
 
-    def _spaced_plan(self, selector: Selector, window: int) -> SelectionPlan | None:
-        """A plan for the draft as large as those that the selector makes."""
-        config, case = self.pair.draft.config, self.case
-        shape = (case.batch, config.num_layers * config.num_kv_heads, case.slots)
-        scores = DraftScores(jax.ShapeDtypeStruct(shape, jnp.dtype(case.dtype)), None)  # type: ignore[arg-type]
-        past = jax.ShapeDtypeStruct((case.batch,), jnp.int32)
-        like = jax.eval_shape(lambda scores, past: selector.draft_plan(scores, past, window), scores, past)
-        if like is None:
-            return None
-        room = like.block_ids.shape[-1]
-        ids = jnp.arange(room, dtype=jnp.int32) * (case.slots // (room * like.block_size))
-        return SelectionPlan(
-            jnp.broadcast_to(ids, like.block_ids.shape), jnp.full(like.counts.shape, room, jnp.int32), like.block_size
-        )
-
-    def give_back(self, target_cache: KVCache | None = None, draft_cache: KVCache | None = None) -> None:
-        """Takes back caches that were donated to a call."""
-        if target_cache is not None:
-            self._target_cache = target_cache
-        if draft_cache is not None:
-            self._draft_cache = draft_cache
+    def give_back(self, state: DecodeState) -> None:
+        """Takes back the caches of a state."""
+        self._target_cache = state.target_cache
+        if state.draft_cache is not None:
+            self._draft_cache = state.draft_cache
 
 
-def _check_memory(needed: int) -> None:
-    """Refuses what an accelerator cannot hold, before it is half made."""
-    stats = jax.devices()[0].memory_stats()
-    limit = (stats or {}).get("bytes_limit")
-    if limit is not None and needed > _FULL * limit:
-        raise UserError(
-            f"weights and caches take {needed / 1e9:.1f} GB, but JAX may use {limit / 1e9:.1f} GB of the device; set "
-            "XLA_PYTHON_CLIENT_MEM_FRACTION=0.96, or leave this case out."
-        )
+@functools.partial(jax.jit, static_argnames=("room",), donate_argnames=("target_cache", "draft_cache"))
+def _begin(target_cache: KVCache, draft_cache: KVCache | None, context: Array, *, room: int) -> DecodeState:
+    """A state whose caches hold so many entries, and which goes on for ever."""
+    batch = target_cache.lengths.shape[0]
+    return begin(
+        target_cache.at(jnp.full((batch,), context)),
+        None if draft_cache is None else draft_cache.at(jnp.full((batch,), context - 1)),
+        jnp.tile(jnp.arange(1, 3, dtype=jnp.int32), (batch, 1)),
+        jnp.full((batch,), _NO_LIMIT, jnp.int32),
+        jax.random.split(jax.random.key(3), batch),
+        room=room,
+    )
 
 
-def best_implementation() -> Implementation | None:
-    """Our kernels where they are compiled, and the library's choice elsewhere: interpreted they tell nothing."""
+def backend_of(method: Method) -> Implementation | None:
+    """The backend of a method's ops: interpreted kernels tell nothing, so that the library chooses but on a GPU."""
+    if method.implementation != BEST:
+        return method.implementation  # type: ignore[return-value]
     return "pallas_triton" if jax.default_backend() == "gpu" else None
 
 
-def make_settings(case: DecodeCase, method: Method) -> DecodeSettings:
-    """How a method decodes a case."""
-    return DecodeSettings(
-        mode=method.mode,
-        window=case.window,
-        implementation=_implementation(method),
-        imposed_acceptance=case.accepted,
-    )
-
-
-def make_bench_selector(pair: Pair, method: Method, p: float) -> Selector | None:
-    """What a method reads at the nucleus mass p; None for all."""
-    if method.policy is None:
-        return None
-    target, draft = pair.target.config, pair.draft.config
-    kind = Selector if method.sparse_target else DenseVerification
-    # The kernels know the exact nucleus alone.
-    linear = method.policy.threshold == "linear"
-    return kind(
-        alignment=random_alignment(target, draft),
-        mass=NucleusMass.uniform(p, target.num_layers),
-        policy=method.policy,
-        target=target,
-        draft=draft,
-        implementation="xla" if linear else _implementation(method),
-    )
-
-
-def _implementation(method: Method) -> Implementation | None:
-    return best_implementation() if method.implementation == "best" else method.implementation  # type: ignore[return-value]
+def bench_strategy(workload: Workload, method: Method, p: float) -> Strategy:
+    """A method's strategy for a case, at the nucleus mass p, with the acceptance of the case."""
+    case, models = workload.case, workload.session.models
+    selection: Selection = ReadEverything()
+    if method.policy is not None:
+        assert models.draft is not None
+        target, draft = models.target.config, models.draft.config
+        mass = NucleusMass.uniform(p, target.num_layers)
+        # The kernels know the exact nucleus alone.
+        backend = backend_of(method) if method.policy.threshold == "exact" else "xla"
+        selection = make_selection(method.policy, random_alignment(target, draft), mass, target, draft, backend)
+    return method.make(selection, case.window, ImposedAcceptance(case.accepted))

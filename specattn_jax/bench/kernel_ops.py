@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from specattn_kernels import (
+    ATTENTION_OPS,
+    SCORE_OPS,
+    AttentionCall,
     Call,
     Implementation,
+    SelectionCall,
     SelectionPlan,
     compact_blocks,
+    compiled_implementations,
     current_device,
     decode_attention,
-    find_obstacle,
     score_cache,
     select_blocks,
     sparse_decode_attention,
     top_p_threshold,
 )
-from specattn_kernels.dispatch import ATTENTION_OPS, BACKEND_OPS, BACKEND_PLATFORMS, SCORE_OPS
 
 from specattn_jax.bench.kernel_cases import Case
 
@@ -70,21 +73,24 @@ def make_work(case: Case) -> Work:
     return makers[case.op](case)
 
 
-def _backends(op: str, case: Case) -> list[Implementation]:
-    """Our backends that can serve the case on this device."""
-    device = current_device()
-    call = None
+def _ours(
+    op: str,
+    case: Case,
+    call: Callable[..., Any],
+    make: Callable[[int], Inputs],
+    error: Callable[[Inputs, Any], float],
+    scores: bool = False,
+) -> dict[str, Contender]:
+    """Our backends that can serve an op in this case on this device; `call` takes one as `implementation`."""
+    wanted: Call = SelectionCall(op, case.batch * case.kv_heads, case.slots, case.block_size)
     if op in ATTENTION_OPS + SCORE_OPS:
         cache = case.batch, case.kv_heads, case.slots, case.head_dim
         block_size = case.block_size if op == "sparse_decode_attention" else None
-        call = Call(cache, case.tokens * case.group, case.dtype, block_size)
-    return [
-        cast(Implementation, name)
-        for name, ops in BACKEND_OPS.items()
-        if op in ops
-        and BACKEND_PLATFORMS.get(name, device.platform) == device.platform
-        and find_obstacle(name, device, call) is None
-    ]
+        wanted = AttentionCall(op, cache, case.tokens, case.group, case.dtype, block_size=block_size, scores=scores)
+    return {
+        str(name): Contender(functools.partial(call, implementation=name), make, error)
+        for name in compiled_implementations(wanted, current_device())
+    }
 
 
 def _attention_inputs(case: Case, seed: int) -> Inputs:
@@ -133,24 +139,11 @@ def _distance(got: jax.Array, want: np.ndarray) -> float:
     return float(np.linalg.norm(_float64(got) - want) / np.linalg.norm(want))
 
 
-def _attention_contenders(
-    op: str, case: Case, call: Callable[..., Any], make: Callable[[int], Inputs]
-) -> dict[str, Contender]:
-    """Our backends of an attention op."""
-    error = functools.partial(_attention_error, block_size=case.block_size)
-    return {
-        str(name): Contender(functools.partial(call, implementation=name), make, error) for name in _backends(op, case)
-    }
-
-
 def _dense(case: Case, scores: bool = False) -> Work:
     make = functools.partial(_attention_inputs, case)
     call = functools.partial(decode_attention, return_scores=scores)
-    contenders = _attention_contenders("decode_attention", case, call, make)
-    if scores:
-        # It has none.
-        contenders.pop("pallas_mosaic_gpu", None)
-    else:
+    contenders = _ours("decode_attention", case, call, make, _attention_error, scores)
+    if not scores:
         contenders |= _library_attention(case)
     nbytes = _attention_bytes(case, 1.0)
     if scores:
@@ -167,12 +160,8 @@ def _score(case: Case) -> Work:
     def call(*inputs: jax.Array, implementation: Implementation) -> jax.Array:
         return score_cache(*inputs, dtype=jnp.dtype(case.dtype), implementation=implementation)
 
-    contenders = {
-        str(name): Contender(functools.partial(call, implementation=name), make, _score_error)
-        for name in _backends("score_cache", case)
-    }
-    slots = case.batch * case.kv_heads * case.slots
-    return Work(slots * (case.head_dim + 1) * jnp.dtype(case.dtype).itemsize, contenders)
+    nbytes = case.batch * case.kv_heads * case.slots * (case.head_dim + 1) * jnp.dtype(case.dtype).itemsize
+    return Work(nbytes, _ours("score_cache", case, call, make, _score_error))
 
 
 def _score_error(inputs: Inputs, output: Any) -> float:
@@ -213,9 +202,10 @@ def _sparse(case: Case) -> Work:
         plan = SelectionPlan(ids, counts, case.block_size)
         return sparse_decode_attention(q, k, v, plan, lengths, implementation=implementation)
 
-    contenders = _attention_contenders("sparse_decode_attention", case, call, make)
-    ids_bytes = 4 * case.batch * case.kv_heads * capacity
-    return Work(_attention_bytes(case, min(1.0, capacity * case.block_size / case.slots)) + ids_bytes, contenders)
+    nbytes = _attention_bytes(case, min(1.0, capacity * case.block_size / case.slots))
+    error = functools.partial(_attention_error, block_size=case.block_size)
+    ours = _ours("sparse_decode_attention", case, call, make, error)
+    return Work(nbytes + 4 * case.batch * case.kv_heads * capacity, ours)
 
 
 def _score_inputs(case: Case, seed: int) -> Inputs:
@@ -224,6 +214,11 @@ def _score_inputs(case: Case, seed: int) -> Inputs:
     scores = jax.nn.softmax(2.5 * jax.random.normal(jax.random.key(seed), shape), axis=-1)
     share = jnp.full(shape[:2], case.p, jnp.float32)
     return share, scores.astype(case.dtype), jnp.full((case.batch,), case.slots, jnp.int32)
+
+
+def _score_bytes(case: Case) -> int:
+    """Scores are read, and a number per row written; of ids only those of the nucleus, which are few."""
+    return case.batch * case.kv_heads * (case.slots * jnp.dtype(case.dtype).itemsize + 4)
 
 
 def _nucleus_error(case: Case, inputs: Inputs, kept: int) -> float:
@@ -250,18 +245,14 @@ def _threshold(case: Case) -> Work:
         kept = int((np.asarray(inputs[1][0, 0]) >= np.asarray(threshold)[0, 0]).sum())
         return _nucleus_error(case, inputs, kept)
 
-    def call(name: Implementation, share: jax.Array, scores: jax.Array, lengths: jax.Array) -> jax.Array:
-        return top_p_threshold(scores, share, lengths=lengths[:, None], implementation=name)
+    def call(share: jax.Array, scores: jax.Array, lengths: jax.Array, implementation: Implementation) -> jax.Array:
+        return top_p_threshold(scores, share, lengths=lengths[:, None], implementation=implementation)
 
     def by_sort(share: jax.Array, scores: jax.Array, _: jax.Array) -> jax.Array:
         return _sorted_threshold(share, scores)
 
-    contenders = {
-        str(name): Contender(functools.partial(call, name), make, error) for name in _backends("top_p_threshold", case)
-    }
-    contenders["sort and cumsum"] = Contender(by_sort, make, error)
-    rows = case.batch * case.kv_heads
-    return Work(rows * (case.slots * jnp.dtype(case.dtype).itemsize + 4), contenders)
+    rivals = {"sort and cumsum": Contender(by_sort, make, error)}
+    return Work(_score_bytes(case), _ours("top_p_threshold", case, call, make, error) | rivals)
 
 
 def _select(case: Case) -> Work:
@@ -271,8 +262,8 @@ def _select(case: Case) -> Work:
     def error(inputs: Inputs, plan: Any) -> float:
         return _nucleus_error(case, inputs, int(plan.counts[0, 0]))
 
-    def call(name: Implementation, share: jax.Array, scores: jax.Array, lengths: jax.Array) -> SelectionPlan:
-        return select_blocks(scores, share, lengths, block_size=case.block_size, implementation=name)
+    def call(share: jax.Array, scores: jax.Array, lengths: jax.Array, implementation: Implementation) -> SelectionPlan:
+        return select_blocks(scores, share, lengths, block_size=case.block_size, implementation=implementation)
 
     def block_scores(share: jax.Array, scores: jax.Array) -> jax.Array:
         padded = jnp.pad(scores, ((0, 0), (0, 0), (0, blocks * case.block_size - case.slots)))
@@ -286,14 +277,8 @@ def _select(case: Case) -> Work:
     def by_top_k(share: jax.Array, scores: jax.Array, _: jax.Array) -> jax.Array:
         return jnp.sort(jax.lax.top_k(block_scores(share, scores), max(1, blocks // 4))[1], axis=-1)
 
-    contenders = {
-        str(name): Contender(functools.partial(call, name), make, error) for name in _backends("select_blocks", case)
-    }
-    contenders["sort and cumsum"] = Contender(by_sort, make, error)
-    contenders["top_k of a quarter"] = Contender(by_top_k, make)
-    rows = case.batch * case.kv_heads
-    # Of the ids only those of the nucleus are written, which are few.
-    return Work(rows * (case.slots * jnp.dtype(case.dtype).itemsize + 4), contenders)
+    rivals = {"sort and cumsum": Contender(by_sort, make, error), "top_k of a quarter": Contender(by_top_k, make)}
+    return Work(_score_bytes(case), _ours("select_blocks", case, call, make, error) | rivals)
 
 
 def _compact(case: Case) -> Work:
@@ -306,15 +291,9 @@ def _compact(case: Case) -> Work:
         ids = np.asarray(plan.block_ids[0, 0, : int(plan.counts[0, 0])])
         return 0.0 if np.array_equal(ids, chosen) else 1.0
 
-    def call(name: Implementation, mask: jax.Array) -> SelectionPlan:
-        return compact_blocks(mask, block_size=1, implementation=name)
-
     def by_sort(mask: jax.Array) -> jax.Array:
         return jnp.argsort(~mask, axis=-1, stable=True)
 
-    contenders = {
-        str(name): Contender(functools.partial(call, name), make, error) for name in _backends("compact_blocks", case)
-    }
-    contenders["stable argsort"] = Contender(by_sort, make)
+    ours = _ours("compact_blocks", case, functools.partial(compact_blocks, block_size=1), make, error)
     rows = case.batch * case.kv_heads
-    return Work(rows * case.slots * 5 + 4 * rows, contenders)
+    return Work(rows * case.slots * 5 + 4 * rows, ours | {"stable argsort": Contender(by_sort, make)})

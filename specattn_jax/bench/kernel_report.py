@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-from specattn_jax.reporting.plots import as_png, new_figure
+from specattn_jax.bench.drawing import draw_lines, failed_row, gather, markdown
 
 _COLUMNS = ("op", "shape", "point", "contender", "us", "GB/s", "of copy", "speed-up", "error")
 
@@ -19,10 +17,8 @@ def kernel_table(report: dict[str, Any]) -> str:
         "Bytes are those that have to be moved; the speed-up is over the best baseline of the same run (of sparse "
         "attention: dense attention); the error is relative, against float64."
     )
-    rows = [_row(point) for point in report["points"]]
-    lines = [_COLUMNS, ("---",) * len(_COLUMNS), *rows]
     unfinished = "" if report["complete"] else "\nThe run stopped before its end.\n"
-    return f"{head}\n{unfinished}\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{head}\n{unfinished}\n" + markdown(_COLUMNS, [_row(point) for point in report["points"]])
 
 
 def _reads_cache(case: dict[str, Any]) -> bool:
@@ -43,7 +39,7 @@ def _row(point: dict[str, Any]) -> tuple[str, ...]:
     }.get(case["op"], "all")
     names = (case["op"], shape, where, point["contender"])
     if point["failure"] is not None:
-        return *names, "failed", "", "", "", point["failure"].replace("|", "/")
+        return failed_row(names, point["failure"], len(_COLUMNS))
     speedup, error = _speedup(point), point["relative_error"]
     return (
         *names,
@@ -60,103 +56,36 @@ def _speedup(point: dict[str, Any]) -> float | None:
     return min(point.get("speedup_over", {}).values(), default=None)
 
 
-class _Picture(NamedTuple):
-    """One plot file: panels of lines, both named by functions of a point, for the points that are wanted."""
-
-    wanted: Callable[[dict[str, Any]], bool]
-    x: str
-    y: Callable[[dict[str, Any]], float | None]
-    panel: Callable[[dict[str, Any]], str]
-    line: Callable[[dict[str, Any]], str]
-    labels: tuple[str, str]
-    y_scale: str
-
-
-def _is_sparse(case: dict[str, Any]) -> bool:
-    return bool(case["op"] == "sparse_decode_attention")
-
-
-def _is_telling(case: dict[str, Any]) -> bool:
-    """Whether a sparse case is one of the few that a crowded plot has room for."""
-    return case["density"] in (0.25, 0.1) and case["block_size"] in (1, 16)
-
-
-def _microseconds(point: dict[str, Any]) -> float:
-    return float(point["seconds"]) * 1e6
-
-
-def _attention_panel(point: dict[str, Any]) -> str:
-    return "B{batch} K{kv_heads} G{group} T{tokens} H{head_dim} {dtype}".format(**point["case"])
-
-
-def _attention_line(point: dict[str, Any]) -> str:
-    case = point["case"]
-    dense = case["op"] == "decode_attention"
-    return f"{point['contender']}, " + ("dense" if dense else f"{case['density']:.0%}, block {case['block_size']}")
-
-
-_PICTURES = {
-    "latency.png": _Picture(
-        lambda case: case["op"] == "decode_attention" or (_is_sparse(case) and _is_telling(case)),
-        "slots",
-        _microseconds,
-        _attention_panel,
-        _attention_line,
-        ("cache slots", "microseconds"),
-        "log",
-    ),
-    "speedup.png": _Picture(
-        _is_sparse,
-        "density",
-        _speedup,
-        lambda point: f"{_attention_panel(point)} S{point['case']['slots']}",
-        lambda point: f"{point['contender']}, block {point['case']['block_size']}",
-        ("share of the cache read", "speed-up over the best dense attention"),
-        "linear",
-    ),
-    "selection.png": _Picture(
-        lambda case: not _reads_cache(case),
-        "slots",
-        _microseconds,
-        lambda point: "{op}, p {p}, block {block_size}".format(**point["case"]),
-        lambda point: f"{point['contender']}, {point['case']['batch'] * point['case']['kv_heads']} rows",
-        ("row length", "microseconds"),
-        "log",
-    ),
-}
-
-
 def draw(points: list[dict[str, Any]]) -> dict[str, bytes]:
     """The plots, as PNG by file name: latency over context, speed-up over density, selection over row length."""
-    good = [point for point in points if point["failure"] is None]
+    latency, speedup, selection = [], [], []
+    for point in points:
+        if point["failure"] is not None:
+            continue
+        case, over = point["case"], _speedup(point)
+        dense, sparse = (case["op"] == op for op in ("decode_attention", "sparse_decode_attention"))
+        shape = "B{batch} K{kv_heads} G{group} T{tokens} H{head_dim} {dtype}".format(**case)
+        block, us = f"block {case['block_size']}", point["seconds"] * 1e6
+        # There is room for few of the sparse cases.
+        if dense or (sparse and case["density"] in (0.25, 0.1) and case["block_size"] in (1, 16)):
+            what = "dense" if dense else f"{case['density']:.0%}, {block}"
+            latency.append((shape, f"{point['contender']}, {what}", case["slots"], us))
+        if sparse and over is not None:
+            speedup.append((f"{shape} S{case['slots']}", f"{point['contender']}, {block}", case["density"], over))
+        if not _reads_cache(case):
+            rows = f"{point['contender']}, {case['batch'] * case['kv_heads']} rows"
+            selection.append(("{op}, p {p}, block {block_size}".format(**case), rows, case["slots"], us))
     return {
-        name: _panels([point for point in good if picture.wanted(point["case"])], picture)
-        for name, picture in _PICTURES.items()
+        "latency.png": _draw(latency, "cache slots", "microseconds", "log"),
+        "speedup.png": _draw(speedup, "share of the cache read", "speed-up over the best dense attention", "linear"),
+        "selection.png": _draw(selection, "row length", "microseconds", "log"),
     }
 
 
-def _panels(points: list[dict[str, Any]], picture: _Picture) -> bytes:
-    """Draws the points; panels of a single place on the horizontal axis are left out if others have more."""
-    panels: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
-    for point in points:
-        value = picture.y(point)
-        if value is not None:
-            panels[picture.panel(point)][picture.line(point)].append((point["case"][picture.x], value))
+def _draw(points: list[tuple[str, str, float, float]], x: str, y: str, y_scale: str) -> bytes:
+    """Draws lines; panels of a single place on the horizontal axis are left out if others have more."""
+    panels = gather(points)
     telling = {
         name: lines for name, lines in panels.items() if len({x for line in lines.values() for x, _ in line}) > 1
     }
-    shown = telling or panels
-    columns = min(3, max(1, len(shown)))
-    rows = max(1, -(-len(shown) // columns))
-    figure = new_figure(5.5 * columns, 4.2 * rows, dpi=110)
-    places = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for empty in places[len(shown) :]:
-        empty.remove()
-    for axes, (name, lines) in zip(places, shown.items(), strict=False):
-        for label, line in lines.items():
-            axes.plot(*zip(*sorted(line), strict=True), "o-", markersize=3, linewidth=1, label=label)
-        axes.set(xlabel=picture.labels[0], ylabel=picture.labels[1], xscale="log", yscale=picture.y_scale)
-        axes.set_title(name, fontsize="small")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="xx-small")
-    return as_png(figure)
+    return draw_lines(telling or panels, x, y, y_scale)

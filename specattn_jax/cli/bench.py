@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,8 +13,19 @@ from specattn_jax.cli.process import importing
 from specattn_jax.cli.terminal import print_json, print_table, stage_bar
 from specattn_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from specattn_jax.bench.runner import Benchmark
+
 GRIDS = ("tiny", "small", "precision", "full")
 DECODE_GRIDS = ("tiny", "small", "full")
+Out = Annotated[Path, typer.Option(help="Folder for results; the same command again goes on.", show_default=False)]
+Minutes = Annotated[
+    float | None, typer.Option(help="Stop after so long and keep what was measured.", show_default="no limit")
+]
+Cases = Annotated[
+    list[str] | None,
+    typer.Option(help='Part of a case to measure, such as "B8 S32768"; may be repeated.', metavar="PART"),
+]
 
 bench = typer.Typer(help="Measure how fast the parts are on this machine.", no_args_is_help=True)
 
@@ -26,53 +37,62 @@ def bench_group() -> None:
 
 @bench.command("kernels")
 def bench_kernels_command(
-    out: Annotated[Path, typer.Option(help="Folder for results; the same command again goes on.", show_default=False)],
+    out: Out,
     grid: Annotated[str, typer.Option(help=f"What to measure: {', '.join(GRIDS)}.", metavar="GRID")] = "small",
-    minutes: Annotated[
-        float | None, typer.Option(help="Stop after so long and keep what was measured.", show_default="no limit")
+    minutes: Minutes = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A contender to measure; may be repeated.", metavar="CONTENDER")
     ] = None,
+    cases: Cases = None,
     as_json: options.Json = False,
 ) -> None:
     """Time every op with every backend against dense attention and sorting; writes kernels.json, .md and plots."""
-    if grid not in GRIDS:
-        raise UserError(f"--grid is {grid!r}; expected one of {', '.join(GRIDS)}.")
-    if minutes is not None and not minutes > 0:
-        raise UserError(f"--minutes is {minutes}; expected more than 0.")
-
+    _check(grid, GRIDS, minutes)
     with importing():
-        from specattn_jax.bench.kernels import KernelSettings, run_kernel_benchmark
-
-    with stage_bar() as bar:
-        report = run_kernel_benchmark(out, KernelSettings(grid, minutes), bar.steps)  # type: ignore[arg-type]
-    _show(out, report, "kernels", as_json)
+        from specattn_jax.bench.kernels import kernel_benchmark
+    _run(out, kernel_benchmark(grid), (minutes, only, cases), as_json)  # type: ignore[arg-type]
 
 
 @bench.command("decode")
 def bench_decode_command(
-    out: Annotated[Path, typer.Option(help="Folder for results; the same command again goes on.", show_default=False)],
+    out: Out,
     grid: Annotated[str, typer.Option(help=f"What to measure: {', '.join(DECODE_GRIDS)}.", metavar="GRID")] = "small",
-    minutes: Annotated[
-        float | None, typer.Option(help="Stop after so long and keep what was measured.", show_default="no limit")
-    ] = None,
+    minutes: Minutes = None,
     only: Annotated[
-        str | None, typer.Option(help="The one method to measure.", metavar="METHOD", show_default="all")
+        list[str] | None, typer.Option(help="A method to measure; may be repeated.", metavar="METHOD")
     ] = None,
+    cases: Cases = None,
     as_json: options.Json = False,
 ) -> None:
     """Time whole windows of decoding, with random weights and with a real pair; writes decode.json, .md and plots."""
-    if grid not in DECODE_GRIDS:
-        raise UserError(f"--grid is {grid!r}; expected one of {', '.join(DECODE_GRIDS)}.")
-    if minutes is not None and not minutes > 0:
-        raise UserError(f"--minutes is {minutes}; expected more than 0.")
+    _check(grid, DECODE_GRIDS, minutes)
     # The largest case fills an 80 GB card, of which JAX would take three quarters; read when a device is asked for.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.96")
-
     with importing():
-        from specattn_jax.bench.decode import DecodeBenchmark, run_decode_benchmark
+        from specattn_jax.bench.decode import decode_benchmark
+    _run(out, decode_benchmark(grid), (minutes, only, cases), as_json)  # type: ignore[arg-type]
 
+
+def _check(grid: str, grids: tuple[str, ...], minutes: float | None) -> None:
+    if grid not in grids:
+        raise UserError(f"--grid is {grid!r}; expected one of {', '.join(grids)}.")
+    if minutes is not None and not minutes > 0:
+        raise UserError(f"--minutes is {minutes}; expected more than 0.")
+
+
+def _run(
+    out: Path,
+    benchmark: Benchmark,
+    limits: tuple[float | None, list[str] | None, list[str] | None],
+    as_json: bool,
+) -> None:
+    """Measures, and shows what was measured."""
+    from specattn_jax.bench.runner import Limits, run_benchmark
+
+    minutes, only, cases = limits
     with stage_bar() as bar:
-        report = run_decode_benchmark(out, DecodeBenchmark(grid, minutes, only), bar.steps)  # type: ignore[arg-type]
-    _show(out, report, "decode", as_json)
+        report = run_benchmark(out, benchmark, Limits(minutes, only or (), cases or ()), bar.steps)
+    _show(out, report, benchmark.file, as_json)
 
 
 def _show(out: Path, report: dict[str, Any], name: str, as_json: bool) -> None:

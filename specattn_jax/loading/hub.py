@@ -7,7 +7,7 @@ from pathlib import Path
 from specattn_jax.errors import UserError
 from specattn_jax.files import first_line
 
-_SMALL = ["*.json", "*.jinja", "tokenizer.model"]
+_SMALL = ["*.json", "*.jinja", "tokenizer.model", "merges.txt"]
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 # The same weights once more, in the vendors' own formats.
 _IGNORED = ["original/*", "consolidated*", "onnx/*", "gguf/*"]

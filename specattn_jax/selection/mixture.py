@@ -118,7 +118,10 @@ class Mixture:
             seen = read(_look(state.draft_plan))
             # One array for all layers, each with the newest token alone.
             newest = jax.tree.map(lambda *layers: jnp.stack([layer[:, -1] for layer in layers]), *seen.notes)
-            watched = jax.tree.map(lambda steps, one: steps.at[step].set(one), state.watched, newest)
+            # A plain update: `at[step].set` would first look whether the step is inside, in several kernels of its own.
+            watched = jax.tree.map(
+                lambda steps, one: jax.lax.dynamic_update_index_in_dim(steps, one, step, 0), state.watched, newest
+            )
         else:
             seen = read(self._observe_sources)
             sources = jnp.concatenate(seen.notes, axis=1).astype(state.watched.dtype)
@@ -175,8 +178,8 @@ class Mixture:
         share = jnp.maximum(policy.draft_reads, LEAST_DRAFT_ENTRIES / (past + new))
         recent = policy.num_recent + new
         return select_blocks(
-            scores,
-            share[:, None],
+            scores.reshape(past.shape[0], self.draft.num_layers, self.draft.num_kv_heads, slots),
+            share[:, None, None],
             jnp.minimum(past + new, slots),
             block_size=policy.block_size,
             num_sink=policy.num_sink,
@@ -202,13 +205,14 @@ class Mixture:
         heads, layers = self.target.num_kv_heads, self.target.num_layers
         most = layers if self._has_kernels(sources.shape) else min(_LAYERS_AT_ONCE, layers)
         size = max(count for count in range(1, most + 1) if layers % count == 0)
-        rows = size * heads
+        rows, (batch, _, slots) = size * heads, sources.shape
 
         def select(first: Int32[Array, ""] | int) -> SelectionPlan:
             weights = jax.lax.dynamic_slice_in_dim(self.alignment.weights, first, rows)
+            scores = jnp.einsum("ar,brs->bas", weights.astype(sources.dtype), sources)
             return select_blocks(
-                jnp.einsum("ar,brs->bas", weights.astype(sources.dtype), sources),
-                jax.lax.dynamic_slice_in_dim(p, first, rows, axis=1),
+                scores.reshape(batch, size, heads, slots),
+                jax.lax.dynamic_slice_in_dim(p, first, rows, axis=1).reshape(batch, size, heads),
                 past,
                 block_size=self.policy.block_size,
                 num_sink=self.policy.num_sink,
@@ -223,7 +227,7 @@ class Mixture:
         else:
             stacked = jax.lax.map(select, jnp.arange(0, layers * heads, rows))
             groups = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(layers // size)]
-        return [groups[layer // size].layer(layer % size, heads) for layer in range(layers)]
+        return [groups[layer // size].at_layer(layer % size) for layer in range(layers)]
 
     def _has_kernels(self, shape: tuple[int, ...]) -> bool:
         """Whether kernels select from all rows at once; they hold no arrays besides scores and ids.
@@ -231,8 +235,9 @@ class Mixture:
         Args:
             shape: [B, R, S] of the sources.
         """
-        call = SelectionCall(shape[0] * self.alignment.weights.shape[0] * shape[-1], self.policy.threshold)
-        chosen = self.implementation or choose_implementation("select_blocks", current_device(), call).name
+        rows, policy = shape[0] * self.alignment.weights.shape[0], self.policy
+        call = SelectionCall("select_blocks", rows, shape[-1], policy.block_size, policy.threshold)
+        chosen = self.implementation or choose_implementation(call, current_device()).name
         return chosen != "xla"
 
 
@@ -240,7 +245,7 @@ def _look(plan: SelectionPlan | None) -> Attend:
     """Attends as a plan of all layers says, without one to everything; notes how tokens looked at what they read."""
 
     def attend(layer: int, q: Float[Array, "B T N H"], cache: KVCache) -> Attended:
-        own = None if plan is None else plan.layer(layer, cache.num_kv_heads)
+        own = None if plan is None else plan.at_layer(layer)
         result = cache.attend(layer, q, own, return_lse=True)
         assert result.lse is not None
         return Attended(result.out, Look(q, result.lse))

@@ -33,7 +33,7 @@ def plan_share(plan: SelectionPlan | None, past: Int32[Array, " B"], num_kv_head
     """Share of the past that each kv head reads by a plan; without one, all of it."""
     if plan is None:
         return jnp.ones((past.shape[0], num_kv_heads), jnp.float32)
-    plan, size = plan.own_rows(), plan.block_size
+    plan, size = plan.take_layer(), plan.block_size
     entries = plan.counts
     # Selected slots are of the past; of a block a part may be.
     if size > 1:

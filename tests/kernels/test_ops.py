@@ -186,12 +186,10 @@ class TestSparseDecodeAttention:
         shape = shape_for(implementation, shape)
         q, k, v, lengths = draw_attention(13, shape)
         plans = [draw_plan(seed, shape, lengths, "random") for seed in (1, 2)]
-        ids = jnp.concatenate([plan.block_ids for plan in plans], axis=1)
-        counts = jnp.concatenate([plan.counts for plan in plans], axis=1)
-        both = SelectionPlan(ids, counts, shape.block_size)
+        both = jax.tree.map(lambda *layers: jnp.stack(layers, axis=1), *plans)
         op = jitted(kernels.sparse_decode_attention, implementation=implementation)
         for layer, plan in enumerate(plans):
-            got = op(q, k, v, both.layer(layer, shape.kv_heads), lengths)
+            got = op(q, k, v, both.at_layer(layer), lengths)
             want = jitted(reference.sparse_decode_attention)(q, k, v, plan, lengths)
             assert_close(got.out, want.out)
 

@@ -9,10 +9,11 @@ and `perplexity` write. `tests/test_recorded.py` runs the fast part of it agains
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +56,18 @@ def _tell(run: Any) -> list[dict[str, Any]]:
     ]
 
 
+def _continue(pair: Callable[[], Any], prompts: Sequence[str | int], options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Continues texts, or so many tokens of a book."""
+    given = [_book(prompt) if isinstance(prompt, int) else prompt for prompt in prompts]
+    return _tell(specattn_jax.generate(pair(), given, **options))
+
+
 def tiny_tokens() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Each mode with each way of sampling, on a ragged batch of the tiny pair."""
     for mode, how in MODES.items():
         for name, sampling in SAMPLING.items():
             options = {**how, **sampling, "max_new_tokens": 40}
-            yield (
-                f"tiny/{mode}/{name}",
-                lambda options=options: _tell(specattn_jax.generate(tiny_pair(), list(PROMPTS), **options)),
-            )
+            yield f"tiny/{mode}/{name}", functools.partial(_continue, tiny_pair, PROMPTS, options)
 
 
 def tiny_single() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -86,13 +90,9 @@ def _book(tokens: int) -> list[int]:
     return list(ids[5000 : 5000 + tokens])
 
 
-_PAIRS: list[Any] = []
-
-
+@functools.cache
 def _embedded() -> Any:
-    if not _PAIRS:
-        _PAIRS.append(specattn_jax.load_pair("smollm2", dtype="float32"))
-    return _PAIRS[0]
+    return specattn_jax.load_pair("smollm2", dtype="float32")
 
 
 def embedded_tokens() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -100,10 +100,7 @@ def embedded_tokens() -> Iterator[tuple[str, Callable[[], Any]]]:
     for mode, how in MODES.items():
         for name in ("greedy", "temperature"):
             options = {**how, **SAMPLING[name], "max_new_tokens": 48}
-            yield (
-                f"smollm2/{mode}/{name}",
-                lambda options=options: _tell(specattn_jax.generate(_embedded(), [_book(600), _book(350)], **options)),
-            )
+            yield f"smollm2/{mode}/{name}", functools.partial(_continue, _embedded, (600, 350), options)
 
 
 def _digest(array: Any) -> dict[str, Any]:

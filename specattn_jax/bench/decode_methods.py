@@ -1,0 +1,167 @@
+"""The ways of decoding that `specattn bench decode` compares, and the pieces of theirs that only a benchmark needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Key
+
+from specattn_jax.decoding.autoregressive import Autoregressive
+from specattn_jax.decoding.protocol import Strategy
+from specattn_jax.decoding.sampling import Sampling, Verdict
+from specattn_jax.decoding.speculative import Judge, SpecAttn, Speculative, judge_exactly
+from specattn_jax.decoding.work import Scenario, Work
+from specattn_jax.errors import UserError
+from specattn_jax.models.cache import KVCache
+from specattn_jax.models.forward import Attend, Read
+from specattn_jax.selection.policy import SelectionPolicy, load_policy
+from specattn_jax.selection.protocol import Opening, Seen, Selection
+
+AUTOREGRESSIVE, SPECULATIVE, SPECATTN = "autoregressive", "speculative", "specattn"
+RIVAL, DENSE_DRAFT = "sparse draft, dense verification", "specattn, dense draft"
+MOSAIC = "speculative (mosaic gpu)"
+# What `--mode auto` chooses from, the simplest first.
+CHOICES = (AUTOREGRESSIVE, SPECULATIVE, SPECATTN)
+AUTO = "auto"
+# The implementation that is the fastest of ours on the device.
+BEST = "best"
+
+
+@dataclasses.dataclass(frozen=True)
+class ImposedAcceptance:
+    """A judge for random weights, which would accept nothing: it says how many drafted tokens are accepted.
+
+    The verdict is worked out all the same, and the tokens are its own, so that only the count is not.
+
+    Attributes:
+        counts: accepted tokens, 0 to W, window by window of a sequence, over and over.
+    """
+
+    counts: tuple[int, ...]
+
+    def __call__(
+        self,
+        keys: Key[Array, " B"],
+        drafted: Int32[Array, "B W"],
+        probs: Float[Array, "B W V"] | None,
+        logits: Float[Array, "B T V"],
+        sampling: Sampling,
+        windows: Int32[Array, " B"],
+    ) -> Verdict:
+        """The exact verdict, but for the count.
+
+        Raises:
+            UserError: a count is none of a window.
+        """
+        window = drafted.shape[1]
+        if not all(0 <= count <= window for count in self.counts):
+            raise UserError(f"counts is {self.counts}; expected counts from 0 to the window's {window} drafted tokens.")
+        verdict = judge_exactly(keys, drafted, probs, logits, sampling, windows)
+        return verdict._replace(accepted=jnp.array(self.counts, jnp.int32)[windows % len(self.counts)])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DraftOnly:
+    """As another selection, but what it chooses is for the draft alone: the target reads everything.
+
+    Attributes:
+        inner: the other.
+    """
+
+    inner: Selection
+
+    def init(self, opening: Opening) -> tuple[Any, KVCache | None]:
+        """That of the other."""
+        return self.inner.init(opening)
+
+    def observe(self, state: Any, read: Callable[[Attend], Read], step: Int32[Array, ""]) -> tuple[Read, Any]:
+        """As the other."""
+        return self.inner.observe(state, read, step)
+
+    def plan(self, state: Any, draft_cache: KVCache | None, past: Int32[Array, " B"]) -> tuple[None, Any]:
+        """Everything; the compiler leaves out what only the target's plans would need."""
+        return None, self.inner.plan(state, draft_cache, past)[1]
+
+    def learn(self, state: Any, seen: Seen) -> Any:
+        """As the other."""
+        return self.inner.learn(state, seen)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SparseDraft(Speculative):
+    """The rival: the draft reads sparsely, the target everything, so that it is lossless."""
+
+    name: ClassVar[str] = RIVAL
+
+    def cost(self, scenario: Scenario) -> Work:
+        """As `Speculative`, but with sparse steps of the draft, and the scores that these need."""
+        return super().cost(scenario)._replace(draft_reads=scenario.draft_share, scores=True)
+
+
+# Makes a strategy of what is selected, W, and who judges.
+MakeStrategy: TypeAlias = Callable[[Selection, int, Judge], Strategy]
+
+
+class Method(NamedTuple):
+    """One way of decoding.
+
+    Attributes:
+        make: makes its strategy.
+        policy: by which draft or target read sparsely; None where both read everything.
+        implementation: backend of all ops, or `BEST`.
+        platform: the only one where it can run; None is everywhere.
+    """
+
+    make: MakeStrategy
+    policy: SelectionPolicy | None = None
+    implementation: str = BEST
+    platform: str | None = None
+
+
+def _alone(selection: Selection, window: int, judge: Judge) -> Strategy:
+    return Autoregressive()
+
+
+def _dense(selection: Selection, window: int, judge: Judge) -> Strategy:
+    return Speculative(window=window, judge=judge)
+
+
+def _sparse(selection: Selection, window: int, judge: Judge) -> Strategy:
+    return SpecAttn(selection, window=window, judge=judge)
+
+
+def _rival(selection: Selection, window: int, judge: Judge) -> Strategy:
+    return SparseDraft(DraftOnly(selection), window=window, judge=judge)
+
+
+def methods() -> dict[str, Method]:
+    """The ways of decoding with random weights, by name; the most telling first."""
+    default = load_policy("default")
+    return {
+        SPECULATIVE: Method(_dense),
+        SPECATTN: Method(_sparse, default),
+        AUTOREGRESSIVE: Method(_alone),
+        RIVAL: Method(_rival, default),
+        DENSE_DRAFT: Method(_sparse, dataclasses.replace(default, draft_reads=1.0)),
+        MOSAIC: Method(_dense, implementation="pallas_mosaic_gpu", platform="gpu"),
+        "speculative (xla)": Method(_dense, implementation="xla"),
+        "specattn paper": Method(_sparse, load_policy("paper")),
+    }
+
+
+# Of a real pair: what is asked of `generate`.
+REAL_METHODS: dict[str, dict[str, Any]] = {
+    AUTOREGRESSIVE: {"mode": AUTOREGRESSIVE},
+    SPECULATIVE: {"mode": SPECULATIVE},
+    SPECATTN: {"mode": SPECATTN, "kv_reduction": 0.75},
+    "specattn, 90 % saved": {"mode": SPECATTN, "kv_reduction": 0.9},
+    # As it is without any option: the window is chosen too.
+    AUTO: {"mode": AUTO, "window": None},
+    "specattn paper": {"mode": SPECATTN, "policy": "paper"},
+}
