@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int, Int32
 
 from specattn_jax.decoding import loop
 from specattn_jax.decoding.protocol import DecodeSettings, Models, WindowRecord, check_window, newest
@@ -25,6 +25,9 @@ from specattn_jax.models.transformer import LanguageModel
 from specattn_jax.runtime.session import Session
 from specattn_jax.selection.protocol import Seen, Selection
 from specattn_jax.selection.reads import attend_as_chosen, layer_shares
+
+# Token ids of B documents of one length.
+Documents: TypeAlias = Sequence[Sequence[int]] | Int[np.ndarray, "B n"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +170,7 @@ def read_documents(
     target: LanguageModel,
     draft: LanguageModel,
     selection: Selection | None,
-    documents: Sequence[Sequence[int]],
+    documents: Documents,
     *,
     reference: Float[Array, "windows B W D"] | None = None,
     prefill_share: float = 0.1,
@@ -204,7 +207,7 @@ def read_together(
     target: LanguageModel,
     draft: LanguageModel,
     selections: Sequence[Selection],
-    documents: Sequence[Sequence[int]],
+    documents: Documents,
     *,
     reference: Float[Array, "windows B W D"],
     prefill_share: float = 0.1,
@@ -273,7 +276,7 @@ class _Cut(NamedTuple):
     windows: int
 
 
-def _cut(models: Models, documents: Sequence[Sequence[int]], prefill_share: float, window: int) -> _Cut:
+def _cut(models: Models, documents: Documents, prefill_share: float, window: int) -> _Cut:
     """Cuts the documents.
 
     Raises:
