@@ -266,7 +266,11 @@ class TestSearch:
 
     def test_what_is_known_is_not_measured_again(self):
         known = {0.05: 0.75, 0.2: 0.9}
-        assert find_left_out(None, 0.9, known) == 0.2
+
+        def measure(_):
+            pytest.fail("it was measured")
+
+        assert find_left_out(measure, 0.9, known) == 0.2
 
 
 # What Vegas reads depends on what it read before, so its saving jumps with p.

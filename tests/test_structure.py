@@ -14,6 +14,8 @@ from specattn_jax.runtime.request import AUTO, Mode
 
 ROOT = Path(specattn_jax.__file__).parents[1]
 LIBRARY, KERNELS = ROOT / "specattn_jax", ROOT / "kernels"
+# The command tells the version, which the front door holds.
+FRONT_DOOR = {"cli/app.py"}
 # From the ground up: a room imports from lower floors alone, and rooms of one floor know nothing of each other.
 FLOORS = (
     ("errors", "glossary", "timing"),
@@ -75,6 +77,8 @@ def test_no_module_imports_upward():
             if first != "specattn_jax":
                 continue
             other = rest[0] if rest else ""
+            if name == "specattn_jax" and inside.as_posix() in FRONT_DOOR:
+                continue
             if other != room and FLOOR.get(other, len(FLOORS)) >= FLOOR[room]:
                 upward.append(f"{inside}:{line} imports {name}")
     assert upward == []

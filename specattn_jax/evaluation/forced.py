@@ -27,7 +27,7 @@ from specattn_jax.selection.protocol import Seen, Selection
 from specattn_jax.selection.reads import attend_as_chosen, layer_shares
 
 # Token ids of B documents of one length.
-Documents: TypeAlias = Sequence[Sequence[int]] | Int[np.ndarray, "B n"]
+Documents: TypeAlias = Sequence[Sequence[int] | Int[np.ndarray, " n"]] | Int[np.ndarray, "B n"]
 
 
 @dataclasses.dataclass(frozen=True)
