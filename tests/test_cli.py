@@ -135,7 +135,8 @@ class TestGenerate:
         for said in (
             "GB/s",
             "of drafted tokens accepted",
-            "ms per token predicted",
+            "ms per token, ",
+            " s until the end predicted",
             "predicted to be",
             "chosen by auto",
         ):
