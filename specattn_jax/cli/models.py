@@ -133,6 +133,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         for name, present in {
             "tied embeddings": config["tie_embeddings"],
             "qkv bias": config["qkv_bias"],
+            "output bias": config["out_bias"],
             "q/k norm": config["qk_norm"],
             f"{(config['rope_scaling'] or {}).get('kind')} rope scaling": config["rope_scaling"],
         }.items()

@@ -8,7 +8,7 @@ from typing import Any
 
 from specattn_jax.errors import UserError
 from specattn_jax.files import first_line, read_json
-from specattn_jax.loading.tokenizer import ROLES, Tokenizer, import_transformers, make_tokenizer
+from specattn_jax.loading.tokenizer import Tokenizer, import_transformers, make_tokenizer
 
 # Where a vocabulary may stand. Without any of them, transformers makes up an empty one for some classes.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
@@ -27,8 +27,8 @@ def hf_tokenizer(folder: Path) -> Tokenizer:
             f"{folder}: its tokenizer is a {type(theirs).__name__}, which has no form for the tokenizers library; "
             "download tokenizer.json too."
         )
-    roles = {role: getattr(theirs, role) for role in ROLES}
-    return make_tokenizer(backend, roles, _end_ids(folder), theirs.chat_template, wrapped=theirs)
+    # Asked one by one, transformers complains about those that are not set.
+    return make_tokenizer(backend, theirs.special_tokens_map, _end_ids(folder), theirs.chat_template, wrapped=theirs)
 
 
 def _auto_tokenizer(folder: Path) -> Any:

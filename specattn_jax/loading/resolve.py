@@ -75,9 +75,10 @@ def resolve(reference: str, progress: Progress | None = None) -> ModelFiles:
     """Finds a model and reads its configuration, not its weights.
 
     Args:
-        reference: a preset (`smollm2` is its target, `smollm2:draft` its draft), a local Hugging Face folder, a GGUF
-            file, an Orbax folder written by `specattn convert`, a draft folder written by `specattn train-draft`, or a
-            hub id `organisation/name`.
+        reference: a preset (`smollm2` is its target, `smollm2:draft` its draft), a local Hugging Face folder (also a
+            repository's folder in the hub's cache), a GGUF file, whatever it is called, any of the files of one model,
+            or a folder that holds one, an Orbax folder written by `specattn convert`, a draft folder written by
+            `specattn train-draft`, or a hub id `organisation/name`.
         progress: told about a download, where one is needed.
 
     Returns:
@@ -223,6 +224,11 @@ def _resolve_hub(reference: str, repo: str) -> ModelFiles:
     from specattn_jax.loading.hf_config import read_hf_config
 
     folder = hub.snapshot(repo, weights=False)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"model {repo!r} on the Hugging Face hub: has no config.json; expected a model in safetensors; "
+            "of a repository of GGUF files, download one and give its path."
+        )
     return ModelFiles(reference, "hf", folder, read_hf_config(folder), repo=repo)
 
 

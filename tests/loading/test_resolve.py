@@ -184,6 +184,12 @@ def test_hub_ids_read_the_configuration_before_the_weights(monkeypatch, folder, 
     assert model.nbytes == files.weight_bytes("float32")
 
 
+def test_a_hub_repository_of_gguf_files_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_args, **_options: str(tmp_path))
+    with pytest.raises(UserError, match=r"'some/model-GGUF' .* has no config\.json; .* download one and give its path"):
+        resolve("some/model-GGUF")
+
+
 def test_memory_is_checked_before_anything_is_read(folder, monkeypatch):
     monkeypatch.setattr("specattn_jax.loading.memory.available_bytes", lambda _device=None: 1000)
     monkeypatch.setattr(RESOLVE, "build_model", None)

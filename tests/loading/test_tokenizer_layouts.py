@@ -242,6 +242,15 @@ def test_no_second_begin_token_after_a_sequence_of_processors(tmp_path):
     assert tokenizer.encode("<s>a") == [256, 64]
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_nothing_is_printed(tmp_path, capfd, name):
+    folder = write(tmp_path / "folder", name)
+    capfd.readouterr()
+    tokenizer = hf_tokenizer(folder)
+    tokenizer.decode(tokenizer.encode("a </s>"))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_several_templates_without_a_default_are_no_template(tmp_path):
     folder = write(tmp_path / "folder", "no begin token")
     named = FAST | {"chat_template": [{"name": "rag", "template": "x"}]}
