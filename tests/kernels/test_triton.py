@@ -7,17 +7,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import specattn_kernels as kernels
-from cases import PS, ROW_KINDS, SEEDS, SHAPES, Shape, draw_attention, draw_plan, draw_row, examples, jitted
+from cases import (
+    PS,
+    ROW_KINDS,
+    SEEDS,
+    SHAPES,
+    TOLERANCE,
+    Shape,
+    draw_attention,
+    draw_plan,
+    draw_row,
+    examples,
+    jitted,
+    selected,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy_oracles import nucleus_size
 from specattn_kernels import Device
 from specattn_kernels.triton import attention, long_rows, merge, selection, short_rows
-from test_ops import selected
 
 pytestmark = pytest.mark.optimised
 
-TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 3e-2, jnp.float16: 4e-3}
 SMALL_TILES = (
     (selection, {"TILE_SLOTS": 1024}),
     (short_rows, {"ROW_SLOTS": 1024}),
