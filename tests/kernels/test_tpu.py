@@ -1,15 +1,14 @@
-"""What only the TPU kernels decide; what they share with the others is in test_ops.py."""
+"""What only the TPU kernels decide; what they share with the others is in test_*_ops.py."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import specattn_kernels as kernels
-from cases import SHAPES, draw_attention, draw_plan, draw_row, jitted, shape_for
+from cases import SHAPES, assert_close, draw_attention, draw_plan, draw_row, jitted, selected, shape_for
 from jax.experimental.pallas import tpu as pltpu
 from specattn_kernels import SelectionPlan, reference
 from specattn_kernels.tpu import attention
-from test_ops import assert_close, selected
 
 pytestmark = pytest.mark.usefixtures("tpu_interpreter")
 

@@ -7,17 +7,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import specattn_kernels as kernels
-from cases import PS, ROW_KINDS, SEEDS, SHAPES, Shape, draw_attention, draw_plan, draw_row, examples, jitted
+from cases import (
+    PS,
+    ROW_KINDS,
+    SEEDS,
+    SHAPES,
+    TOLERANCE,
+    Shape,
+    draw_attention,
+    draw_plan,
+    draw_row,
+    examples,
+    jitted,
+    selected,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy_oracles import nucleus_size
-from specattn_kernels import Device
+from specattn_kernels import Device, SelectionPlan
 from specattn_kernels.triton import attention, long_rows, merge, selection, short_rows
-from test_ops import selected
 
 pytestmark = pytest.mark.optimised
 
-TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 3e-2, jnp.float16: 4e-3}
 SMALL_TILES = (
     (selection, {"TILE_SLOTS": 1024}),
     (short_rows, {"ROW_SLOTS": 1024}),
@@ -288,6 +299,21 @@ class TestLowering:
                 *(q, cache, cache, lengths, plan),
             )
             assert "sparse_decode" in text
+
+    def test_a_layers_plan_is_read_where_it_lies(self, lower_for_a_gpu):
+        q = jax.ShapeDtypeStruct((2, 6, 8, 64), jnp.bfloat16)
+        cache = jax.ShapeDtypeStruct((2, 2, 1000, 64), jnp.bfloat16)
+        lengths, layer = jax.ShapeDtypeStruct((2,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+        ids, counts = jax.ShapeDtypeStruct((2, 7, 2, 90), jnp.int32), jax.ShapeDtypeStruct((2, 7, 2), jnp.int32)
+        text = lower_for_a_gpu(
+            lambda q, k, v, lengths, plan, layer: kernels.sparse_decode_attention(
+                q, k, v, plan.at_layer(layer), lengths, implementation="pallas_triton"
+            ),
+            *(q, cache, cache, lengths, SelectionPlan(ids, counts, 1), layer),
+        )
+        assert "tensor<2x7x2x90xi32>" in text
+        assert "tensor<2x2x90xi32>" not in text
+        assert "tensor<2x1x2x90xi32>" not in text
 
     @pytest.mark.parametrize(
         ("slots", "block_size", "dtype", "measure", "capacity"),
