@@ -24,6 +24,7 @@ from specattn_kernels.dispatch import (
     current_device,
     find_obstacle,
 )
+from specattn_kernels.prefill import prefill_attention
 from specattn_kernels.types import AttentionOutput, Scores, SelectionPlan
 from specattn_kernels.xla import plan_slots
 
@@ -44,6 +45,7 @@ __all__ = [
     "find_obstacle",
     "merge_states",
     "plan_slots",
+    "prefill_attention",
     "score_cache",
     "select_blocks",
     "sparse_decode_attention",
