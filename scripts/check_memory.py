@@ -52,11 +52,11 @@ def attention_cases(head_dim: int, slots: int, dtype: str) -> Iterator[tuple[str
     sparse = compiled(kernels.sparse_decode_attention)
     for block_size in (1, 16):
         blocks = -(-slots // block_size)
-        # The plan has the rows of two layers, of which the second is attended with.
-        ids = np.argsort(rng.random((2, 4, blocks)), axis=-1).astype(np.int32)[..., : blocks // 3]
-        counts = rng.integers(0, blocks // 3 + 1, (2, 4)).astype(np.int32)
+        # The plan is of two layers, of which the second is attended with.
+        ids = np.argsort(rng.random((2, 2, 2, blocks)), axis=-1).astype(np.int32)[..., : blocks // 3]
+        counts = rng.integers(0, blocks // 3 + 1, (2, 2, 2)).astype(np.int32)
         ids[np.arange(blocks // 3) >= counts[..., None]] = np.iinfo(np.int32).max
-        plan = kernels.SelectionPlan(jnp.asarray(ids), jnp.asarray(counts), block_size).layer(1, 2)
+        plan = kernels.SelectionPlan(jnp.asarray(ids), jnp.asarray(counts), block_size).at_layer(1)
         yield f"sparse_decode_attention {what} block {block_size}", sparse(q, keys, keys, plan, n)
 
 

@@ -5,8 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from specattn_kernels import Call, choose_implementation, current_device
-from specattn_kernels.dispatch import ATTENTION_OPS, SCORE_OPS, SELECTION_OPS
+from specattn_kernels import (
+    ATTENTION_OPS,
+    SCORE_OPS,
+    SELECTION_OPS,
+    AttentionCall,
+    Call,
+    SelectionCall,
+    choose_implementation,
+    current_device,
+)
 
 from specattn_jax.config import ModelConfig
 from specattn_jax.loading.memory import available_bytes
@@ -40,8 +48,11 @@ def describe_kernels(config: ModelConfig, context: int, dtype: str) -> dict[str,
         >>> ops["sparse_decode_attention"]["name"]
         'xla'
     """
-    rows = DecodeSettings().tokens_per_window * config.group_size
-    call = Call((1, config.num_kv_heads, context, config.head_dim), rows, dtype)
+    cache = 1, config.num_kv_heads, context, config.head_dim
+    tokens = DecodeSettings().tokens_per_window
+    calls: list[Call] = [
+        *(AttentionCall(op, cache, tokens, config.group_size, dtype) for op in ATTENTION_OPS + SCORE_OPS),
+        *(SelectionCall(op, config.num_kv_heads, context) for op in SELECTION_OPS),
+    ]
     device = current_device()
-    ops = (*ATTENTION_OPS, *SCORE_OPS, *SELECTION_OPS)
-    return {op: choose_implementation(op, device, call)._asdict() for op in ops}
+    return {call.op: choose_implementation(call, device)._asdict() for call in calls}

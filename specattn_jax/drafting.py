@@ -118,7 +118,7 @@ def _of_layers(plan: SelectionPlan | None, config: ModelConfig) -> tuple[Selecti
     """The plans of all layers, from one for all of their kv heads."""
     if plan is None:
         return None
-    return tuple(plan.layer(index, config.num_kv_heads) for index in range(config.num_layers))
+    return tuple(plan.at_layer(index) for index in range(config.num_layers))
 
 
 class _DraftedToken(NamedTuple):

@@ -241,6 +241,11 @@ class Selector:
             return self.target.num_layers * self.target.num_kv_heads
         return len(self.observed_layers)
 
+    @property
+    def _unit(self) -> int:
+        """Rows of scores for one layer of a plan: its kv heads, or one that serves for all of them."""
+        return self.target.num_kv_heads if self.policy.prediction == "mixture" else 1
+
     def start(self, batch: int, num_slots: int, dtype: DTypeLike = jnp.float32) -> DraftScores:
         """Scores before the first draft step. They are kept in the draft's dtype: they only put entries in order."""
         shape = (batch, self.alignment.weights.shape[1] if self.policy.mixes_last else self._rows, num_slots)
@@ -319,8 +324,8 @@ class Selector:
         share = jnp.maximum(policy.draft_reads, LEAST_DRAFT_ENTRIES / (past + new))
         recent = policy.num_recent + new
         return select_blocks(
-            scores.maximum,
-            share[:, None],
+            scores.maximum.reshape(past.shape[0], self.draft.num_layers, self.draft.num_kv_heads, slots),
+            share[:, None, None],
             jnp.minimum(past + new, slots),
             block_size=policy.block_size,
             num_sink=policy.num_sink,
@@ -367,8 +372,9 @@ class Selector:
         if scores.maximum is not None:
             groups = self._select(scores.maximum, self._row_p(past, read, windows), past)
         elif scores.union is not None:
+            forced = self._forced(scores.union, past)
             rows = compact_blocks(
-                self._forced(scores.union, past),
+                forced.reshape(forced.shape[0], -1, self._unit, forced.shape[-1]),
                 block_size=self.policy.block_size,
                 implementation=self.implementation,
             )
@@ -388,7 +394,7 @@ class Selector:
         Without kernels one group is selected after the other, because that takes several arrays of the size of the
         group's scores.
         """
-        unit = self.target.num_kv_heads if self.policy.prediction == "mixture" else 1
+        unit = self._unit
         units = self._rows // unit
         most = units if self._has_kernels(scores.shape) else _LAYERS_AT_ONCE
         size = unit * max(count for count in range(1, min(most, units) + 1) if units % count == 0)
@@ -399,9 +405,10 @@ class Selector:
                 part = self._mix(jax.lax.dynamic_slice_in_dim(self.alignment.weights, first, size), scores)
             else:
                 part = jax.lax.dynamic_slice_in_dim(scores, first, size, axis=1)
+            batch, _, slots = part.shape
             return select_blocks(
-                part,
-                share,
+                part.reshape(batch, -1, unit, slots),
+                share.reshape(batch, -1, unit),
                 past,
                 block_size=self.policy.block_size,
                 num_sink=self.policy.num_sink,
@@ -422,8 +429,9 @@ class Selector:
         Args:
             shape: [B, any, S] of the scores, or of the sources that they are mixed from.
         """
-        call = SelectionCall(shape[0] * self._rows * shape[-1], self.policy.threshold)
-        chosen = self.implementation or choose_implementation("select_blocks", current_device(), call).name
+        policy = self.policy
+        call = SelectionCall("select_blocks", shape[0] * self._rows, shape[-1], policy.block_size, policy.threshold)
+        chosen = self.implementation or choose_implementation(call, current_device()).name
         return chosen != "xla"
 
     def _forced(self, union: Bool[Array, "B rows S"], past: Int32[Array, " B"]) -> Bool[Array, "B rows blocks"]:
@@ -437,14 +445,12 @@ class Selector:
 
     def _layer_plan(self, groups: Sequence[SelectionPlan], layer: int) -> SelectionPlan:
         """The rows of one target layer, from plans of all rows in groups."""
-        heads, size = self.target.num_kv_heads, groups[0].counts.shape[1]
+        size = groups[0].counts.shape[1]
         if self.policy.prediction == "mixture":
-            per_group = size // heads
-            return groups[layer // per_group].layer(layer % per_group, heads)
+            return groups[layer // size].at_layer(layer % size)
         row = self.observed_layers.index(self.alignment.layer_map[layer])
-        group, place = groups[row // size], row % size
-        ids, counts = (jnp.repeat(x[:, place : place + 1], heads, axis=1) for x in (group.block_ids, group.counts))
-        return SelectionPlan(ids, counts, group.block_size)
+        one = groups[row // size].at_layer(row % size).take_layer()
+        return jax.tree.map(lambda x: jnp.repeat(x, self.target.num_kv_heads, axis=1), one)
 
 
 def _draft_room(policy: SelectionPolicy, slots: int, recent: int) -> int:
@@ -478,7 +484,7 @@ def read_fraction(plans: Sequence[SelectionPlan | None], past: Int32[Array, " B"
 
 def _plan_fraction(plan: SelectionPlan, past: Int32[Array, " B"]) -> Float[Array, "B K"]:
     """Entries of the plan's blocks that lie in the past, over the past."""
-    plan, size = plan.own_rows(), plan.block_size
+    plan, size = plan.take_layer(), plan.block_size
     entries = plan.counts
     # Selected slots are of the past; of a block a part may be.
     if size > 1:

@@ -10,15 +10,8 @@ import warnings
 import jax
 import jax.numpy as jnp
 import pytest
-from specattn_kernels import (
-    dispatch,
-    pallas_triton_attention,
-    pallas_triton_long_rows,
-    pallas_triton_merge,
-    pallas_triton_scores,
-    pallas_triton_selection,
-    pallas_triton_short_rows,
-)
+from specattn_kernels import Choice, backends
+from specattn_kernels.triton import attention, long_rows, merge, scores, selection, short_rows
 from tiny import random_alignment
 
 from specattn_jax.alignment import NucleusMass
@@ -92,14 +85,7 @@ def test_temporaries_stay_under_five_percent_of_the_cache(policy):
     assert temporaries[8192] < 0.05
 
 
-TRITON_MODULES = (
-    pallas_triton_attention,
-    pallas_triton_long_rows,
-    pallas_triton_merge,
-    pallas_triton_scores,
-    pallas_triton_selection,
-    pallas_triton_short_rows,
-)
+TRITON_MODULES = (attention, long_rows, merge, scores, selection, short_rows)
 HOST_WORDS = ("callback", "infeed", "outfeed", "send", "recv")
 
 
@@ -114,7 +100,7 @@ def test_no_kernel_touches_the_host(monkeypatch):
     """The same for a GPU with the Triton kernels of every op, as far as it can be lowered without one."""
     for module in TRITON_MODULES:
         monkeypatch.setattr(module, "interpreted", lambda: False)
-    monkeypatch.setattr(dispatch, "choose_implementation", lambda *_: dispatch.Choice("pallas_triton", "for the test"))
+    monkeypatch.setattr(backends, "choose_implementation", lambda *_: Choice("pallas_triton", "for the test"))
     # Shapes of their own, as what was traced for them is kept.
     target, draft = (dataclasses.replace(SMOLLM2, num_layers=layers, vocab_size=499) for layers in (2, 1))
     for slots, kernels in ((640, {"select_in_rows"}), (65536, {"keep_bracket", "write_chosen"})):

@@ -68,7 +68,7 @@ def masks(plans, past, slots):
         if plan is None:
             out.append(np.broadcast_to(np.arange(slots) < past[:, None, None], (2, 2, slots)))
             continue
-        plan = plan.own_rows()
+        plan = plan.take_layer()
         mask = np.zeros((*plan.counts.shape, slots), bool)
         ids, counts = np.asarray(plan.block_ids), np.asarray(plan.counts)
         for b, h in np.ndindex(*counts.shape):

@@ -62,7 +62,7 @@ def selected(selector: Selector, attention: np.ndarray) -> list[list[list[set[in
             np.testing.assert_array_equal(fraction[:, layer], 1.0)
             result.append(None)
             continue
-        own = plan.own_rows()
+        own = plan.take_layer()
         ids, counts = np.asarray(own.block_ids), np.asarray(own.counts)
         slots = [
             [

@@ -2,14 +2,14 @@
 
 Axes: B batch, T new tokens of this call, S cache slots, N query heads, K kv heads, H head dim, P blocks of a plan.
 Every op is pure, works under `jax.jit` and `jax.vmap`, and takes traced lengths and p. `implementation` names the
-backend; None chooses one. A backend named explicitly never falls back to another.
+backend, or several in order of preference, of which the first that can serve does; None chooses one. No other backend
+ever takes the place of those that are named.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, Literal
 
 import jax
@@ -17,20 +17,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from specattn_kernels import checks, xla
-from specattn_kernels.dispatch import Call, Implementation, SelectionCall, load_backend
-from specattn_kernels.types import AttentionOutput, Scores, SelectionPlan
+from specattn_kernels.backends import XLA, Backend, Wanted, find_backend
+from specattn_kernels.calls import AttentionCall, SelectionCall
+from specattn_kernels.types import ArrayInput, AttentionOutput, Scores, SelectionPlan
 
 
 def decode_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
-    lengths: Int[Array, " B"],
+    q: Float[ArrayInput, "B T N H"],
+    k: Float[ArrayInput, "B K S H"],
+    v: Float[ArrayInput, "B K S H"],
+    lengths: Int[ArrayInput, " B"],
     *,
-    scale: float | Float[Array, ""] | None = None,
+    scale: float | Float[ArrayInput, ""] | None = None,
     return_scores: Scores = False,
     return_lse: bool = False,
-    implementation: Implementation | None = None,
+    implementation: Wanted = None,
 ) -> AttentionOutput:
     """Attention of the T newest tokens over the whole KV cache, causal among themselves.
 
@@ -58,31 +59,94 @@ def decode_attention(
 
     Raises:
         ValueError: if an argument has the wrong shape, dtype or value.
-        NotImplementedError: if this version lacks the named backend.
+        NotImplementedError: if none of the named backends can serve; it says why.
     """
     op = "decode_attention"
     q, k, v, lengths = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(lengths)
     checks.check_attention(op, q, k, v, lengths)
     checks.check_scores(op, return_scores)
-    backend = load_backend(op, implementation, _call(q, k))
+    backend = find_backend(_call(op, q, k, scores=bool(return_scores)), implementation)
     parts = {"return_scores": return_scores, "return_lse": return_lse}
     return _differentiable(
-        lambda module, q, k, v, scale, lengths: module.decode_attention(q, k, v, lengths, scale=scale, **parts),
+        op,
+        lambda attend, q, k, v, scale, lengths: attend(q, k, v, lengths, scale=scale, **parts),
         backend,
         (q, k, v, _scale(op, scale, q.shape[-1]), lengths.astype(jnp.int32)),
     )
 
 
-def sparse_decode_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
-    plan: SelectionPlan,
-    lengths: Int[Array, " B"],
+def prefill_attention(
+    q: Float[ArrayInput, "B T N H"],
+    k: Float[ArrayInput, "B K S H"],
+    v: Float[ArrayInput, "B K S H"],
+    starts: Int[ArrayInput, " B"],
     *,
-    scale: float | Float[Array, ""] | None = None,
+    lengths: Int[ArrayInput, " B"] | None = None,
+    scale: float | Float[ArrayInput, ""] | None = None,
     return_lse: bool = False,
-    implementation: Implementation | None = None,
+    implementation: Wanted = None,
+) -> AttentionOutput:
+    """Attention of T new tokens, up to whole prompts, over the KV cache; causal, aligned at the bottom right.
+
+    The new tokens' keys and values are already in the cache: query t of a sequence is at slot `starts + t` and sees the
+    slots up to and including that one. Slots at or beyond `starts + T` may hold anything, NaN included, and cost
+    nothing, and so do those that the causal mask hides, but for the tiles that it cuts. No array has both a T and an S
+    axis. Softmax and lse are float32 whatever the dtype, and float32 inputs are multiplied in float32.
+
+    The same as `decode_attention` with `lengths = starts + T`, and made for T of 64 or more, where arithmetic is what
+    takes the time; that one is made for a few tokens, where reading the cache is. Reading in chunks gives what reading
+    at once does. It cannot be differentiated in reverse mode.
+
+    Args:
+        q: queries, any floating dtype. The N / K consecutive query heads n with equal n // (N / K) share a kv head.
+        k: cached keys.
+        v: cached values, in the dtype of `k`.
+        starts: slot of each sequence's first new token, not negative; `starts + T` is at most S.
+        lengths: valid slots of each sequence, for prompts that are padded on the right to T tokens: slots at or beyond
+            may hold anything, queries there get something finite, and blocks of such queries cost nothing. All
+            `starts + T` if None.
+        scale: factor on the logits, above 0; H ** -0.5 if None.
+        return_lse: whether to return the log-sum-exp of the scaled logits, [B, T, N] float32; anything for queries at
+            or beyond `lengths`.
+        implementation: backend, see the module. Derivatives are those of "xla" in any case.
+
+    Returns:
+        The output in the dtype of `q`, and the lse if it was asked for.
+
+    Raises:
+        ValueError: if an argument has the wrong shape, dtype or value.
+        NotImplementedError: if none of the named backends can serve; it says why.
+    """
+    op = "prefill_attention"
+    q, k, v, starts = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(starts)
+    checks.check_attention(op, q, k, v, starts, "starts")
+    limits = starts.astype(jnp.int32) + q.shape[1]
+    if lengths is not None:
+        lengths = jnp.asarray(lengths)
+        checks.check_shape(op, "lengths", lengths, starts.shape, "[B]")
+        checks.check_integer(op, "lengths", lengths)
+        limits = jnp.minimum(limits, lengths.astype(jnp.int32))
+    backend = find_backend(_call(op, q, k), implementation)
+    return _differentiable(
+        op,
+        lambda attend, q, k, v, scale, starts, limits: attend(
+            q, k, v, starts, limits, scale=scale, return_lse=return_lse
+        ),
+        backend,
+        (q, k, v, _scale(op, scale, q.shape[-1]), starts.astype(jnp.int32), limits),
+    )
+
+
+def sparse_decode_attention(
+    q: Float[ArrayInput, "B T N H"],
+    k: Float[ArrayInput, "B K S H"],
+    v: Float[ArrayInput, "B K S H"],
+    plan: SelectionPlan,
+    lengths: Int[ArrayInput, " B"],
+    *,
+    scale: float | Float[ArrayInput, ""] | None = None,
+    return_lse: bool = False,
+    implementation: Wanted = None,
 ) -> AttentionOutput:
     """Attention of the T newest tokens over the plan's blocks of the past and over themselves (SpecAttn, step 5).
 
@@ -94,8 +158,8 @@ def sparse_decode_attention(
         q: queries, any floating dtype.
         k: cached keys.
         v: cached values, in the dtype of `k`.
-        plan: which blocks to read, per kv head; ids in any order, each at most once, inside the cache. It may have rows
-            for more than this layer's kv heads, see `SelectionPlan.first_row`.
+        plan: which blocks to read, per kv head; ids in any order, each at most once, inside the cache. Of a
+            plan of many layers the one at `plan.layer` is read where it lies, see `SelectionPlan.at_layer`.
         lengths: valid slots of each sequence, the new tokens included; at most S.
         scale: factor on the logits; H ** -0.5 if None.
         return_lse: whether to return the log-sum-exp of the scaled logits that were read, [B, T, N] float32.
@@ -106,16 +170,17 @@ def sparse_decode_attention(
 
     Raises:
         ValueError: if an argument has the wrong shape, dtype or value.
-        NotImplementedError: if this version lacks the named backend.
+        NotImplementedError: if none of the named backends can serve; it says why.
     """
     op = "sparse_decode_attention"
     q, k, v, lengths = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(lengths)
     checks.check_attention(op, q, k, v, lengths)
     checks.check_plan(op, plan, k)
-    backend = load_backend(op, implementation, _call(q, k, plan.block_size))
+    backend = find_backend(_call(op, q, k, plan.block_size), implementation)
     plan = jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), plan)
     return _differentiable(
-        lambda module, q, k, v, scale, plan, lengths: module.sparse_decode_attention(
+        op,
+        lambda attend, q, k, v, scale, plan, lengths: attend(
             q, k, v, plan, lengths, scale=scale, return_lse=return_lse
         ),
         backend,
@@ -124,14 +189,14 @@ def sparse_decode_attention(
 
 
 def score_cache(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    lse: Float[Array, "B T N"],
-    lengths: Int[Array, " B"],
+    q: Float[ArrayInput, "B T N H"],
+    k: Float[ArrayInput, "B K S H"],
+    lse: Float[ArrayInput, "B T N"],
+    lengths: Int[ArrayInput, " B"],
     *,
-    scale: float | Float[Array, ""] | None = None,
+    scale: float | Float[ArrayInput, ""] | None = None,
     dtype: DTypeLike = jnp.float32,
-    implementation: Implementation | None = None,
+    implementation: Wanted = None,
 ) -> Float[Array, "B K S"]:
     """How strongly tokens look at each cache slot: the largest over T tokens of a kv head's mean weight.
 
@@ -154,7 +219,7 @@ def score_cache(
 
     Raises:
         ValueError: if an argument has the wrong shape, dtype or value.
-        NotImplementedError: if this version lacks the named backend.
+        NotImplementedError: if none of the named backends can serve; it says why.
     """
     op = "score_cache"
     q, k, lse, lengths = jnp.asarray(q), jnp.asarray(k), jnp.asarray(lse), jnp.asarray(lengths)
@@ -162,8 +227,8 @@ def score_cache(
     checks.check_shape(op, "lse", lse, q.shape[:-1], "[B, T, N], as in `q`")
     checks.check_floating(op, "lse", lse)
     checks.require(jnp.issubdtype(dtype, jnp.floating), op, "dtype", repr(dtype), "a floating dtype")
-    backend = load_backend(op, implementation, _call(q, k))
-    scores: jax.Array = backend.score_cache(
+    backend = find_backend(_call(op, q, k), implementation)
+    result: jax.Array = backend.load(op)(
         q,
         k,
         lse.astype(jnp.float32),
@@ -171,17 +236,17 @@ def score_cache(
         scale=_scale(op, scale, q.shape[-1]),
         dtype=jnp.dtype(dtype),
     )
-    return scores
+    return result
 
 
 def top_p_threshold(
-    scores: Float[Array, "*rows S"],
-    p: Float[Array, ...] | float,
+    scores: Float[ArrayInput, "*rows S"],
+    p: Float[ArrayInput, ...] | float,
     *,
-    lengths: Int[Array, ...] | int | None = None,
+    lengths: Int[ArrayInput, ...] | int | None = None,
     method: Literal["exact", "linear"] = "exact",
     steps: int = 10,
-    implementation: Implementation | None = None,
+    implementation: Wanted = None,
 ) -> Float[Array, "*rows"]:
     """The threshold whose set `{scores >= threshold}` is the nucleus of each row, found without a sort.
 
@@ -206,11 +271,10 @@ def top_p_threshold(
 
     Raises:
         ValueError: if an argument has the wrong shape, dtype or value.
-        NotImplementedError: if this version lacks the named backend.
+        NotImplementedError: if none of the named backends can serve; it says why.
     """
     op = "top_p_threshold"
     scores = jnp.asarray(scores)
-    backend = load_backend(op, implementation, SelectionCall(scores.size, method))
     checks.check_floating(op, "scores", scores)
     at_least_one = scores.ndim >= 1 and scores.shape[-1] >= 1
     checks.require(at_least_one, op, "scores", checks.shape_text(scores.shape), "[..., S] with at least one slot")
@@ -222,14 +286,15 @@ def top_p_threshold(
         checks.check_broadcast(op, "lengths", lengths, rows, "the rows of `scores`")
         lengths = jnp.broadcast_to(lengths, rows)
     share = _share(op, p, rows, "the rows of `scores`")
-    result: jax.Array = backend.top_p_threshold(scores, share, lengths=lengths, method=method, steps=steps)
+    backend = find_backend(_selection_call(op, scores, method=method), implementation)
+    result: jax.Array = backend.load(op)(scores, share, lengths=lengths, method=method, steps=steps)
     return result
 
 
 def select_blocks(
-    scores: Float[Array, "B K S"],
-    p: Float[Array, ...] | float,
-    lengths: Int[Array, " B"],
+    scores: Float[ArrayInput, "B *layers K S"],
+    p: Float[ArrayInput, ...] | float,
+    lengths: Int[ArrayInput, " B"],
     *,
     block_size: int = 1,
     num_sink: int = 0,
@@ -238,7 +303,7 @@ def select_blocks(
     steps: int = 10,
     measure: Literal["mass", "count"] = "mass",
     capacity: int | None = None,
-    implementation: Implementation | None = None,
+    implementation: Wanted = None,
 ) -> SelectionPlan:
     """Selects the blocks that hold share p of each row's score, plus sinks and a recent window.
 
@@ -251,9 +316,10 @@ def select_blocks(
     its first blocks.
 
     Args:
-        scores: non-negative scores of the cache slots per kv head; those at or beyond `lengths` may be anything.
-        p: share of the total to reach, above 0; a scalar or broadcastable to [B, K]. 1 or more selects all that is
-            valid.
+        scores: non-negative scores of the cache slots per kv head, of one layer or of L; those at or beyond `lengths`
+            may be anything.
+        p: share of the total to reach, above 0; a scalar or broadcastable to the rows, [B, K] or [B, L, K]. 1 or more
+            selects all that is valid.
         lengths: valid slots of each sequence.
         block_size: slots per block, static.
         num_sink: slots at the beginning to select in any case, static.
@@ -267,18 +333,17 @@ def select_blocks(
         implementation: backend, see the module.
 
     Returns:
-        A plan with room for P blocks, selected ids ascending. What lies beyond `counts` is unspecified.
+        A plan with room for P blocks, with the rows of the scores, selected ids ascending. What lies beyond `counts` is
+        unspecified. `SelectionPlan.at_layer` gives what the attention of one of several layers reads.
 
     Raises:
         ValueError: if an argument has the wrong shape, dtype or value.
-        NotImplementedError: if this version lacks the named backend.
+        NotImplementedError: if none of the named backends can serve; it says why.
     """
     op = "select_blocks"
     scores, lengths = jnp.asarray(scores), jnp.asarray(lengths)
-    backend = load_backend(op, implementation, SelectionCall(scores.size, method))
     checks.check_floating(op, "scores", scores)
-    three_axes = scores.ndim == 3 and scores.shape[-1] >= 1
-    checks.require(three_axes, op, "scores", checks.shape_text(scores.shape), "[B, K, S] with at least one slot")
+    checks.check_rows(op, "scores", scores, "S", "slot")
     checks.check_shape(op, "lengths", lengths, scores.shape[:1], "[B]")
     checks.check_integer(op, "lengths", lengths)
     checks.check_block_size(op, "block_size", block_size)
@@ -287,9 +352,10 @@ def select_blocks(
     checks.check_method(op, method, steps)
     checks.check_measure(op, measure, method)
     if capacity is not None:
-        checks.check_capacity(op, capacity, -(-scores.shape[2] // block_size))
-    share = _share(op, p, scores.shape[:2], "[B, K]")
-    plan: SelectionPlan = backend.select_blocks(
+        checks.check_capacity(op, capacity, -(-scores.shape[-1] // block_size))
+    share = _share(op, p, scores.shape[:-1], "the rows of `scores`")
+    backend = find_backend(_selection_call(op, scores, block_size, method), implementation)
+    plan: SelectionPlan = backend.load(op)(
         scores,
         share,
         lengths.astype(jnp.int32),
@@ -305,38 +371,37 @@ def select_blocks(
 
 
 def compact_blocks(
-    mask: Bool[Array, "B K P"], *, block_size: int, implementation: Implementation | None = None
+    mask: Bool[ArrayInput, "B *layers K P"], *, block_size: int, implementation: Wanted = None
 ) -> SelectionPlan:
     """Turns a mask over the cache's blocks into a plan, on the device.
 
     Args:
-        mask: True for the blocks to read, for all P = ceil(S / block_size) blocks of the cache.
+        mask: True for the blocks to read, for all P = ceil(S / block_size) blocks of the cache, of one layer or of L.
         block_size: slots per block, static.
         implementation: backend, see the module.
 
     Returns:
-        A plan with selected ids ascending. What lies beyond `counts` is unspecified.
+        A plan with the rows of the mask, selected ids ascending. What lies beyond `counts` is unspecified.
 
     Raises:
         ValueError: if an argument has the wrong shape, dtype or value.
-        NotImplementedError: if this version lacks the named backend.
+        NotImplementedError: if none of the named backends can serve; it says why.
     """
     op = "compact_blocks"
-    backend = load_backend(op, implementation)
     mask = jnp.asarray(mask)
     checks.require(mask.dtype == jnp.bool_, op, "mask", f"of dtype {mask.dtype}", "boolean")
-    three_axes = mask.ndim == 3 and mask.shape[-1] >= 1
-    checks.require(three_axes, op, "mask", checks.shape_text(mask.shape), "[B, K, P] with at least one block")
+    checks.check_rows(op, "mask", mask, "P", "block")
     checks.check_block_size(op, "block_size", block_size)
-    plan: SelectionPlan = backend.compact_blocks(mask, block_size=block_size)
+    backend = find_backend(_selection_call(op, mask), implementation)
+    plan: SelectionPlan = backend.load(op)(mask, block_size=block_size)
     return plan
 
 
 def merge_states(
-    out_a: Float[Array, "*rows H"],
-    lse_a: Float[Array, "*rows"],
-    out_b: Float[Array, "*rows H"],
-    lse_b: Float[Array, "*rows"],
+    out_a: Float[ArrayInput, "*rows H"],
+    lse_a: Float[ArrayInput, "*rows"],
+    out_b: Float[ArrayInput, "*rows H"],
+    lse_b: Float[ArrayInput, "*rows"],
 ) -> tuple[Float[Array, "*rows H"], Float[Array, "*rows"]]:
     """Combines the attention of the same queries over two disjoint sets of slots into that over their union.
 
@@ -363,23 +428,30 @@ def merge_states(
     return xla.merge_states(out_a, lse_a.astype(jnp.float32), out_b, lse_b.astype(jnp.float32))
 
 
-def _call(q: jax.Array, k: jax.Array, block_size: int | None = None) -> Call:
-    """The shapes of an attention call."""
-    return Call(k.shape, q.shape[1] * (q.shape[2] // k.shape[1]), k.dtype, block_size)
+def _call(op: str, q: jax.Array, k: jax.Array, block_size: int | None = None, scores: bool = False) -> AttentionCall:
+    """What backends are told of an attention call."""
+    return AttentionCall(op, k.shape, q.shape[1], q.shape[2] // k.shape[1], k.dtype, q.dtype, block_size, scores)
+
+
+def _selection_call(op: str, rows: jax.Array, block_size: int = 1, method: str = "exact") -> SelectionCall:
+    """What backends are told of a selection call."""
+    slots = rows.shape[-1]
+    return SelectionCall(op, rows.size // slots, slots, block_size, method)
 
 
 def _differentiable(
-    attend: Callable[..., AttentionOutput], backend: ModuleType, arguments: tuple[Any, ...]
+    op: str, call: Callable[..., AttentionOutput], backend: Backend, arguments: tuple[Any, ...]
 ) -> AttentionOutput:
     """Attends with a backend; what is differentiated is computed by `xla`, as kernels have no derivative."""
-    if backend is xla:
-        return attend(xla, *arguments)
-    kernel = jax.custom_jvp(lambda *arguments: attend(backend, *arguments))
-    kernel.defjvp(lambda primals, tangents: jax.jvp(functools.partial(attend, xla), primals, tangents))
+    plain = functools.partial(call, XLA.load(op))
+    if backend is XLA:
+        return plain(*arguments)
+    kernel = jax.custom_jvp(functools.partial(call, backend.load(op)))
+    kernel.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
     return kernel(*arguments)
 
 
-def _scale(op: str, scale: float | jax.Array | None, head_dim: int) -> float | jax.Array:
+def _scale(op: str, scale: float | ArrayInput | None, head_dim: int) -> float | jax.Array:
     """The factor on the logits, H ** -0.5 by default."""
     if scale is None:
         return float(head_dim**-0.5)
@@ -391,7 +463,7 @@ def _scale(op: str, scale: float | jax.Array | None, head_dim: int) -> float | j
     return scale
 
 
-def _share(op: str, p: float | jax.Array, rows: tuple[int, ...], meaning: str) -> Float[Array, "*rows"]:
+def _share(op: str, p: float | ArrayInput, rows: tuple[int, ...], meaning: str) -> Float[Array, "*rows"]:
     """Casts p to one float32 for every row."""
     checks.check_p(op, p)
     share = jnp.asarray(p, jnp.float32)

@@ -83,26 +83,34 @@ def check_scores(op: str, scores: object) -> None:
 
 
 def check_plan(op: str, plan: SelectionPlan, k: jax.Array) -> None:
-    """Requires a plan with block_ids [B, K, P] and counts [B, K], or more rows than K, for the cache `k`."""
+    """Requires a plan for the cache `k`: block_ids [B, K, P], or [B, L, K, P] and a layer; counts alike."""
     require(isinstance(plan, SelectionPlan), op, "plan", f"a {type(plan).__name__}", "a SelectionPlan")
     batch, kv_heads, slots = k.shape[:3]
-    ids = plan.block_ids
+    ids, layer = plan.block_ids, plan.layer
     check_block_size(op, "plan.block_size", plan.block_size)
-    require(ids.ndim == 3, op, "plan.block_ids", shape_text(ids.shape), "[B, K, P] (batch, kv heads, blocks)")
-    rows = kv_heads
-    if plan.first_row is not None:
-        check_shape(op, "plan.first_row", plan.first_row, (), "a scalar")
-        check_integer(op, "plan.first_row", plan.first_row)
-        require(plan.num_rows == kv_heads, op, "plan.num_rows", repr(plan.num_rows), f"K, {kv_heads}")
-        rows = max(kv_heads, ids.shape[1])
-    check_shape(op, "plan.block_ids", ids, (batch, rows, ids.shape[2]), "[B, K, P], B and K as in `k`")
-    check_shape(op, "plan.counts", plan.counts, (batch, rows), "[B, K]")
+    require(ids.ndim in (3, 4), op, "plan.block_ids", shape_text(ids.shape), "[B, K, P] or [B, L, K, P]")
+    if ids.ndim == 4:
+        require(layer is not None, op, "plan.layer", "None", "the layer to read, as `block_ids` has a layer axis")
+    if layer is not None:
+        require(ids.ndim == 4, op, "plan.layer", "given", "None, as `block_ids` has no layer axis")
+        check_shape(op, "plan.layer", layer, (), "a scalar")
+        check_integer(op, "plan.layer", layer)
+    rows, meaning = (batch, *ids.shape[1:-2], kv_heads), "B, L, K" if ids.ndim == 4 else "B, K"
+    check_shape(op, "plan.block_ids", ids, (*rows, ids.shape[-1]), f"[{meaning}, P], B and K as in `k`")
+    check_shape(op, "plan.counts", plan.counts, rows, f"[{meaning}]")
     check_integer(op, "plan.block_ids", ids)
     check_integer(op, "plan.counts", plan.counts)
     blocks = -(-slots // plan.block_size)
     require(
-        ids.shape[2] <= blocks, op, "plan.block_ids", f"for {ids.shape[2]} blocks", f"for at most the {blocks} of `k`"
+        ids.shape[-1] <= blocks, op, "plan.block_ids", f"for {ids.shape[-1]} blocks", f"for at most the {blocks} of `k`"
     )
+
+
+def check_rows(op: str, argument: str, array: jax.Array, last: str, meaning: str) -> None:
+    """Requires [B, K, last] or [B, L, K, last] with at least one of the last."""
+    fine = array.ndim in (3, 4) and array.shape[-1] >= 1
+    expected = f"[B, K, {last}] or [B, L, K, {last}] with at least one {meaning}"
+    require(fine, op, argument, shape_text(array.shape), expected)
 
 
 def check_block_size(op: str, argument: str, block_size: int) -> None:

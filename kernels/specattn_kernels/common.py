@@ -40,17 +40,27 @@ def ungroup(x: Float[Array, "B K T G *rest"]) -> Float[Array, "B T N *rest"]:
     return x.reshape(x.shape[0], x.shape[1], x.shape[2] * x.shape[3], *x.shape[4:])
 
 
-def clean_scores(scores: Float[Array, "*rows S"], lengths: Int[Array, "*rows"] | None) -> Float[Array, "*rows S"]:
-    """Float32 scores in [0, max / 2 / S]: NaN, negative, subnormal and invalid ones become 0, and no sum overflows.
+def clean_scores(scores: jax.Array, valid: jax.Array | None, slots: int) -> jax.Array:
+    """Float32 scores in [0, max / 2 / slots]: NaN, negative, subnormal and invalid ones become 0.
 
-    Subnormals go because hardware that flushes them would compare them differently as numbers and as bits.
+    Subnormals go because hardware that flushes them would compare them differently as numbers and as bits. The cap
+    keeps sums of a row finite. Plain arithmetic, so that kernels call it on parts of rows.
+
+    Args:
+        scores: scores, or a part of them.
+        valid: which of them count, of a shape that broadcasts; None: all.
+        slots: scores in a whole row.
     """
     x = scores.astype(jnp.float32)
-    slots = scores.shape[-1]
     keep = x >= FLOAT32_TINY
-    if lengths is not None:
-        keep &= jnp.arange(slots) < lengths[..., None]
+    if valid is not None:
+        keep &= valid
     return jnp.where(keep, jnp.minimum(x, FLOAT32_MAX / 2 / slots), 0.0)
+
+
+def leading(lengths: Int32[Array, " B"], rows: jax.Array) -> jax.Array:
+    """A number per sequence with axes of 1, so that it broadcasts against `rows` [B, ...]."""
+    return lengths.reshape(-1, *[1] * (rows.ndim - 1))
 
 
 def row_sum(x: Float[Array, "*rows S"]) -> Float[Array, "*rows"]:
@@ -65,15 +75,17 @@ def row_sum(x: Float[Array, "*rows S"]) -> Float[Array, "*rows"]:
     return total
 
 
-def block_sums(scores: Float[Array, "B K S"], lengths: Int32[Array, " B"], block_size: int) -> Float[Array, "B K P"]:
+def block_sums(
+    scores: Float[Array, "B *layers K S"], lengths: Int32[Array, " B"], block_size: int
+) -> Float[Array, "B *layers K P"]:
     """Clean scores of the blocks: each the sum over its valid slots."""
-    batch, kv_heads, slots = scores.shape
-    clean = clean_scores(scores, jnp.broadcast_to(lengths[:, None], (batch, kv_heads)))
-    padded = jnp.pad(clean, ((0, 0), (0, 0), (0, -slots % block_size)))
-    return padded.reshape(batch, kv_heads, -1, block_size).sum(axis=-1)
+    *rows, slots = scores.shape
+    clean = clean_scores(scores, jnp.arange(slots) < leading(lengths, scores), slots)
+    padded = jnp.pad(clean, [*[(0, 0)] * len(rows), (0, -slots % block_size)])
+    return padded.reshape(*rows, -1, block_size).sum(axis=-1)
 
 
-def wanted_blocks(p: Float[Array, "*rows"], valid: Int[Array, "*rows"]) -> Float[Array, "*rows"]:
+def wanted_blocks(p: Float[Array, "*rows"], valid: Int[Array, "*#rows"]) -> Float[Array, "*rows"]:
     """How many blocks a nucleus by count wants of those that are valid; infinity stands for all, zeros included."""
     return jnp.where(p >= 1.0, jnp.inf, jnp.maximum(jnp.ceil(p * valid.astype(jnp.float32)), 1.0))
 
@@ -87,8 +99,8 @@ def recent_blocks(length: Any, block_size: int, num_recent: int) -> Any:
 
 
 def fit_mask(
-    mask: Bool[Array, "B K P"], lengths: Int32[Array, " B"], capacity: int, *, block_size: int, num_recent: int
-) -> Bool[Array, "B K P"]:
+    mask: Bool[Array, "B *layers K P"], lengths: Int32[Array, " B"], capacity: int, *, block_size: int, num_recent: int
+) -> Bool[Array, "B *layers K P"]:
     """At most `capacity` of the chosen blocks: the recent window, and of those before it the first ones.
 
     So the sinks stay, and of the nucleus what does not fit between them and the window goes. A window that does not fit
@@ -97,22 +109,22 @@ def fit_mask(
     if capacity >= mask.shape[-1]:
         return mask
     rank = jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1
-    count, recent = rank[..., -1:] + 1, recent_blocks(lengths, block_size, num_recent)[:, None, None]
+    count, recent = rank[..., -1:] + 1, recent_blocks(leading(lengths, mask), block_size, num_recent)
     is_recent = rank >= count - recent
     return mask & jnp.where(is_recent, rank >= count - capacity, rank < capacity - recent)
 
 
 def mask_blocks(
-    block_scores: Float[Array, "B K P"],
-    threshold: Float[Array, "B K"],
+    block_scores: Float[Array, "B *layers K P"],
+    threshold: Float[Array, "B *layers K"],
     lengths: Int32[Array, " B"],
     *,
     block_size: int,
     num_sink: int,
     num_recent: int,
-) -> Bool[Array, "B K P"]:
+) -> Bool[Array, "B *layers K P"]:
     """The blocks at or above the threshold, the sinks and the recent window, as far as they are valid."""
-    length = lengths[:, None, None]
+    length = leading(lengths, block_scores)
     start = jnp.arange(block_scores.shape[-1]) * block_size
     chosen = block_scores >= threshold[..., None]
     chosen |= start < num_sink

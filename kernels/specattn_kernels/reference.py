@@ -85,7 +85,7 @@ def prefill_attention(
     lengths: Int32[Array, " B"] | None = None,
     scale: float | Float[Array, ""] | None = None,
 ) -> AttentionOutput:
-    """Oracle of `prefill.prefill_attention`; always returns lse and scores."""
+    """Oracle of `api.prefill_attention`; always returns lse and scores."""
     tokens, slots = q.shape[1], k.shape[2]
     visible = causal_mask(starts + tokens, tokens, slots)
     if lengths is not None:
@@ -104,7 +104,7 @@ def sparse_decode_attention(
 ) -> AttentionOutput:
     """Oracle of `api.sparse_decode_attention`; always returns lse, and scores over the cache slots."""
     tokens, slots, group = q.shape[1], k.shape[2], q.shape[2] // k.shape[1]
-    plan = plan.own_rows()
+    plan = plan.take_layer()
     selected = jnp.repeat(plan_mask(plan, slots), group, axis=1)[:, :, None]
     is_new = (jnp.arange(slots) >= lengths[:, None] - tokens)[:, None, None]
     return attend(q, k, v, causal_mask(lengths, tokens, slots) & (selected | is_new), scale)

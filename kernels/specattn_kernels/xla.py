@@ -7,18 +7,20 @@ attention slices it, sparse attention gathers only the selected rows.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, DTypeLike, Float, Int, Int32
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, Int32, Shaped
 
 from specattn_kernels.common import (
     block_sums,
     clean_scores,
     fit_mask,
     group_queries,
+    leading,
     mask_blocks,
     row_sum,
     ungroup,
@@ -62,7 +64,7 @@ def sparse_decode_attention(
     Which way is decided by the plan's static capacity: gathering costs about three reads of what is gathered, so it
     pays only while that is well below the whole cache.
     """
-    slots, plan = k.shape[2], plan.own_rows()
+    slots, plan = k.shape[2], plan.take_layer()
     if plan.block_ids.shape[2] * plan.block_size >= slots // 2:
         return _attend_cache(q, k, v, lengths, plan_slots(plan, slots), scale, False, return_lse)
     rows, visible = _plan_rows(plan, lengths, q.shape[1], slots)
@@ -237,7 +239,7 @@ def _log_sum(top: jax.Array, total: jax.Array) -> jax.Array:
 
 def plan_slots(plan: SelectionPlan, slots: int) -> Bool[Array, "B K S"]:
     """The slots of a cache of `slots` that a plan selects; a block may reach beyond what the cache holds."""
-    plan, blocks = plan.own_rows(), -(-slots // plan.block_size)
+    plan, blocks = plan.take_layer(), -(-slots // plan.block_size)
     entry_used = jnp.arange(plan.block_ids.shape[2]) < plan.counts[..., None]
     ids = jnp.where(entry_used, plan.block_ids, blocks)
 
@@ -245,18 +247,21 @@ def plan_slots(plan: SelectionPlan, slots: int) -> Bool[Array, "B K S"]:
     return jnp.repeat(marked, plan.block_size, axis=-1)[..., :slots]
 
 
-def _scatter_rows(places: Int32[Array, "B K P"], values: Array, width: int, *, unique: bool) -> Array:
-    """Rows [B, K, width], zero but for `values` at `places`, which must lie inside.
+def _scatter_rows(
+    places: Int32[Array, "*rows P"], values: Shaped[Array, "*rows P"], width: int, *, unique: bool
+) -> Shaped[Array, "*rows width"]:
+    """Rows of `width`, zero but for `values` at `places`, which must lie inside.
 
     The rows are scattered as one flat array: batched, XLA would build an index of three columns per entry.
     """
-    batch, heads, _ = places.shape
-    first = (jnp.arange(batch * heads, dtype=jnp.int32) * width).reshape(batch, heads, 1)
-    empty = jnp.zeros(batch * heads * width, values.dtype)
+    rows = places.shape[:-1]
+    count = math.prod(rows)
+    first = (jnp.arange(count, dtype=jnp.int32) * width).reshape(*rows, 1)
+    empty = jnp.zeros(count * width, values.dtype)
     scattered = empty.at[(first + places).reshape(-1)].set(
         values.reshape(-1), mode="promise_in_bounds", unique_indices=unique
     )
-    return scattered.reshape(batch, heads, width)
+    return scattered.reshape(*rows, width)
 
 
 def _plan_rows(
@@ -300,7 +305,8 @@ def top_p_threshold(
     steps: int = 10,
 ) -> Float[Array, "*rows"]:
     """The nucleus threshold of every row, by bisection on the mass above it; see `api.top_p_threshold`."""
-    clean = clean_scores(scores, lengths)
+    slots = scores.shape[-1]
+    clean = clean_scores(scores, None if lengths is None else jnp.arange(slots) < lengths[..., None], slots)
     wanted = p * row_sum(clean)
     threshold = _exact_threshold(clean, wanted) if method == "exact" else _linear_threshold(clean, wanted, steps)
     return jnp.where(p >= 1.0, 0.0, threshold)
@@ -359,8 +365,8 @@ def _linear_threshold(scores: jax.Array, wanted: jax.Array, steps: int) -> jax.A
 
 
 def select_blocks(
-    scores: Float[Array, "B K S"],
-    p: Float[Array, "B K"],
+    scores: Float[Array, "B *layers K S"],
+    p: Float[Array, "B *layers K"],
     lengths: Int32[Array, " B"],
     *,
     block_size: int = 1,
@@ -376,7 +382,7 @@ def select_blocks(
     if measure == "mass":
         threshold = top_p_threshold(block_scores, p, method=method, steps=steps)
     else:
-        threshold = _count_threshold(block_scores, wanted_blocks(p, -(-lengths[:, None] // block_size)))
+        threshold = _count_threshold(block_scores, wanted_blocks(p, -(-leading(lengths, p) // block_size)))
     capacity = block_scores.shape[-1] if capacity is None else capacity
     forced = {"block_size": block_size, "num_recent": num_recent}
     mask = mask_blocks(block_scores, threshold, lengths, num_sink=num_sink, **forced)
@@ -384,7 +390,7 @@ def select_blocks(
     return SelectionPlan(plan.block_ids[..., :capacity], plan.counts, block_size)
 
 
-def compact_blocks(mask: Bool[Array, "B K P"], *, block_size: int) -> SelectionPlan:
+def compact_blocks(mask: Bool[Array, "*rows P"], *, block_size: int) -> SelectionPlan:
     """The plan of a mask; see `api.compact_blocks`.
 
     Every block is scattered to its rank, the selected ones first, so that no place is written twice. Of the compactions

@@ -50,7 +50,7 @@ def prefill_attention(
     scale: float | Float[Array, ""],
     return_lse: bool = False,
 ) -> AttentionOutput:
-    """Attention of many new tokens over the cache, see `prefill.prefill_attention`."""
+    """Attention of many new tokens over the cache, see `api.prefill_attention`."""
     batch, tokens, heads, head_dim = q.shape
     kv_heads, slots = k.shape[1:3]
     group = heads // kv_heads

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from specattn_kernels import (
+    ATTENTION_OPS,
+    SCORE_OPS,
+    AttentionCall,
     Call,
     Implementation,
+    SelectionCall,
     SelectionPlan,
     compact_blocks,
+    compiled_implementations,
     current_device,
     decode_attention,
-    find_obstacle,
     score_cache,
     select_blocks,
     sparse_decode_attention,
     top_p_threshold,
 )
-from specattn_kernels.dispatch import ATTENTION_OPS, BACKEND_OPS, BACKEND_PLATFORMS, SCORE_OPS
 
 from specattn_jax.bench.kernel_cases import Case
 
@@ -70,21 +73,16 @@ def make_work(case: Case) -> Work:
     return makers[case.op](case)
 
 
-def _backends(op: str, case: Case) -> list[Implementation]:
+def _backends(op: str, case: Case, scores: bool = False) -> tuple[Implementation, ...]:
     """Our backends that can serve the case on this device."""
-    device = current_device()
-    call = None
+    call: Call
     if op in ATTENTION_OPS + SCORE_OPS:
         cache = case.batch, case.kv_heads, case.slots, case.head_dim
         block_size = case.block_size if op == "sparse_decode_attention" else None
-        call = Call(cache, case.tokens * case.group, case.dtype, block_size)
-    return [
-        cast(Implementation, name)
-        for name, ops in BACKEND_OPS.items()
-        if op in ops
-        and BACKEND_PLATFORMS.get(name, device.platform) == device.platform
-        and find_obstacle(name, device, call) is None
-    ]
+        call = AttentionCall(op, cache, case.tokens, case.group, case.dtype, block_size=block_size, scores=scores)
+    else:
+        call = SelectionCall(op, case.batch * case.kv_heads, case.slots, case.block_size)
+    return compiled_implementations(call, current_device())
 
 
 def _attention_inputs(case: Case, seed: int) -> Inputs:
@@ -134,23 +132,21 @@ def _distance(got: jax.Array, want: np.ndarray) -> float:
 
 
 def _attention_contenders(
-    op: str, case: Case, call: Callable[..., Any], make: Callable[[int], Inputs]
+    op: str, case: Case, call: Callable[..., Any], make: Callable[[int], Inputs], scores: bool = False
 ) -> dict[str, Contender]:
     """Our backends of an attention op."""
     error = functools.partial(_attention_error, block_size=case.block_size)
     return {
-        str(name): Contender(functools.partial(call, implementation=name), make, error) for name in _backends(op, case)
+        str(name): Contender(functools.partial(call, implementation=name), make, error)
+        for name in _backends(op, case, scores)
     }
 
 
 def _dense(case: Case, scores: bool = False) -> Work:
     make = functools.partial(_attention_inputs, case)
     call = functools.partial(decode_attention, return_scores=scores)
-    contenders = _attention_contenders("decode_attention", case, call, make)
-    if scores:
-        # It has none.
-        contenders.pop("pallas_mosaic_gpu", None)
-    else:
+    contenders = _attention_contenders("decode_attention", case, call, make, scores)
+    if not scores:
         contenders |= _library_attention(case)
     nbytes = _attention_bytes(case, 1.0)
     if scores:

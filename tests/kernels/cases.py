@@ -16,6 +16,11 @@ SEEDS = st.integers(0, 2**31 - 1)
 PS = st.sampled_from([1e-6, 0.5, 0.95, 1.0])
 
 
+# Pallas kernels run in its interpreters here.
+IMPLEMENTATIONS = ["xla", "pallas_triton", "pallas_tpu"]
+TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 3e-2, jnp.float16: 4e-3}
+
+
 class Shape(NamedTuple):
     batch: int
     tokens: int
@@ -38,18 +43,24 @@ SHAPES = [
     Shape(1, 3, 2, 2, 130, 16, 3, head_dim=96),
 ]
 
-# What the TPU kernels take instead: blocks of at least 16 slots, few shapes because each takes seconds to interpret.
-_TPU_SHAPES = [
+# What the TPU and Mosaic kernels take instead: blocks of at least 16 slots, few shapes because each takes seconds to
+# interpret.
+_BLOCK_SHAPES = [
     Shape(1, 1, 2, 2, 144, 16, 4, head_dim=64),
     Shape(2, 5, 2, 1, 208, 32, 7, head_dim=64),
     Shape(1, 3, 8, 1, 176, 64, 3, head_dim=128),
 ]
-_TPU_SHAPE = dict(zip(SHAPES, [_TPU_SHAPES[i] for i in (0, 0, 1, 1, 2, 2)], strict=True))
+_BLOCK_SHAPE = dict(zip(SHAPES, [_BLOCK_SHAPES[i] for i in (0, 0, 1, 1, 2, 2)], strict=True))
 
 
 def shape_for(implementation, shape):
     """One of SHAPES, or what a backend takes in place of it."""
-    return _TPU_SHAPE[shape] if implementation == "pallas_tpu" else shape
+    return _BLOCK_SHAPE[shape] if implementation in ("pallas_tpu", "pallas_mosaic_gpu") else shape
+
+
+def dtype_for(implementation):
+    """Float32, or the widest that a backend takes."""
+    return jnp.float16 if implementation == "pallas_mosaic_gpu" else jnp.float32
 
 
 def draw_lengths(rng, shape, least):
@@ -123,3 +134,15 @@ ROW_KINDS = ["peaked", "sink", "flat", "tied", "one-hot", "equal"]
 def jitted(function, **static):
     """One jitted function per op and static arguments, shared by all examples."""
     return jax.jit(functools.partial(function, **static))
+
+
+def assert_close(got, want, tolerance=2e-5):
+    np.testing.assert_allclose(
+        np.asarray(got, np.float32), np.asarray(want, np.float32), rtol=tolerance, atol=tolerance
+    )
+
+
+def selected(plan):
+    """The plan's ids per sequence and kv head, as sets."""
+    ids, counts = np.asarray(plan.block_ids), np.asarray(plan.counts)
+    return [ids[b, h, : counts[b, h]].tolist() for b, h in np.ndindex(*counts.shape)]

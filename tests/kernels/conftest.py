@@ -3,14 +3,14 @@
 import jax
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from specattn_kernels import pallas_tpu
+from specattn_kernels.tpu import attention
 
 
 @pytest.fixture
 def tpu_interpreter(monkeypatch):
     """Interprets TPU kernels, compiled without optimising, which halves their time, in as many steps as can be."""
     jax.config.update("jax_disable_most_optimizations", True)
-    monkeypatch.setattr(pallas_tpu, "STEP_BYTES", 0)
+    monkeypatch.setattr(attention, "STEP_BYTES", 0)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
         yield
 

@@ -1,7 +1,10 @@
 """Bad arguments: one sentence that names the argument, what it was and what was expected."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import pytest
 import specattn_kernels as kernels
 from specattn_kernels import SelectionPlan
@@ -11,11 +14,16 @@ K = jnp.zeros((2, 2, 10, 8))
 LENGTHS = jnp.full((2,), 10, jnp.int32)
 IDS = jnp.zeros((2, 2, 5), jnp.int32)
 PLAN = SelectionPlan(IDS, jnp.zeros((2, 2), jnp.int32), 2)
+LAYERS = SelectionPlan(IDS[:, None], PLAN.counts[:, None], 2)
 SCORES = jnp.ones((2, 2, 10))
 
 
 def attention(q=Q, k=K, v=K, lengths=LENGTHS, **options):
     return kernels.decode_attention(q, k, v, lengths, **options)
+
+
+def prefill(starts=LENGTHS - 3, **options):
+    return kernels.prefill_attention(Q, K, K, starts, **options)
 
 
 def sparse(plan, **options):
@@ -43,6 +51,11 @@ BAD = {
     "plan type": (lambda: sparse(IDS), "`plan` is a ArrayImpl, but must be a SelectionPlan"),
     "plan ids": (lambda: sparse(plan(ids=IDS[:1])), r"`plan.block_ids` is of shape \[1, 2, 5\].*\[2, 2, 5\]"),
     "plan ids rank": (lambda: sparse(plan(ids=IDS[0])), r"`plan.block_ids` is of shape \[2, 5\].*\[B, K, P\]"),
+    "plan layer axis": (lambda: sparse(plan(IDS[:, None], PLAN.counts[:, None])), "`plan.layer` is None.*layer axis"),
+    "plan layer": (lambda: sparse(dataclasses.replace(PLAN, layer=jnp.int32(0))), "`plan.layer` is given.*be None"),
+    "plan layer shape": (lambda: sparse(dataclasses.replace(LAYERS, layer=jnp.zeros(1, int))), r"`plan.layer`.*\[1\]"),
+    "layer of none": (lambda: PLAN.at_layer(0), "at_layer: `block_ids` is without a layer axis"),
+    "layer beyond": (lambda: LAYERS.at_layer(1), "at_layer: `index` is 1, but must be from 0 to 0"),
     "plan ids dtype": (lambda: sparse(plan(ids=IDS * 1.0)), "`plan.block_ids` is of dtype float32"),
     "plan counts": (lambda: sparse(plan(counts=IDS)), r"`plan.counts` is of shape \[2, 2, 5\].*\[2, 2\]"),
     "plan block": (lambda: sparse(plan(block_size=0)), "`plan.block_size` is 0, but must be a positive integer"),
@@ -57,7 +70,10 @@ BAD = {
         lambda: kernels.top_p_threshold(SCORES, 0.5, steps=0),
         "`steps` is 0, but must be an integer of at least 1",
     ),
-    "select scores": (lambda: kernels.select_blocks(SCORES[0], 0.5, LENGTHS), r"select_blocks: `scores`.*\[B, K, S\]"),
+    "select scores": (
+        lambda: kernels.select_blocks(SCORES[0], 0.5, LENGTHS),
+        r"select_blocks: `scores`.*\[B, K, S\] or \[B, L, K, S\]",
+    ),
     "select lengths": (lambda: kernels.select_blocks(SCORES, 0.5, LENGTHS[:1]), "`lengths` is of shape"),
     "measure": (lambda: kernels.select_blocks(SCORES, 0.5, LENGTHS, measure="n"), "`measure` is .n..*.count."),
     "linear count": (
@@ -70,6 +86,14 @@ BAD = {
     "sink": (lambda: kernels.select_blocks(SCORES, 0.5, LENGTHS, num_sink=-1), "`num_sink` is -1.*at least 0"),
     "recent": (lambda: kernels.select_blocks(SCORES, 0.5, LENGTHS, num_recent=-1), "`num_recent` is -1.*at least 0"),
     "mask dtype": (lambda: kernels.compact_blocks(SCORES, block_size=1), "`mask` is of dtype float32.*boolean"),
+    "starts shape": (
+        lambda: prefill(LENGTHS[:1]),
+        r"prefill_attention: `starts` is of shape \[1\], but must be of shape \[2\]",
+    ),
+    "starts dtype": (lambda: prefill(jnp.zeros(2)), "prefill_attention: `starts` is of dtype float32"),
+    "prefill lengths": (lambda: prefill(lengths=LENGTHS[:1]), r"prefill_attention: `lengths` is of shape \[1\]"),
+    "prefill lengths dtype": (lambda: prefill(lengths=jnp.zeros(2)), "`lengths` is of dtype float32"),
+    "prefill scale": (lambda: prefill(scale=-1.0), "`scale` is -1.0, but must be above 0"),
     "mask rank": (lambda: kernels.compact_blocks(SCORES[0] > 0, block_size=1), r"`mask` is of shape \[2, 10\]"),
     "merge out": (
         lambda: kernels.merge_states(Q, Q[..., 0], Q[:1], Q[..., 0]),
@@ -77,6 +101,14 @@ BAD = {
     ),
     "merge lse": (lambda: kernels.merge_states(Q, Q, Q, Q[..., 0]), "`lse_a` is of shape"),
 }
+
+
+@pytest.fixture(autouse=True)
+def only_our_own_checks():
+    """What users have: annotations are not checked."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -95,6 +127,7 @@ def test_errors_come_up_while_tracing():
 
 OPS = {
     "decode_attention": attention,
+    "prefill_attention": prefill,
     "sparse_decode_attention": lambda **options: sparse(PLAN, **options),
     "top_p_threshold": lambda **options: kernels.top_p_threshold(SCORES, 0.5, **options),
     "select_blocks": lambda **options: kernels.select_blocks(SCORES, 0.5, LENGTHS, **options),
@@ -107,8 +140,8 @@ def test_backends(op):
     """None and "xla" run; a backend that lacks the op or cannot serve refuses; an unknown name is an argument error."""
     with pytest.raises(ValueError, match=f"{op}: `implementation` is 'cuda', but must be None or one of 'xla', "):
         OPS[op](implementation="cuda")
-    lacks = "pallas_mosaic_gpu: .*expected" if "attention" in op else f"{op}: the backend .* does not exist"
-    with pytest.raises(NotImplementedError, match=f"{lacks}.*use implementation="):
+    lacks = "" if "attention" in op else "it does not have this op; "
+    with pytest.raises(NotImplementedError, match=f"{op}: pallas_mosaic_gpu: {lacks}.*expected.*use implementation="):
         OPS[op](implementation="pallas_mosaic_gpu")
     for chosen, named in zip(
         jax.tree.leaves(jax.jit(OPS[op])()),

@@ -4,11 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import specattn_kernels as kernels
 from cases import SEEDS, Shape, examples, jitted
 from hypothesis import given
 from hypothesis import strategies as st
-from specattn_kernels import Device, prefill, prefill_attention, reference, xla_prefill
+from specattn_kernels import (
+    AttentionCall,
+    Device,
+    backends,
+    choose_implementation,
+    prefill_attention,
+    reference,
+    xla_prefill,
+)
 from specattn_kernels.mosaic_gpu import prefill as mosaic_prefill
 from specattn_kernels.tpu import prefill as tpu_prefill
 from specattn_kernels.triton import prefill as triton_prefill
@@ -249,7 +256,8 @@ HOPPER, AMPERE = Device("gpu", (9, 0), (0, 11)), Device("gpu", (8, 6), (0, 11))
     ],
 )
 def test_who_serves(device, head_dim, dtype, name):
-    choice = prefill.choose_prefill(device, (1, 8, 4096, head_dim), dtype, dtype)
+    call = AttentionCall("prefill_attention", (1, 8, 4096, head_dim), 512, 4, dtype, dtype)
+    choice = choose_implementation(call, device)
     assert choice.name == name
     assert choice.reason
 
@@ -273,28 +281,6 @@ def test_what_backends_cannot_do(implementation, change, dtype, said):
 
 
 def test_backends_of_other_devices_are_refused(monkeypatch):
-    monkeypatch.setattr(prefill, "current_device", lambda: AMPERE)
+    monkeypatch.setattr(backends, "current_device", lambda: AMPERE)
     with pytest.raises(NotImplementedError, match=r"compute capability 9.0 .*this is one of 8.6"):
         prefill_attention(*draw(0, SHAPES[1], jnp.float16), implementation="pallas_mosaic_gpu")
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"starts": jnp.zeros((2,), jnp.int32)}, r"`starts` is of shape \[2\], but must be of shape \[1\]"),
-        ({"starts": jnp.zeros((1,))}, "`starts` is of dtype float32"),
-        ({"lengths": jnp.zeros((3,), jnp.int32)}, r"`lengths` is of shape \[3\]"),
-        ({"lengths": jnp.zeros((1,))}, "`lengths` is of dtype float32"),
-        ({"scale": -1.0}, "`scale` is -1.0, but must be above 0"),
-        ({"implementation": "cuda"}, "`implementation` is 'cuda'"),
-    ],
-)
-def test_arguments(change, said):
-    q, k, v, starts = draw(0, SHAPES[1])
-    arguments = {"q": q, "k": k, "v": v, "starts": starts, **change}
-    with pytest.raises(ValueError, match=f"prefill_attention: {said}"):
-        prefill_attention(**arguments)
-
-
-def test_it_is_public():
-    assert kernels.prefill_attention is prefill_attention

@@ -7,28 +7,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import specattn_kernels as kernels
-from cases import PS, ROW_KINDS, SEEDS, SHAPES, Shape, draw_attention, draw_plan, draw_row, examples, jitted
+from cases import (
+    PS,
+    ROW_KINDS,
+    SEEDS,
+    SHAPES,
+    TOLERANCE,
+    Shape,
+    draw_attention,
+    draw_plan,
+    draw_row,
+    examples,
+    jitted,
+    selected,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy_oracles import nucleus_size
-from specattn_kernels import (
-    Device,
-    pallas_triton,
-    pallas_triton_attention,
-    pallas_triton_long_rows,
-    pallas_triton_merge,
-    pallas_triton_selection,
-    pallas_triton_short_rows,
-)
-from test_ops import selected
+from specattn_kernels import Device
+from specattn_kernels.triton import attention, long_rows, merge, selection, short_rows
 
 pytestmark = pytest.mark.optimised
 
-TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 3e-2, jnp.float16: 4e-3}
 SMALL_TILES = (
-    (pallas_triton_selection, {"TILE_SLOTS": 1024}),
-    (pallas_triton_short_rows, {"ROW_SLOTS": 1024}),
-    (pallas_triton_long_rows, {"TILE_SLOTS": 1024, "KEPT_TOGETHER": 1024, "SAMPLED": 64}),
+    (selection, {"TILE_SLOTS": 1024}),
+    (short_rows, {"ROW_SLOTS": 1024}),
+    (long_rows, {"TILE_SLOTS": 1024, "KEPT_TOGETHER": 1024, "SAMPLED": 64}),
 )
 
 
@@ -39,8 +43,8 @@ class TestAttention:
         plan = draw_plan(30, shape, lengths, "full")
         results = []
         for step_bytes, programs in ((1, 1 << 10), (1 << 20, 1)):
-            monkeypatch.setattr(pallas_triton_attention, "STEP_BYTES", step_bytes)
-            monkeypatch.setattr(pallas_triton_attention, "USUAL_CORES", programs)
+            monkeypatch.setattr(attention, "STEP_BYTES", step_bytes)
+            monkeypatch.setattr(attention, "USUAL_CORES", programs)
             # Compiled anew: the settings are read while tracing.
             op = jax.jit(lambda *args: kernels.sparse_decode_attention(*args, implementation="pallas_triton").out)
             results.append(op(q, k, v, plan, lengths))
@@ -63,9 +67,9 @@ class TestAttention:
     @pytest.mark.parametrize("dtype", TOLERANCE)
     def test_steps_are_powers_of_two_and_fit(self, head_dim, dtype):
         cache = jax.ShapeDtypeStruct((2, 4, 4096, head_dim), dtype)
-        tile = pallas_triton_attention._choose_tile(cache, 20, None)
+        tile = attention._choose_tile(cache, 20, None)
         assert tile.block & (tile.block - 1) == 0
-        assert 2 * tile.block * head_dim * jnp.dtype(dtype).itemsize <= pallas_triton_attention.STEP_BYTES
+        assert 2 * tile.block * head_dim * jnp.dtype(dtype).itemsize <= attention.STEP_BYTES
         assert sum(width for _, width in tile.parts) == head_dim
 
     def test_steps_are_smaller_where_shared_memory_is(self, monkeypatch):
@@ -73,14 +77,9 @@ class TestAttention:
         blocks = []
         for capability in ((9, 0), (8, 9)):
             device = Device("gpu", capability, (0, 11))
-            monkeypatch.setattr(pallas_triton_attention, "current_device", lambda device=device: device)
-            blocks.append(pallas_triton_attention._choose_tile(cache, 20, None).block)
+            monkeypatch.setattr(attention, "current_device", lambda device=device: device)
+            blocks.append(attention._choose_tile(cache, 20, None).block)
         assert blocks[0] == 2 * blocks[1]
-
-    def test_a_cache_beyond_32_bit_addresses(self):
-        cache = jax.ShapeDtypeStruct((16, 8, 1 << 17, 128), jnp.bfloat16)
-        with pytest.raises(NotImplementedError, match=r"fewer than 2 \*\* 31"):
-            pallas_triton_attention._choose_tile(cache, 20, None)
 
     @pytest.mark.parametrize("sparse", [False, True])
     def test_derivatives_are_those_of_xla(self, sparse):
@@ -109,7 +108,7 @@ def small_tiles():
         for module, sizes in SMALL_TILES:
             for name, value in sizes.items():
                 patch.setattr(module, name, value)
-        threshold = jax.jit(lambda scores, p, lengths: pallas_triton.top_p_threshold(scores, p, lengths=lengths))
+        threshold = jax.jit(lambda scores, p, lengths: selection.top_p_threshold(scores, p, lengths=lengths))
         select = jax.jit(
             lambda scores, p, lengths: kernels.select_blocks(
                 scores, p, lengths, num_sink=4, num_recent=16, implementation="pallas_triton"
@@ -192,8 +191,8 @@ class TestLongRows:
     def test_a_sample_that_misleads(self, small_tiles, sampled):
         rng = np.random.default_rng(9)
         scores = np.exp(rng.normal(size=(3, 5000))).astype(np.float32)
-        stride = -(-5000 // (pallas_triton_long_rows.SAMPLED // pallas_triton_long_rows.SAMPLED_TOGETHER))
-        is_sampled = np.arange(5000) % stride < pallas_triton_long_rows.SAMPLED_TOGETHER
+        stride = -(-5000 // (long_rows.SAMPLED // long_rows.SAMPLED_TOGETHER))
+        is_sampled = np.arange(5000) % stride < long_rows.SAMPLED_TOGETHER
         scores *= np.where(is_sampled, sampled, 1.0 if sampled < 1 else 1e-5)
         for p in (0.5, 0.95):
             thresholds = np.asarray(small_tiles[0](scores, jnp.full(3, p), jnp.full(3, 5000)))
@@ -263,10 +262,7 @@ def test_what_selection_cannot_do():
 @pytest.fixture
 def lower_for_a_gpu(monkeypatch):
     """Lowers a function as far as a machine without a GPU can: through Pallas to the text that XLA compiles."""
-    for module in (
-        *(pallas_triton_attention, pallas_triton_merge),
-        *(pallas_triton_selection, pallas_triton_short_rows, pallas_triton_long_rows),
-    ):
+    for module in (attention, merge, selection, short_rows, long_rows):
         monkeypatch.setattr(module, "interpreted", lambda: False)
 
     def lower(function, *arguments):
@@ -332,7 +328,7 @@ class TestLowering:
             jax.ShapeDtypeStruct((2,), jnp.int32),
         )
         wanted = ["select_in_rows", "write_chosen"]
-        if not pallas_triton_short_rows.fits_one_program(slots // block_size):
+        if not short_rows.fits_one_program(slots // block_size):
             wanted = [
                 "sum_tiles",
                 "sample_bracket",

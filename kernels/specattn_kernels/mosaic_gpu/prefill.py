@@ -16,15 +16,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, DTypeLike, Float, Int32
+from jaxtyping import Array, Float, Int32
+
 from specattn_kernels.common import LOG2_E, interpreted
-from specattn_kernels.compat import mosaic_gpu_interpreter
+from specattn_kernels.mosaic_gpu.compat import mosaic_gpu_interpreter
+from specattn_kernels.mosaic_gpu.limits import ALIGNMENT, PREFILL_TILE_SLOTS
 from specattn_kernels.types import AttentionOutput
 
-HEAD_DIMS = (64, 128, 256)
-DTYPES = ("bfloat16", "float16")
-# A copy begins at the first row of a group of this many, which is how shared memory is laid out.
-ALIGNMENT = 8
 CONSUMERS = 2
 # Registers per thread: the producer gives to the consumers what it does not need.
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
@@ -44,8 +42,8 @@ class _Tile(NamedTuple):
     stages: int
 
 
-# By head dim. Measured on an H100: half the slots, or twice the tokens, take 20 to 40 % longer.
-TILES = {64: _Tile(64, 128, 2), 128: _Tile(64, 128, 2), 256: _Tile(64, 64, 2)}
+# Measured on an H100: half the slots, or twice the tokens, take 20 to 40 % longer.
+TILES = {head_dim: _Tile(64, slots, 2) for head_dim, slots in PREFILL_TILE_SLOTS.items()}
 
 
 class _Way(NamedTuple):
@@ -86,20 +84,6 @@ def prefill_attention(
     factor = jnp.asarray(scale, jnp.float32) * LOG2_E
     out, lse = _attend_in_blocks(q, k, v, starts, limits, factor, tile=tile, interpret=interpreted())
     return AttentionOutput(out[:, :tokens], lse[:, :tokens] if return_lse else None)
-
-
-def refusal(cache: tuple[int, ...], dtype: DTypeLike, query_dtype: DTypeLike) -> str | None:
-    """Why the kernel cannot attend to a cache of shape [B, K, S, H]; None if it can."""
-    slots, head_dim = cache[2:]
-    if jnp.dtype(dtype).name not in DTYPES:
-        return f"dtype {jnp.dtype(dtype).name}; expected {' or '.join(DTYPES)}"
-    if jnp.dtype(query_dtype) != jnp.dtype(dtype):
-        return f"queries in {jnp.dtype(query_dtype).name} over a cache in {jnp.dtype(dtype).name}; expected one dtype"
-    if head_dim not in HEAD_DIMS:
-        return f"head dim {head_dim}; expected one of {HEAD_DIMS}"
-    if slots % ALIGNMENT or slots < TILES[head_dim].slots:
-        return f"{slots} cache slots; expected a multiple of {ALIGNMENT} of at least {TILES[head_dim].slots}"
-    return None
 
 
 # Of the many layers of a model only the first is traced.

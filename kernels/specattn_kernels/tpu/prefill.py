@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, DTypeLike, Float, Int32
+from jaxtyping import Array, Float, Int32
+
 from specattn_kernels.common import group_queries, ungroup
-from specattn_kernels.pallas_tpu import HEAD_DIMS, LANES, _ceil_div, _dot
-from specattn_kernels.pallas_tpu_selection import sublanes
+from specattn_kernels.tpu.limits import LANES, sublanes
+from specattn_kernels.tpu.products import dot
 from specattn_kernels.types import AttentionOutput
 
 # Query rows of a program, and slots of a step. Reckoned, not measured: their logits take 2 MB of vector memory.
@@ -68,19 +69,6 @@ def prefill_attention(
 
     # A row of lanes for each program.
     return AttentionOutput(public(out).astype(q.dtype), public(lse[0].reshape(out.shape[:3])) if lse else None)
-
-
-def refusal(cache: tuple[int, ...], dtype: DTypeLike, query_dtype: DTypeLike) -> str | None:
-    """Why the kernel cannot attend to a cache of shape [B, K, S, H]; None if it can."""
-    slots, head_dim = cache[2:]
-    dtypes = jnp.dtype(query_dtype).name, jnp.dtype(dtype).name
-    if not set(dtypes) <= {"float32", "bfloat16"}:
-        return "dtypes {} and {}; expected float32 or bfloat16".format(*dtypes)
-    if head_dim not in HEAD_DIMS:
-        return f"head dim {head_dim}; expected one of {HEAD_DIMS}"
-    if slots % sublanes(dtype) or slots < LANES:
-        return f"{slots} cache slots; expected a multiple of {sublanes(dtype)} of at least {LANES}"
-    return None
 
 
 def _call(
@@ -143,7 +131,7 @@ def _attend(
     first, limit = starts_ref[batch] + pl.program_id(2) * tokens, limits_ref[batch]
     # A block of nothing but padding has no way to go.
     end = jnp.where(first < limit, jnp.minimum(first + tokens, limit), 0)
-    steps = _ceil_div(end, tile.slots)
+    steps = lax.div(end + tile.slots - 1, tile.slots)
     whole = lax.div(jnp.maximum(jnp.minimum(first + 1, end), 0), tile.slots)
     row = lax.broadcasted_iota(jnp.int32, (tile.rows, 1), 0)
     position = first + lax.div(row, tile.group)
@@ -167,7 +155,7 @@ def _attend(
         turn = lax.rem(index, 2)
         pl.when(index + 1 < steps)(functools.partial(fetch, index + 1))
         copy(index, 0).wait()
-        logits = _dot(q_ref[...], k_buffer[turn], contract=1) * scale_ref[0]
+        logits = dot(q_ref[...], k_buffer[turn], contract=1) * scale_ref[0]
         if masked:
             slot = start_of(index) + lax.broadcasted_iota(jnp.int32, (1, tile.slots), 1)
             in_use = (slot < limit) & (slot >= index * tile.slots)
@@ -178,7 +166,7 @@ def _attend(
         copy(index, 1).wait()
         if masked:
             _silence(v_buffer.at[turn], start_of(index), limit)
-        acc = acc * fade + _dot(chance.astype(q_ref.dtype), v_buffer[turn], contract=0)
+        acc = acc * fade + dot(chance.astype(q_ref.dtype), v_buffer[turn], contract=0)
         return new_top, total * fade + jnp.sum(chance, axis=1, keepdims=True), acc
 
     pl.when(steps > 0)(functools.partial(fetch, 0))

@@ -7,7 +7,6 @@ queries see whole, without a mask, then over those at their own places. Programs
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -16,10 +15,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, DTypeLike, Float, Int32
+
 from specattn_kernels.common import LOG2_E, interpreted, power_of_two
-from specattn_kernels.dispatch import current_device
-from specattn_kernels.pallas_triton_attention import LARGE_MEMORY_CAPABILITIES, dot
-from specattn_kernels.pallas_triton_merge import parts_of
+from specattn_kernels.devices import current_device
+from specattn_kernels.triton.attention import LARGE_MEMORY_CAPABILITIES, dot
+from specattn_kernels.triton.merge import parts_of
 from specattn_kernels.types import AttentionOutput
 
 
@@ -54,16 +54,6 @@ def prefill_attention(
     factor = jnp.asarray(scale, jnp.float32) * LOG2_E
     out, lse = _attend_in_blocks(q, k, v, starts, limits, factor, tile=tile, interpret=interpreted())
     return AttentionOutput(out, lse if return_lse else None)
-
-
-def refusal(cache: tuple[int, ...], dtype: DTypeLike, query_dtype: DTypeLike) -> str | None:
-    """Why the kernel cannot attend to a cache of shape [B, K, S, H]; None if it can. It takes every dtype."""
-    head_dim, size = cache[3], math.prod(cache)
-    if head_dim % 16 or head_dim > 256:
-        return f"head dim {head_dim}; expected a multiple of 16 up to 256"
-    if size >= 1 << 31:
-        return f"a cache of {size} numbers per layer; expected fewer than 2 ** 31, of a smaller batch"
-    return None
 
 
 def _choose_tile(tokens: int, head_dim: int, dtype: DTypeLike) -> _Tile:

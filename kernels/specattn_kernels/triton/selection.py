@@ -1,7 +1,7 @@
 """Top-p selection and compaction to block ids, as kernels of Pallas's Triton lowering.
 
 First the thresholds and how many blocks every part of a row has: one program a row does both while it holds the row
-(`pallas_triton_short_rows`); where rows are too long for that, several programs do either (`pallas_triton_long_rows`
+(`triton.short_rows`); where rows are too long for that, several programs do either (`pallas_triton_long_rows`
 for the thresholds). Then several programs a row write the ids, each knowing from the counts where its own begin.
 Scores are read twice, or four times if the row is long; of the ids only those are written that are chosen.
 
@@ -11,6 +11,7 @@ With blocks of more than one slot XLA adds up the blocks first, in float32.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -21,9 +22,9 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from specattn_kernels.common import block_sums, interpreted, wanted_blocks
-from specattn_kernels.pallas_triton_long_rows import threshold_of_long_rows
-from specattn_kernels.pallas_triton_short_rows import fits_one_program, select_in_rows
-from specattn_kernels.pallas_triton_tiles import (
+from specattn_kernels.triton.long_rows import threshold_of_long_rows
+from specattn_kernels.triton.short_rows import fits_one_program, select_in_rows
+from specattn_kernels.triton.tiles import (
     LANES,
     Choice,
     Span,
@@ -49,12 +50,7 @@ def top_p_threshold(
     method: str = "exact",
     steps: int = 10,
 ) -> Float[Array, "*rows"]:
-    """The nucleus threshold of every row; see `api.top_p_threshold`.
-
-    Raises:
-        NotImplementedError: the method is linear, or the scores are beyond 32-bit addresses.
-    """
-    _check(scores, method, "top_p_threshold")
+    """The nucleus threshold of every row; see `api.top_p_threshold`."""
     rows, slots = scores.shape[:-1], scores.shape[-1]
     flat, shares = scores.reshape(-1, slots), p.reshape(-1)
     counts = jnp.full(shares.shape, slots, jnp.int32) if lengths is None else lengths.reshape(-1).astype(jnp.int32)
@@ -64,8 +60,8 @@ def top_p_threshold(
 
 
 def select_blocks(
-    scores: Float[Array, "B K S"],
-    p: Float[Array, "B K"],
+    scores: Float[Array, "B *layers K S"],
+    p: Float[Array, "B *layers K"],
     lengths: Int32[Array, " B"],
     *,
     block_size: int = 1,
@@ -76,17 +72,12 @@ def select_blocks(
     measure: str = "mass",
     capacity: int | None = None,
 ) -> SelectionPlan:
-    """The blocks of the nucleus, the sinks and the recent window; see `api.select_blocks`.
-
-    Raises:
-        NotImplementedError: the method is linear, or the scores are beyond 32-bit addresses.
-    """
-    _check(scores, method, "select_blocks")
+    """The blocks of the nucleus, the sinks and the recent window; see `api.select_blocks`."""
     block_scores = scores if block_size == 1 else block_sums(scores, lengths, block_size)
-    batch, kv_heads, blocks = block_scores.shape
+    *rows, blocks = block_scores.shape
     capacity = blocks if capacity is None else capacity
     choice = Choice(blocks, block_size, num_sink, num_recent, capacity)
-    per_row, flat = jnp.repeat(lengths, kv_heads), block_scores.reshape(-1, blocks)
+    per_row, flat = jnp.repeat(lengths, math.prod(rows[1:])), block_scores.reshape(-1, blocks)
     valid = -(-per_row // block_size)
     wanted = p.reshape(-1) if measure == "mass" else wanted_blocks(p.reshape(-1), valid)
     if fits_one_program(blocks):
@@ -94,16 +85,16 @@ def select_blocks(
     else:
         threshold, in_part = threshold_of_long_rows(flat, wanted, valid, measure), None
     ids, counts = _write_chosen(flat, threshold, per_row, in_part, choice)
-    return SelectionPlan(ids.reshape(batch, kv_heads, capacity), counts.reshape(batch, kv_heads), block_size)
+    return SelectionPlan(ids.reshape(*rows, capacity), counts.reshape(rows), block_size)
 
 
-def compact_blocks(mask: Bool[Array, "B K P"], *, block_size: int) -> SelectionPlan:
+def compact_blocks(mask: Bool[Array, "*rows P"], *, block_size: int) -> SelectionPlan:
     """The plan of a mask; see `api.compact_blocks`.
 
     XLA counts the chosen blocks of every tile, so that each tile's program knows where its ids begin. 3 bytes a block
     are read, and 4 written for each that is chosen.
     """
-    batch, kv_heads, blocks = mask.shape
+    *rows, blocks = mask.shape
     tile = min(TILE_SLOTS, padded(blocks))
     tiles = -(-blocks // tile)
     flags = jnp.pad(mask.reshape(-1, blocks), ((0, 0), (0, tiles * tile - blocks))).astype(jnp.int8)
@@ -123,21 +114,8 @@ def compact_blocks(mask: Bool[Array, "B K P"], *, block_size: int) -> SelectionP
         interpret=interpreted(),
         name="compact_blocks",
     )(flags, before[..., None])
-    counts = in_tile.sum(axis=1).reshape(batch, kv_heads)
-    return SelectionPlan(ids.reshape(batch, kv_heads, blocks), counts, block_size)
-
-
-def _check(scores: jax.Array, method: str, op: str) -> None:
-    """Refuses what the kernels cannot do."""
-    if method != "exact":
-        raise NotImplementedError(
-            f"pallas_triton: {op} with method {method!r}; expected 'exact'; use implementation='xla' for the other."
-        )
-    if scores.size >= 1 << 31:
-        raise NotImplementedError(
-            f"pallas_triton: {op} of {scores.size} scores; expected fewer than 2 ** 31; select for fewer rows at a "
-            "time, or use implementation='xla'."
-        )
+    counts = in_tile.sum(axis=1).reshape(rows)
+    return SelectionPlan(ids.reshape(mask.shape), counts, block_size)
 
 
 def _write_tile_of_mask(flags_ref: Any, before_ref: Any, ids_ref: Any) -> None:

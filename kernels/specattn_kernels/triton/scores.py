@@ -16,10 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, DTypeLike, Float, Int32
 
-from specattn_kernels.common import LOG2_E, interpreted, power_of_two
-from specattn_kernels.dispatch import current_device
-from specattn_kernels.pallas_triton_attention import USUAL_CORES, dot, refusal
-from specattn_kernels.pallas_triton_merge import parts_of
+from specattn_kernels.common import LOG2_E, interpreted
+from specattn_kernels.devices import current_device
+from specattn_kernels.triton.attention import USUAL_CORES, dot
+from specattn_kernels.triton.limits import padded_rows
+from specattn_kernels.triton.merge import parts_of
 
 # Keys of one step.
 STEP_BYTES = 1 << 15
@@ -45,19 +46,11 @@ def score_cache(
     scale: float | Float[Array, ""],
     dtype: DTypeLike,
 ) -> Float[Array, "B K S"]:
-    """Largest mean weight of every slot; see `api.score_cache`.
-
-    Raises:
-        NotImplementedError: a shape that the attention kernels do not take either.
-    """
+    """Largest mean weight of every slot; see `api.score_cache`."""
     batch, tokens, heads, head_dim = q.shape
     kv_heads, slots = k.shape[1:3]
     group = heads // kv_heads
-    padded_group = power_of_two(group)
-    rows = _Rows(tokens, group, max(power_of_two(tokens), 16 // padded_group), padded_group)
-    refused = refusal(k.shape, rows.padded_tokens * padded_group)
-    if refused is not None:
-        raise NotImplementedError(f"pallas_triton: {refused}; use implementation='xla'.")
+    rows = _Rows(tokens, group, *padded_rows(tokens, group))
     parts = parts_of(head_dim)
     fitting = STEP_BYTES // (head_dim * k.dtype.itemsize)
     block = max(16, min(128, 1 << (fitting.bit_length() - 1)))

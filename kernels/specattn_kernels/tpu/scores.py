@@ -17,13 +17,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, DTypeLike, Float, Int32
 
 from specattn_kernels.common import group_queries
+from specattn_kernels.tpu.limits import LANES, padded_rows
+from specattn_kernels.tpu.products import dot
 
-LANES = 128
-SUBLANES = 8
 # Slots of one tile.
 TILE_SLOTS = 512
-HEAD_DIMS = (64, 128, 256)
-MAX_ROWS = 256
 
 
 def score_cache(
@@ -35,20 +33,11 @@ def score_cache(
     scale: float | Float[Array, ""],
     dtype: DTypeLike,
 ) -> Float[Array, "B K S"]:
-    """Largest mean weight of every slot; see `api.score_cache`.
-
-    Raises:
-        NotImplementedError: a head dim or number of queries that the kernel does not take.
-    """
+    """Largest mean weight of every slot; see `api.score_cache`."""
     batch, tokens, heads, head_dim = q.shape
     kv_heads, slots = k.shape[1:3]
     group = heads // kv_heads
-    if head_dim not in HEAD_DIMS or tokens * group > MAX_ROWS:
-        raise NotImplementedError(
-            f"pallas_tpu: head dim {head_dim} and {tokens * group} query rows per kv head; expected one of {HEAD_DIMS} "
-            f"and at most {MAX_ROWS}; use implementation='xla'."
-        )
-    rows = -(-tokens * group // SUBLANES) * SUBLANES
+    rows = padded_rows(tokens * group)
     padding = ((0, 0), (0, rows - tokens * group), (0, 0))
     queries = group_queries(q, kv_heads).reshape(batch * kv_heads, tokens * group, head_dim)
     queries = jnp.pad(queries.astype(jnp.promote_types(q.dtype, k.dtype)), padding)
@@ -97,15 +86,7 @@ def _score(
     """One tile of slots of one kv head."""
     tile = k_ref.shape[0]
     slot = pl.program_id(1) * tile + lax.broadcasted_iota(jnp.int32, (1, tile), 1)
-    dtype = jnp.promote_types(q_ref.dtype, k_ref.dtype)
-    logits = lax.dot_general(
-        q_ref[...].astype(dtype),
-        k_ref[...].astype(dtype),
-        (((1,), (1,)), ((), ())),
-        precision=lax.Precision.HIGHEST if dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
-    weights = jnp.exp(logits * scale_ref[0] - total_ref[...])
+    weights = jnp.exp(dot(q_ref[...], k_ref[...], contract=1) * scale_ref[0] - total_ref[...])
     best = jnp.zeros((1, tile), jnp.float32)
     for token in range(tokens):
         one = jnp.sum(weights[token * group : (token + 1) * group], axis=0, keepdims=True)

@@ -9,7 +9,6 @@ and puts them into the public layout.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +19,8 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
 from specattn_kernels.common import LOG2_E, interpreted, power_of_two, ungroup
-from specattn_kernels.dispatch import current_device
-from specattn_kernels.pallas_triton_merge import merge_splits, parts_of, place_of
+from specattn_kernels.devices import current_device
+from specattn_kernels.triton.merge import merge_splits, parts_of, place_of
 from specattn_kernels.types import AttentionOutput, Scores, SelectionPlan
 
 # What a multiprocessor's shared memory has room for at once: so all programs run together, and none waits for a place.
@@ -38,8 +37,6 @@ STEP_BYTES = 1 << 16
 LARGE_MEMORY_CAPABILITIES = (9, 10)
 # What float16 holds.
 LARGEST_LOGIT = 65504.0
-# Query rows of one program: T * G.
-MAX_QUERY_ROWS = 128
 
 
 class _Tile(NamedTuple):
@@ -129,29 +126,9 @@ def _attention(
     return AttentionOutput(out, lse / LOG2_E if return_lse else None, scores)
 
 
-def refusal(cache: tuple[int, ...], query_rows: int) -> str | None:
-    """Why the kernels cannot attend to a cache of shape [B, K, S, H] with T * G query rows; None if they can."""
-    head_dim, size = cache[3], math.prod(cache)
-    if head_dim % 16 or head_dim > 256:
-        return f"head dim {head_dim}; expected a multiple of 16 up to 256"
-    if size >= 1 << 31:
-        return f"a cache of {size} numbers per layer; expected fewer than 2 ** 31, of a smaller batch"
-    if query_rows > MAX_QUERY_ROWS:
-        return f"{query_rows} query rows per kv head (new tokens times group); expected at most {MAX_QUERY_ROWS}"
-    return None
-
-
 def _choose_tile(k: jax.Array, rows: int, plan: SelectionPlan | None) -> _Tile:
-    """A tile for these shapes.
-
-    Raises:
-        NotImplementedError: the head dim is no multiple of 16, there are too many query rows, or a layer's cache is
-            beyond 32-bit addresses.
-    """
+    """A tile for these shapes."""
     batch, kv_heads, slots, head_dim = k.shape
-    refused = refusal(k.shape, rows)
-    if refused is not None:
-        raise NotImplementedError(f"pallas_triton: {refused}; use implementation='xla'.")
     padded = max(16, power_of_two(rows))
     device = current_device()
     capability = device.compute_capability
@@ -167,7 +144,7 @@ def _choose_tile(k: jax.Array, rows: int, plan: SelectionPlan | None) -> _Tile:
         # No matrix unit takes part, so a step's products have to fit the registers.
         block = min(block, 32)
         warps = max(warps, block // 8)
-    capacity = slots if plan is None else min(slots, plan.block_ids.shape[2] * plan.block_size)
+    capacity = slots if plan is None else min(slots, plan.block_ids.shape[-1] * plan.block_size)
     cores = device.cores or USUAL_CORES
     programs = (PROGRAMS_PER_CORE + (gathers and short)) * cores
     steps = capacity * batch * kv_heads // (cores * block)
@@ -190,7 +167,7 @@ def _attend_in_splits(
     tile: _Tile,
     first_shown: int,
     interpret: bool,
-) -> tuple[Float[Array, "B K splits rows H"], Float[Array, "B K splits rows"], Float[Array, "B K rows S"] | None]:
+) -> tuple[Float[Array, "B K room rows H"], Float[Array, "B K room rows"], Float[Array, "B K shown S"] | None]:
     """Partial outputs and log2-sum-exps of every split, and the logits in powers of two if they are wanted.
 
     Logits are those of the tokens from `first_shown` on; T is none of them. They have as many bits as the cache: they
@@ -216,12 +193,13 @@ def _attend_in_splits(
         pl.BlockSpec((1,), lambda *_: (0,)),
     ]
     if plan is not None:
-        first_row = jnp.zeros((), jnp.int32) if plan.first_row is None else plan.first_row
-        arrays += [plan.block_ids, plan.counts, first_row[None]]
-        rows_of_all = pl.BlockSpec((None, *plan.block_ids.shape[1:]), lambda b, *_: (b, 0, 0))
+        # All layers' parts go in as they lie; the kernel reads that of one.
+        ids, counts, layer = plan.stacked()
+        arrays += [ids, counts, layer]
+        layers, capacity = ids.shape[1], ids.shape[3]
         in_specs += [
-            rows_of_all,
-            pl.BlockSpec((None, plan.counts.shape[1]), lambda b, *_: (b, 0)),
+            pl.BlockSpec((None, layers, None, capacity), lambda b, h, _: (b, 0, h, 0)),
+            pl.BlockSpec((None, layers, None), lambda b, h, _: (b, 0, h)),
             pl.BlockSpec((1,), lambda *_: (0,)),
         ]
     room = power_of_two(tile.splits)
@@ -279,9 +257,9 @@ def _attend(
     if block_size is None:
         past, total = 0, length_ref[0]
     else:
-        ids_ref, counts_ref, first_row_ref = inputs
-        plan_row = first_row_ref[0] + pl.program_id(1)
-        past = counts_ref[plan_row] * block_size
+        ids_ref, counts_ref, layer_ref = inputs
+        layer = layer_ref[0]
+        past = counts_ref[layer] * block_size
         total = past + tokens
     row = lax.broadcasted_iota(jnp.int32, (tile.rows,), 0)
     is_row = row < tokens * group
@@ -300,7 +278,7 @@ def _attend(
         if block_size is not None:
             is_new = entry >= past
             within = jnp.where(is_new, 0, entry)
-            planned = ids_ref[plan_row, within // block_size] * block_size + within % block_size
+            planned = ids_ref[layer, within // block_size] * block_size + within % block_size
             slot = jnp.where(is_new, first_new + entry - past, planned)
             # A plan may reach into the new tokens, which are read once, as themselves.
             valid &= (slot >= 0) & (is_new | (slot < first_new))

@@ -21,20 +21,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from specattn_kernels.common import LOG2_E, group_queries, interpreted, power_of_two
-from specattn_kernels.compat import mosaic_gpu_interpreter
-from specattn_kernels.pallas_triton_merge import merge_splits
+from specattn_kernels.common import LOG2_E, group_queries, interpreted
+from specattn_kernels.mosaic_gpu.compat import mosaic_gpu_interpreter
+from specattn_kernels.mosaic_gpu.limits import ALIGNMENT, QUERY_ROWS, TILE_SLOTS
+from specattn_kernels.mosaic_gpu.merge import merge_parts
 from specattn_kernels.types import AttentionOutput, Scores, SelectionPlan
 
-BLOCK_SIZES = (16, 32, 64, 128)
-HEAD_DIMS = (64, 128)
-DTYPES = ("bfloat16", "float16")
-# Rows of one matrix instruction; T * G query rows are padded to them.
-QUERY_ROWS = 64
-# Shared memory is written in groups of this many rows, and a copy begins at the first row of a group.
-ALIGNMENT = 8
-# Slots of one tile, unless a block is larger: the logits of more would not leave room in the registers.
-TILE_SLOTS = 64
 CONSUMERS = 2
 # Shared memory of a program, less what the compiler keeps for itself.
 MEMORY_BYTES = 220 << 10
@@ -71,10 +63,12 @@ class _Tile(NamedTuple):
 class _Share(NamedTuple):
     """What one program reads: `tiles` tiles from block `begin` on, of `total` blocks of which `past` are planned.
 
+    `layer` is where the plan of this one is among those of all layers; None without a plan.
     Block e < past holds slots of the past, the others cover the slots `first_new` to `length`.
     """
 
     batch: Any
+    layer: Any
     head: Any
     begin: Any
     tiles: Any
@@ -103,8 +97,6 @@ def decode_attention(
     return_lse: bool = False,
 ) -> AttentionOutput:
     """Attention over the whole cache, without scores; see `api.decode_attention`."""
-    if return_scores:
-        raise NotImplementedError("pallas_mosaic_gpu: no scores; use implementation='pallas_triton' or 'xla'.")
     return _attention(q, k, v, None, lengths, scale, return_lse)
 
 
@@ -119,29 +111,7 @@ def sparse_decode_attention(
     return_lse: bool = False,
 ) -> AttentionOutput:
     """Attention over the plan's blocks and the new tokens; see `api.sparse_decode_attention`."""
-    return _attention(q, k, v, plan.own_rows(), lengths, scale, return_lse)
-
-
-def refusal(cache: tuple[int, ...], query_rows: int, dtype: Any, block_size: int | None) -> str | None:
-    """Why the kernel cannot attend to a cache of shape [B, K, S, H] with T * G query rows; None if it can."""
-    slots, head_dim = cache[2:]
-    block_size = block_size or TILE_SLOTS
-    if block_size not in BLOCK_SIZES:
-        return f"block_size {block_size}; expected block_size at least 16, one of {_listed(BLOCK_SIZES)}"
-    if jnp.dtype(dtype).name not in DTYPES:
-        return f"dtype {jnp.dtype(dtype).name}; expected {_listed(DTYPES)}"
-    if head_dim not in HEAD_DIMS:
-        return f"head dim {head_dim}; expected {_listed(HEAD_DIMS)}"
-    if slots % ALIGNMENT or slots < block_size:
-        return f"{slots} cache slots; expected a multiple of {ALIGNMENT}, and at least one block of {block_size}"
-    if query_rows > QUERY_ROWS:
-        return f"{query_rows} query rows per kv head (new tokens times group); expected at most {QUERY_ROWS}"
-    return None
-
-
-def _listed(values: tuple[Any, ...]) -> str:
-    """As words: `1, 2 or 3`."""
-    return " or ".join([", ".join(map(str, values[:-1])), str(values[-1])])
+    return _attention(q, k, v, plan, lengths, scale, return_lse)
 
 
 def _attention(
@@ -153,26 +123,16 @@ def _attention(
     scale: float | jax.Array,
     return_lse: bool,
 ) -> AttentionOutput:
-    """Groups the queries by kv head, attends in splits, merges, and puts everything into the public layout.
-
-    Raises:
-        NotImplementedError: see `refusal`; and for queries in another dtype than the cache.
-    """
+    """Groups the queries by kv head, attends in splits, merges, and puts everything into the public layout."""
     batch, tokens, heads, head_dim = q.shape
     kv_heads = k.shape[1]
     rows = tokens * heads // kv_heads
-    refused = refusal(k.shape, rows, k.dtype, None if plan is None else plan.block_size)
-    if refused is None and q.dtype != k.dtype:
-        refused = f"queries in {q.dtype} over a cache in {k.dtype}; expected one dtype"
-    if refused is not None:
-        raise NotImplementedError(f"pallas_mosaic_gpu: {refused}; use implementation='xla'.")
     tile = _choose_tile(k, plan)
     queries = group_queries(q, kv_heads).reshape(batch, kv_heads, rows, head_dim)
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, QUERY_ROWS - rows), (0, 0)))
     part, lse = _attend_in_splits(queries, k, v, plan, lengths, scale, tokens, heads // kv_heads, tile)
-    grouped = q.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
-    out, lse = merge_splits(part, lse, grouped, tile.splits * tile.consumers)
-    return AttentionOutput(out, lse / LOG2_E if return_lse else None)
+    out, lse = merge_parts(part, lse, tokens, heads // kv_heads)
+    return AttentionOutput(out.astype(q.dtype), lse / LOG2_E if return_lse else None)
 
 
 def _choose_tile(k: jax.Array, plan: SelectionPlan | None) -> _Tile:
@@ -183,7 +143,7 @@ def _choose_tile(k: jax.Array, plan: SelectionPlan | None) -> _Tile:
     # Besides the stages there are the queries and a float32 result of each consumer.
     kept = QUERY_ROWS * head_dim * (k.dtype.itemsize + 4 * CONSUMERS)
     fitting = (MEMORY_BYTES - kept) // (2 * block * blocks * head_dim * k.dtype.itemsize)
-    capacity = slots if plan is None else min(slots, plan.block_ids.shape[2] * block)
+    capacity = slots if plan is None else min(slots, plan.block_ids.shape[-1] * block)
     tiles = -(-capacity // (block * blocks))
     splits = max(1, min(WANTED_PROGRAMS // (batch * kv_heads), -(-tiles // CONSUMERS)))
     return _Tile(block, blocks, max(1, min(fitting, 8) // CONSUMERS) * CONSUMERS, CONSUMERS, splits)
@@ -202,13 +162,14 @@ def _attend_in_splits(
 ) -> tuple[Float[Array, "B K parts rows H"], Float[Array, "B K parts 64"]]:
     """Partial outputs and log2-sum-exps of every consumer of every split; of the outputs only rows that count."""
     batch, kv_heads, _, head_dim = k.shape
-    # As many parts as merging has room for.
-    parts, rows = power_of_two(tile.splits * tile.consumers), -(-tokens * group // ALIGNMENT) * ALIGNMENT
+    parts, rows = tile.splits * tile.consumers, -(-tokens * group // ALIGNMENT) * ALIGNMENT
     arrays = [queries, k, v, lengths, jnp.asarray(scale * LOG2_E, jnp.float32)[None]]
     if plan is not None:
-        # Something to point at, even if nothing is ever selected.
-        ids = plan.block_ids if plan.block_ids.shape[2] else jnp.zeros((batch, kv_heads, 1), jnp.int32)
-        arrays += [ids, plan.counts]
+        ids, counts, layer = plan.stacked()
+        if not ids.shape[-1]:
+            # Something to point at, even if nothing is ever selected.
+            ids = jnp.zeros((*ids.shape[:-1], 1), jnp.int32)
+        arrays += [ids, counts, layer]
     staged = (tile.stages, tile.slots, head_dim)
     kernel = plgpu.kernel(
         functools.partial(_attend, tile=tile, tokens=tokens, group=group, planned=plan is not None),
@@ -257,8 +218,8 @@ def _attend(
 ) -> None:
     """One program: a share of one kv head's blocks, brought by the last warpgroup, attended by the others."""
     inputs, (part_ref, lse_ref, q_smem, k_smem, v_smem, part_smem, lse_smem, *barriers) = refs[:-11], refs[-11:]
-    ids_ref, count_ref = inputs if planned else (None, None)
-    share = _find_share(length_ref, count_ref, tokens, tile)
+    ids_ref, count_ref, layer_ref = inputs if planned else (None, None, None)
+    share = _find_share(length_ref, count_ref, layer_ref, tokens, tile)
     find = functools.partial(_find_block, share, ids_ref, tile=tile, slots=k_ref.shape[2])
     worker = lax.axis_index("warpgroup")
 
@@ -284,19 +245,23 @@ def _attend(
         plgpu.wait_smem_to_gmem(0)
 
 
-def _find_share(length_ref: Any, count_ref: Any, tokens: int, tile: _Tile) -> _Share:
+def _find_share(length_ref: Any, count_ref: Any, layer_ref: Any, tokens: int, tile: _Tile) -> _Share:
     """The share of this program: each split of a kv head takes the same number of tiles, the last ones what is left."""
     batch, head, split = (lax.axis_index(name) for name in ("batch", "head", "split"))
     length = length_ref[batch]
     first_new = length - tokens
-    past = _ceil_div(jnp.maximum(first_new, 0), tile.block) if count_ref is None else count_ref[batch, head]
+    if count_ref is None:
+        layer, past = None, _ceil_div(jnp.maximum(first_new, 0), tile.block)
+    else:
+        layer = layer_ref[0]
+        past = count_ref[batch, layer, head]
     new = _ceil_div(jnp.maximum(length, 0) - _aligned(first_new), tile.block)
     total = past + new
     tiles = _ceil_div(total, tile.blocks)
     per_split = _ceil_div(tiles, tile.splits)
     begin = split * per_split
     mine = jnp.clip(tiles - begin, 0, per_split)
-    return _Share(batch, head, begin * tile.blocks, mine, past, total, first_new, length)
+    return _Share(batch, layer, head, begin * tile.blocks, mine, past, total, first_new, length)
 
 
 def _ceil_div(number: Any, divisor: int) -> Any:
@@ -316,8 +281,8 @@ def _find_block(share: _Share, ids_ref: Any, number: Any, *, tile: _Tile, slots:
         planned = number * tile.block
     else:
         # The id of a block that is not planned is read all the same, wherever that is in the plan, and not used.
-        place = jnp.clip(number, 0, ids_ref.shape[2] - 1)
-        planned = ids_ref[share.batch, share.head, place] * tile.block
+        place = jnp.clip(number, 0, ids_ref.shape[3] - 1)
+        planned = ids_ref[share.batch, share.layer, share.head, place] * tile.block
     first_new = jnp.maximum(share.first_new, 0)
     begin = jnp.where(is_past, planned, _aligned(first_new) + (number - share.past) * tile.block)
     # A plan may reach into the new tokens, which are read once, as themselves.

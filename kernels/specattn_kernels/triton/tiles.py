@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, DTypeLike, Float
 
-from specattn_kernels.common import FLOAT32_MAX, FLOAT32_TINY, power_of_two, recent_blocks
+from specattn_kernels.common import clean_scores, power_of_two, recent_blocks
 
 # Width of the two-axis tiles in which programs hold their part of a row: sums go along the other axis first, so that
 # threads add up what they hold and rounding errors stay those of a short sum.
@@ -111,10 +111,8 @@ def load_lines(ref: Any, first: Any, valid: Any) -> jax.Array:
 
 
 def clean(scores: jax.Array, place: jax.Array, valid: Any, slots: int) -> jax.Array:
-    """As `clean_scores`, of a tile with the places of its scores."""
-    scores = scores.astype(jnp.float32)
-    keep = (scores >= FLOAT32_TINY) & (place < jnp.minimum(valid, slots))
-    return jnp.where(keep, jnp.minimum(scores, FLOAT32_MAX / 2 / slots), 0.0)
+    """Clean scores of a tile of a row of `slots`, with the places of its scores."""
+    return clean_scores(scores, place < jnp.minimum(valid, slots), slots)
 
 
 def tile_sum(tile: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
 from specattn_kernels.common import FLOAT32_TINY, interpreted, power_of_two
-from specattn_kernels.pallas_triton_tiles import (
+from specattn_kernels.triton.tiles import (
     INFINITE_BITS,
     LANES,
     bits_of,

@@ -1,14 +1,14 @@
-"""What only the TPU kernels decide; what they share with the others is in test_ops.py."""
+"""What only the TPU kernels decide; what they share with the others is in test_*_ops.py."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import specattn_kernels as kernels
-from cases import SHAPES, draw_attention, draw_plan, draw_row, jitted, shape_for
+from cases import SHAPES, assert_close, draw_attention, draw_plan, draw_row, jitted, selected, shape_for
 from jax.experimental.pallas import tpu as pltpu
-from specattn_kernels import SelectionPlan, pallas_tpu, reference
-from test_ops import assert_close, selected
+from specattn_kernels import SelectionPlan, reference
+from specattn_kernels.tpu import attention
 
 pytestmark = pytest.mark.usefixtures("tpu_interpreter")
 
@@ -55,7 +55,7 @@ def test_a_plan_without_room():
 def test_as_many_calls_as_scalar_memory_wants(monkeypatch):
     q, k, v, lengths = draw_attention(42, SHAPE)
     plan = draw_plan(42, SHAPE, lengths, "random")
-    monkeypatch.setattr(pallas_tpu, "SCALAR_BYTES", 4 * SHAPE.capacity)
+    monkeypatch.setattr(attention, "SCALAR_BYTES", 4 * SHAPE.capacity)
     op = jax.jit(lambda *arguments: attend(*arguments).out)
     assert op.trace(q, k, v, plan, lengths).jaxpr.pretty_print().count("name=sparse_decode") == 2
     want = jitted(reference.sparse_decode_attention)(q, k, v, plan, lengths)

@@ -10,31 +10,25 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, DTypeLike, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from specattn_kernels.common import (
-    FLOAT32_MAX,
     FLOAT32_TINY,
     clean_scores,
     fit_mask,
+    leading,
     mask_blocks,
     wanted_blocks,
 )
+from specattn_kernels.tpu.limits import LANES
 from specattn_kernels.types import SelectionPlan
 
-LANES = 128
 # Rows of one program: the sublanes of a float32 tile.
 ROWS = 8
 # Slots of one step. Its sum is a tree; those of a row are added up, 32 for 131,072 slots.
 CHUNK = 4096
-MAX_SLOTS = 1 << 19
 # Vector memory beyond the rows, which are there three times: as two buffers and cleaned.
 VECTOR_BYTES = 8 << 20
-
-
-def sublanes(dtype: DTypeLike) -> int:
-    """Rows of one tile of vector memory: 8 of 32 bits, more of narrower numbers."""
-    return 32 // jnp.dtype(dtype).itemsize
 
 
 def top_p_threshold(
@@ -45,11 +39,7 @@ def top_p_threshold(
     method: str = "exact",
     steps: int = 10,
 ) -> Float[Array, "*rows"]:
-    """The nucleus threshold of every row; see `api.top_p_threshold`.
-
-    Raises:
-        NotImplementedError: rows do not fit the vector memory.
-    """
+    """The nucleus threshold of every row; see `api.top_p_threshold`."""
     return _thresholds(scores, p, lengths, method, steps)
 
 
@@ -62,10 +52,6 @@ def _thresholds(
 ) -> Float[Array, "*rows"]:
     """Thresholds by a method of the public op, with `wanted` its p, or by "count", with `wanted` a number of scores."""
     *rows, slots = scores.shape
-    if slots > MAX_SLOTS:
-        raise NotImplementedError(
-            f"pallas_tpu: rows of {slots} scores; expected at most {MAX_SLOTS}; use implementation='xla'."
-        )
     if scores.dtype != jnp.bfloat16:
         # TPUs have no float16.
         scores = scores.astype(jnp.float32)
@@ -78,7 +64,7 @@ def _thresholds(
         jnp.pad(scores.reshape(count, slots), ((0, more_rows), (0, more_slots))),
         jnp.pad(wanted.reshape(count, 1), ((0, more_rows), (0, 0))),
         jnp.pad(valid.reshape(count, 1), ((0, more_rows), (0, 0))),
-        most=FLOAT32_MAX / 2 / slots,
+        slots=slots,
         method=method,
         steps=steps,
     )
@@ -87,25 +73,25 @@ def _thresholds(
 
 
 def _call(
-    scores: Float[Array, "rows S"],
+    scores: Float[Array, "rows width"],
     wanted: Float[Array, "rows 1"],
     lengths: Int32[Array, "rows 1"],
     *,
-    most: float,
+    slots: int,
     method: str,
     steps: int,
 ) -> Float[Array, "rows 1"]:
-    """The kernel on whole tiles."""
-    rows, slots = scores.shape
-    vector_bytes = VECTOR_BYTES + 3 * ROWS * slots * 4
+    """The kernel on whole tiles, of rows that had `slots` scores before they were padded."""
+    rows, width = scores.shape
+    vector_bytes = VECTOR_BYTES + 3 * ROWS * width * 4
     per_row = pl.BlockSpec((ROWS, 1), lambda index: (index, 0))
     result: jax.Array = pl.pallas_call(
-        functools.partial(_bisect, most=most, method=method, steps=steps),
+        functools.partial(_bisect, slots=slots, method=method, steps=steps),
         grid=(rows // ROWS,),
-        in_specs=[pl.BlockSpec((ROWS, slots), lambda index: (index, 0)), per_row, per_row],
+        in_specs=[pl.BlockSpec((ROWS, width), lambda index: (index, 0)), per_row, per_row],
         out_specs=per_row,
         out_shape=jax.ShapeDtypeStruct((rows, 1), jnp.float32),
-        scratch_shapes=[pltpu.VMEM((ROWS, slots), jnp.float32)],
+        scratch_shapes=[pltpu.VMEM((ROWS, width), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=vector_bytes),
         name="top_p_threshold",
     )(scores, wanted, lengths)
@@ -119,7 +105,7 @@ def _bisect(
     threshold_ref: Any,
     clean_ref: Any,
     *,
-    most: float,
+    slots: int,
     method: str,
     steps: int,
 ) -> None:
@@ -135,7 +121,7 @@ def _bisect(
 
     def clean(chunk: Any, highest: jax.Array) -> jax.Array:
         slot = chunk * size + lax.broadcasted_iota(jnp.int32, (ROWS, size), 1)
-        x = _clean_scores(scores_ref[:, here(chunk)], slot < lengths_ref[...], most)
+        x = clean_scores(scores_ref[:, here(chunk)], slot < lengths_ref[...], slots)
         clean_ref[:, here(chunk)] = x
         return jnp.maximum(highest, jnp.max(x, axis=1, keepdims=True))
 
@@ -174,12 +160,6 @@ def _bisect(
         threshold_ref[...] = lax.fori_loop(0, steps, halve, (jnp.zeros_like(highest), highest))[0]
 
 
-def _clean_scores(scores: jax.Array, valid: jax.Array, most: float) -> jax.Array:
-    """As `common.clean_scores`, for a part of some rows inside a kernel."""
-    x = scores.astype(jnp.float32)
-    return jnp.where(valid & (x >= FLOAT32_TINY), jnp.minimum(x, most), 0.0)
-
-
 def _fold(x: jax.Array) -> jax.Array:
     """Adds up the lane tiles of a row as a tree, down to one."""
     while x.shape[1] > LANES:
@@ -191,8 +171,8 @@ def _fold(x: jax.Array) -> jax.Array:
 
 
 def select_blocks(
-    scores: Float[Array, "B K S"],
-    p: Float[Array, "B K"],
+    scores: Float[Array, "B *layers K S"],
+    p: Float[Array, "B *layers K"],
     lengths: Int32[Array, " B"],
     *,
     block_size: int = 1,
@@ -204,15 +184,15 @@ def select_blocks(
     capacity: int | None = None,
 ) -> SelectionPlan:
     """The blocks of the nucleus, the sinks and the recent window; see `api.select_blocks`."""
-    slots = scores.shape[2]
-    clean = clean_scores(scores, jnp.broadcast_to(lengths[:, None], scores.shape[:2]))
+    slots, ones = scores.shape[-1], (1,) * (scores.ndim - 1)
+    clean = clean_scores(scores, jnp.arange(slots) < leading(lengths, scores), slots)
     # A block's slots as an axis of their own would be padded to 128 lanes.
-    window = (1, 1, block_size)
-    block_scores = lax.reduce_window(clean, 0.0, lax.add, window, window, ((0, 0), (0, 0), (0, -slots % block_size)))
+    window, padding = (*ones, block_size), (*[(0, 0)] * len(ones), (0, -slots % block_size))
+    block_scores = lax.reduce_window(clean, 0.0, lax.add, window, window, padding)
     if measure == "mass":
         threshold = top_p_threshold(block_scores, p, method=method, steps=steps)
     else:
-        wanted = wanted_blocks(p, -(-lengths[:, None] // block_size))
+        wanted = wanted_blocks(p, -(-leading(lengths, p) // block_size))
         threshold = _thresholds(block_scores, wanted, None, "count", steps)
     capacity = block_scores.shape[-1] if capacity is None else capacity
     forced = {"block_size": block_size, "num_recent": num_recent}
@@ -221,7 +201,7 @@ def select_blocks(
     return SelectionPlan(plan.block_ids[..., :capacity], plan.counts, block_size)
 
 
-def compact_blocks(mask: Bool[Array, "B K P"], *, block_size: int) -> SelectionPlan:
+def compact_blocks(mask: Bool[Array, "*rows P"], *, block_size: int) -> SelectionPlan:
     """The plan of a mask; see `api.compact_blocks`. By a sort, because a TPU scatters one number after the other."""
     blocks = mask.shape[-1]
     block = jnp.arange(blocks, dtype=jnp.int32)

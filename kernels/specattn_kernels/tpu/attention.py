@@ -1,4 +1,4 @@
-"""TPU kernels: sparse and dense decode attention that copies blocks of the cache by hand, and top-p selection.
+"""Sparse and dense decode attention for TPUs, which copies blocks of the cache by hand.
 
 One program attends to everything that one kv head reads, for all T * G query rows that use that head, so K and V are
 read once. Its entries are the blocks of the new tokens followed by the plan's blocks (or all blocks of the cache where
@@ -14,6 +14,7 @@ would rather lay such a cache out with the slots along the lanes, converts it on
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,34 +22,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, DTypeLike, Float, Int32
+from jaxtyping import Array, Float, Int32
 
 from specattn_kernels.common import group_queries, ungroup
-from specattn_kernels.pallas_tpu_scores import score_cache
-from specattn_kernels.pallas_tpu_selection import compact_blocks, select_blocks, sublanes, top_p_threshold
+from specattn_kernels.tpu.limits import LANES, padded_rows, sublanes
+from specattn_kernels.tpu.products import dot
 from specattn_kernels.types import AttentionOutput, Scores, SelectionPlan
 
-__all__ = [
-    "compact_blocks",
-    "decode_attention",
-    "score_cache",
-    "select_blocks",
-    "sparse_decode_attention",
-    "top_p_threshold",
-]
-
-LANES = 128
-# Of 32 bits, as logits have.
-SUBLANES = 8
-BLOCK_SIZES = (16, 32, 64, 128)
-HEAD_DIMS = (64, 128, 256)
 # K and V of one step. Reckoned, not measured: bandwidth times latency of a TPU's memory, which is 0.5 to 1.5 MB.
 STEP_BYTES = 1 << 19
-MAX_ROWS = 256
 # Block ids that one call holds in scalar memory, of which a core has 1 MiB.
 SCALAR_BYTES = 1 << 19
-# Scores of one kv head, which lie in vector memory as a whole.
-SCORES_BYTES = 1 << 24
 # Vector memory beyond the scores: what compilers grant unasked on the smallest TPUs.
 VECTOR_BYTES = 16 << 20
 # A slot that no query sees.
@@ -89,11 +73,7 @@ def decode_attention(
     return_scores: Scores = False,
     return_lse: bool = False,
 ) -> AttentionOutput:
-    """Attention over the whole cache; see `api.decode_attention`.
-
-    Raises:
-        NotImplementedError: a shape or dtype that the kernel does not take.
-    """
+    """Attention over the whole cache; see `api.decode_attention`."""
     return _attention(q, k, v, None, lengths, scale, return_scores, return_lse)
 
 
@@ -107,49 +87,15 @@ def sparse_decode_attention(
     scale: float | Float[Array, ""],
     return_lse: bool = False,
 ) -> AttentionOutput:
-    """Attention over the plan's blocks and the new tokens; see `api.sparse_decode_attention`.
-
-    Raises:
-        NotImplementedError: a block size, shape or dtype that the kernel does not take.
-    """
-    return _attention(q, k, v, plan.own_rows(), lengths, scale, False, return_lse)
-
-
-def check_supported(q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], plan: SelectionPlan | None) -> None:
-    """Whether the kernels take these; looks at shapes and dtypes alone.
-
-    Raises:
-        NotImplementedError: they do not; the sentence says why and what to use.
-    """
-    _, tokens, heads, head_dim = q.shape
-    slots = k.shape[2]
-    block = LANES if plan is None else plan.block_size
-    rows = tokens * heads // k.shape[1]
-    whole = {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}
-    reasons = {
-        f"dtypes {q.dtype} and {k.dtype}; expected float32 or bfloat16": not {q.dtype, k.dtype} <= whole,
-        f"head dim {head_dim}; expected one of {HEAD_DIMS}": head_dim not in HEAD_DIMS,
-        f"block size {block}; expected one of {BLOCK_SIZES}": block not in BLOCK_SIZES,
-        f"{slots} cache slots; expected a multiple of {sublanes(k.dtype)} of at least {block}": (
-            slots % sublanes(k.dtype) != 0 or slots < block
-        ),
-        f"{rows} query rows per kv head (new tokens times group); expected at most {MAX_ROWS}": rows > MAX_ROWS,
-    }
-    for reason, applies in reasons.items():
-        if applies:
-            raise NotImplementedError(f"pallas_tpu: {reason}; use implementation='xla'.")
+    """Attention over the plan's blocks and the new tokens; see `api.sparse_decode_attention`."""
+    return _attention(q, k, v, plan.take_layer(), lengths, scale, False, return_lse)
 
 
 def _choose_tile(q: jax.Array, k: jax.Array, plan: SelectionPlan | None, return_scores: Scores) -> _Tile:
-    """A tile for these shapes.
-
-    Raises:
-        NotImplementedError: the kernels do not take them.
-    """
-    check_supported(q, k, plan)
+    """A tile for these shapes."""
     tokens, slots, head_dim = q.shape[1], k.shape[2], k.shape[3]
     group = q.shape[2] // k.shape[1]
-    rows = -(-tokens * group // SUBLANES) * SUBLANES
+    rows = padded_rows(tokens * group)
     lanes = -(-head_dim // LANES) * LANES
     step = max(LANES, STEP_BYTES // (2 * lanes * k.dtype.itemsize) // LANES * LANES)
     if plan is not None:
@@ -159,11 +105,6 @@ def _choose_tile(q: jax.Array, k: jax.Array, plan: SelectionPlan | None, return_
         entries = -(-(own + capacity) * plan.block_size // LANES) * LANES
         copies = min(step, entries) // plan.block_size
         return _Tile(tokens, group, rows, plan.block_size, copies, own, capacity, scores=False)
-    if return_scores and rows * slots * 4 > SCORES_BYTES:
-        raise NotImplementedError(
-            f"pallas_tpu: scores of {rows} query rows over {slots} cache slots take more than "
-            f"{SCORES_BYTES >> 20} MiB per kv head; use fewer new tokens, or implementation='xla'."
-        )
     block = min(step, slots // LANES * LANES)
     return _Tile(tokens, group, rows, block, copies=1, own=0, capacity=0, scores=bool(return_scores))
 
@@ -244,7 +185,7 @@ def _call(
     *,
     tile: _Tile,
     first: int,
-) -> list[jax.Array]:
+) -> Sequence[jax.Array]:
     """Attends with the heads `first` onwards of all B * K."""
     heads, rows, head_dim = queries.shape
     slots, step = k.shape[2], tile.block * tile.copies
@@ -260,7 +201,7 @@ def _call(
 
     # Not left open: XLA might copy a small cache into vector memory as a whole.
     where_it_lies = pl.BlockSpec(memory_space=pltpu.HBM)
-    results: list[jax.Array] = pl.pallas_call(
+    results: Sequence[jax.Array] = pl.pallas_call(
         functools.partial(_attend, tile=tile, first=first),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
@@ -400,7 +341,7 @@ def _attend(
             start(following, 0, 1 - turn)
 
         head.wait(k_ref, k_buffer.at[turn], semaphores.at[0, turn], index)
-        logits = _dot(q_ref[...], k_buffer[turn], contract=1) * scale_ref[0]
+        logits = dot(q_ref[...], k_buffer[turn], contract=1) * scale_ref[0]
         logits = jnp.where(_slots(head, index) <= position, logits, -jnp.inf)
         if tile.scores:
             refs[0][:, pl.ds(pl.multiple_of(index * tile.block, LANES), tile.block)] = logits
@@ -409,7 +350,7 @@ def _attend(
         fade, chance = jnp.exp(top - shift), jnp.exp(logits - shift)
         head.wait(v_ref, v_buffer.at[turn], semaphores.at[1, turn], index)
         _clear_values(head, v_buffer.at[turn], index)
-        acc = acc * fade + _dot(chance.astype(q_ref.dtype), v_buffer[turn], contract=0)
+        acc = acc * fade + dot(chance.astype(q_ref.dtype), v_buffer[turn], contract=0)
         return new_top, total * fade + jnp.sum(chance, axis=1, keepdims=True), acc
 
     start_state = jnp.full(row.shape, -jnp.inf), jnp.zeros(row.shape), jnp.zeros(q_ref.shape, jnp.float32)
@@ -471,15 +412,3 @@ def _write_scores(scores_ref: Any, head: _Head, lse: Float[Array, "rows 1"]) -> 
 def _ceil_div(a: jax.Array, b: int) -> jax.Array:
     """How many times `b` it takes to reach `a`, which is not negative: without the sign that `//` looks at."""
     return lax.div(a + b - 1, b)
-
-
-def _dot(a: jax.Array, b: jax.Array, *, contract: int) -> jax.Array:
-    """Float32 sums over the last axis of `a` and the axis `contract` of `b`; float32 means float32, not bfloat16."""
-    dtype: DTypeLike = jnp.promote_types(a.dtype, b.dtype)
-    return lax.dot_general(
-        a.astype(dtype),
-        b.astype(dtype),
-        (((1,), (contract,)), ((), ())),
-        precision=lax.Precision.HIGHEST if dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )

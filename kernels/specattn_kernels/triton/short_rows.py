@@ -17,8 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
-from specattn_kernels.common import FLOAT32_MAX, interpreted
-from specattn_kernels.pallas_triton_tiles import (
+from specattn_kernels.common import interpreted
+from specattn_kernels.triton.tiles import (
     INFINITE_BITS,
     LANES,
     TINY_BITS,
@@ -130,7 +130,7 @@ class _Row:
 
     def __init__(self, scores_ref: Any, lines: int, valid: Any, blocks: int, measure: str, warps: int) -> None:
         self.lines, self.blocks, self.valid, self.measure = lines, blocks, jnp.minimum(valid, blocks), measure
-        self.most, self.step = FLOAT32_MAX / 2 / blocks, min(2 * warps, lines // 2)
+        self.step = min(2 * warps, lines // 2)
         # Places are those within a tile, which all tiles share, so that few of them have to be held.
         self.place = places(self.step)
         self.held = [bits_of(self._load(scores_ref, first)) for first in range(0, lines, self.step)]
