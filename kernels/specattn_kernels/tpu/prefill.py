@@ -80,7 +80,7 @@ def _call(
     v: jax.Array,
     tile: _Tile,
     return_lse: bool,
-) -> list[jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Output, and lse [B, K, blocks, 1, rows of a block] if it is wanted."""
     batch, kv_heads, rows, head_dim = queries.shape
     blocks = rows // tile.rows
@@ -91,7 +91,7 @@ def _call(
     if return_lse:
         out_specs.append(pl.BlockSpec((None, None, None, 1, tile.rows), lambda b, h, i, *_: (b, h, i, 0, 0)))
         out_shape.append(jax.ShapeDtypeStruct((batch, kv_heads, blocks, 1, tile.rows), jnp.float32))
-    results: list[jax.Array] = pl.pallas_call(
+    results: tuple[jax.Array, ...] = pl.pallas_call(
         functools.partial(_attend, tile=tile),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
