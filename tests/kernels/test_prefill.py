@@ -1,12 +1,19 @@
 """Prefill attention by every backend, against dense attention in float64."""
 
+import importlib.util
+import json
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tpu_prefill as tpu_program
 from cases import SEEDS, Shape, examples, jitted
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
 from specattn_kernels import (
     AttentionCall,
     Device,
@@ -37,6 +44,7 @@ SHAPES = [
     shape_of(1, 70, 2, 1, 70, 256),
 ]
 TPU_SHAPES = [shape_of(2, 150, 2, 1, 408, 64), shape_of(1, 64, 3, 1, 136, 128)]
+TOPOLOGIES = ["v5e:2x2", "v6e:2x2"]
 MOSAIC_SHAPES = [shape_of(2, 150, 2, 1, 408, 64), shape_of(1, 64, 3, 1, 136, 128)]
 
 
@@ -201,6 +209,25 @@ class TestEveryBackend:
 
         step = jnp.ones_like(q)
         np.testing.assert_allclose(jax.jit(along)(q, step)[1], jax.jit(exact)(q, step)[1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.usefixtures("tpu_interpreter")
+def test_the_tpu_kernel_has_no_races(capsys):
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        op = jax.jit(lambda *args: prefill_attention(*args, return_lse=True, implementation="pallas_tpu"))
+        assert_right(op, 6, TPU_SHAPES[0])
+    assert "RACE DETECTED" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, which compiles for TPUs, is not here")
+def test_compiles_for_tpus():
+    command = [sys.executable, tpu_program.__file__, *TOPOLOGIES]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for sizes in json.loads(done.stdout.splitlines()[-1]).values():
+        for (heads, *_), size in zip(tpu_program.SHAPES, sizes, strict=True):
+            # No array has both axes.
+            assert size < tpu_program.BATCH * heads * tpu_program.TOKENS * tpu_program.SLOTS
 
 
 @pytest.mark.slow
