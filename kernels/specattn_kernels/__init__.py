@@ -1,13 +1,15 @@
 """Attention and selection ops for speculating sparse attention: pure functions on JAX arrays.
 
 The ops of SpecAttn (arXiv 2510.27641) without a model around them: dense attention of a few new tokens over a KV cache,
-the same over selected blocks of it, and the selection of those blocks from somebody's attention scores.
+the same over selected blocks of it, and the selection of those blocks from somebody's attention scores; and dense
+attention of many new tokens, for prompts.
 """
 
 from specattn_kernels.api import (
     compact_blocks,
     decode_attention,
     merge_states,
+    prefill_attention,
     score_cache,
     select_blocks,
     sparse_decode_attention,
@@ -17,6 +19,7 @@ from specattn_kernels.backends import (
     ATTENTION_OPS,
     BACKENDS,
     IMPLEMENTATIONS,
+    PREFILL_OPS,
     SCORE_OPS,
     SELECTION_OPS,
     Backend,
@@ -36,6 +39,7 @@ __all__ = [
     "ATTENTION_OPS",
     "BACKENDS",
     "IMPLEMENTATIONS",
+    "PREFILL_OPS",
     "SCORE_OPS",
     "SELECTION_OPS",
     "AttentionCall",
@@ -55,6 +59,7 @@ __all__ = [
     "decode_attention",
     "merge_states",
     "plan_slots",
+    "prefill_attention",
     "score_cache",
     "select_blocks",
     "sparse_decode_attention",

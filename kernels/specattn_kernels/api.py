@@ -75,6 +75,68 @@ def decode_attention(
     )
 
 
+def prefill_attention(
+    q: Float[ArrayInput, "B T N H"],
+    k: Float[ArrayInput, "B K S H"],
+    v: Float[ArrayInput, "B K S H"],
+    starts: Int[ArrayInput, " B"],
+    *,
+    lengths: Int[ArrayInput, " B"] | None = None,
+    scale: float | Float[ArrayInput, ""] | None = None,
+    return_lse: bool = False,
+    implementation: Wanted = None,
+) -> AttentionOutput:
+    """Attention of T new tokens, up to whole prompts, over the KV cache; causal, aligned at the bottom right.
+
+    The new tokens' keys and values are already in the cache: query t of a sequence is at slot `starts + t` and sees the
+    slots up to and including that one. Slots at or beyond `starts + T` may hold anything, NaN included, and cost
+    nothing, and so do those that the causal mask hides, but for the tiles that it cuts. No array has both a T and an S
+    axis. Softmax and lse are float32 whatever the dtype, and float32 inputs are multiplied in float32.
+
+    The same as `decode_attention` with `lengths = starts + T`, and made for T of 64 or more, where arithmetic is what
+    takes the time; that one is made for a few tokens, where reading the cache is. Reading in chunks gives what reading
+    at once does. It cannot be differentiated in reverse mode.
+
+    Args:
+        q: queries, any floating dtype. The N / K consecutive query heads n with equal n // (N / K) share a kv head.
+        k: cached keys.
+        v: cached values, in the dtype of `k`.
+        starts: slot of each sequence's first new token, not negative; `starts + T` is at most S.
+        lengths: valid slots of each sequence, for prompts that are padded on the right to T tokens: slots at or beyond
+            may hold anything, queries there get something finite, and blocks of such queries cost nothing. All
+            `starts + T` if None.
+        scale: factor on the logits, above 0; H ** -0.5 if None.
+        return_lse: whether to return the log-sum-exp of the scaled logits, [B, T, N] float32; anything for queries at
+            or beyond `lengths`.
+        implementation: backend, see the module. Derivatives are those of "xla" in any case.
+
+    Returns:
+        The output in the dtype of `q`, and the lse if it was asked for.
+
+    Raises:
+        ValueError: if an argument has the wrong shape, dtype or value.
+        NotImplementedError: if none of the named backends can serve; it says why.
+    """
+    op = "prefill_attention"
+    q, k, v, starts = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(starts)
+    checks.check_attention(op, q, k, v, starts, "starts")
+    limits = starts.astype(jnp.int32) + q.shape[1]
+    if lengths is not None:
+        lengths = jnp.asarray(lengths)
+        checks.check_shape(op, "lengths", lengths, starts.shape, "[B]")
+        checks.check_integer(op, "lengths", lengths)
+        limits = jnp.minimum(limits, lengths.astype(jnp.int32))
+    backend = find_backend(_call(op, q, k), implementation)
+    return _differentiable(
+        op,
+        lambda attend, q, k, v, scale, starts, limits: attend(
+            q, k, v, starts, limits, scale=scale, return_lse=return_lse
+        ),
+        backend,
+        (q, k, v, _scale(op, scale, q.shape[-1]), starts.astype(jnp.int32), limits),
+    )
+
+
 def sparse_decode_attention(
     q: Float[ArrayInput, "B T N H"],
     k: Float[ArrayInput, "B K S H"],

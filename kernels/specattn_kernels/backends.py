@@ -22,6 +22,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 Wanted: TypeAlias = Implementation | Sequence[Implementation] | None
 
 ATTENTION_OPS = ("decode_attention", "sparse_decode_attention")
+PREFILL_OPS = ("prefill_attention",)
 SCORE_OPS = ("score_cache",)
 SELECTION_OPS = ("top_p_threshold", "select_blocks", "compact_blocks")
 # For which the compiled Triton attention kernels have been compared with float64 on a GPU: head dims from here to 256.
@@ -81,12 +82,18 @@ def _nothing(_: Any) -> None:
     """Refuses nothing."""
 
 
-_ALL_OPS = {"attention": ATTENTION_OPS, "scores": SCORE_OPS, "selection": SELECTION_OPS}
-XLA = Backend("xla", _modules("", xla=ATTENTION_OPS + SCORE_OPS + SELECTION_OPS), None, _nothing, _nothing)
+_ALL_OPS = {"attention": ATTENTION_OPS, "prefill": PREFILL_OPS, "scores": SCORE_OPS, "selection": SELECTION_OPS}
+XLA = Backend(
+    "xla",
+    _modules("", xla=ATTENTION_OPS + SCORE_OPS + SELECTION_OPS, xla_prefill=PREFILL_OPS),
+    None,
+    _nothing,
+    _nothing,
+)
 TRITON = Backend("pallas_triton", _modules("triton.", **_ALL_OPS), "gpu", triton.refuse_device, triton.refuse_call)
 MOSAIC_GPU = Backend(
     "pallas_mosaic_gpu",
-    _modules("mosaic_gpu.", attention=ATTENTION_OPS),
+    _modules("mosaic_gpu.", attention=ATTENTION_OPS, prefill=PREFILL_OPS),
     "gpu",
     mosaic_gpu.refuse_device,
     mosaic_gpu.refuse_call,
@@ -107,6 +114,8 @@ def choose_implementation(call: Call, device: Device) -> Choice:
     """
     if device.platform != TRITON.platform:
         return Choice("xla", f"no kernel of ours is measured to be faster on a {device.platform.upper()}")
+    if isinstance(call, AttentionCall) and call.op in PREFILL_OPS:
+        return _choose_prefill(call, device)
     refused = TRITON.refusal(call, device)
     if refused is not None:
         return Choice("xla", f"pallas_triton cannot serve: {refused}")
@@ -118,6 +127,18 @@ def choose_implementation(call: Call, device: Device) -> Choice:
         return Choice("xla", f"pallas_triton has not been checked on a GPU for {what} yet")
     granularity = "token" if call.block_size in (None, 1) else f"{call.block_size}-slot block"
     return Choice("pallas_triton", f"reads each cache entry once, {granularity} granular")
+
+
+def _choose_prefill(call: AttentionCall, device: Device) -> Choice:
+    """The same for prompts on a GPU: in half precision the kernel that uses the matrix units best."""
+    if jnp.promote_types(call.dtype, call.query_dtype or call.dtype) == jnp.float32:
+        return Choice("xla", "in float32 its matrix products are the fastest")
+    if MOSAIC_GPU.refusal(call, device) is None:
+        return Choice("pallas_mosaic_gpu", "multiplies while it is at its softmax")
+    refused = TRITON.refusal(call, device)
+    if refused is not None:
+        return Choice("xla", f"pallas_triton cannot serve: {refused}")
+    return Choice("pallas_triton", "holds no logits in memory")
 
 
 def compiled_implementations(call: Call, device: Device) -> tuple[Implementation, ...]:

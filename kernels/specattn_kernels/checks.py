@@ -51,8 +51,13 @@ def check_integer(op: str, argument: str, array: jax.Array) -> None:
     )
 
 
-def check_attention(op: str, q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> None:
-    """Requires q [B, T, N, H], k and v [B, K, S, H] of one dtype, lengths [B], with N a multiple of K and T <= S."""
+def check_attention(
+    op: str, q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, argument: str = "lengths"
+) -> None:
+    """Requires q [B, T, N, H], k and v [B, K, S, H] of one dtype, lengths [B], with N a multiple of K and T <= S.
+
+    `argument` is what the op calls the lengths.
+    """
     require(q.ndim == 4, op, "q", shape_text(q.shape), "[B, T, N, H] (batch, new tokens, query heads, head dim)")
     require(k.ndim == 4, op, "k", shape_text(k.shape), "[B, K, S, H] (batch, kv heads, cache slots, head dim)")
     batch, tokens, heads, head_dim = q.shape
@@ -67,8 +72,8 @@ def check_attention(op: str, q: jax.Array, k: jax.Array, v: jax.Array, lengths: 
         heads % kv_heads == 0, op, "q", f"for {heads} query heads", f"for a multiple of the {kv_heads} kv heads of `k`"
     )
     require(tokens <= slots, op, "q", f"for {tokens} new tokens", f"for at most the {slots} slots of the cache `k`")
-    check_shape(op, "lengths", lengths, (batch,), "[B]")
-    check_integer(op, "lengths", lengths)
+    check_shape(op, argument, lengths, (batch,), "[B]")
+    check_integer(op, argument, lengths)
 
 
 def check_scores(op: str, scores: object) -> None:

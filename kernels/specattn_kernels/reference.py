@@ -76,6 +76,23 @@ def decode_attention(
     return attend(q, k, v, jnp.broadcast_to(visible, (q.shape[0], q.shape[2], q.shape[1], k.shape[2])), scale)
 
 
+def prefill_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    starts: Int32[Array, " B"],
+    *,
+    lengths: Int32[Array, " B"] | None = None,
+    scale: float | Float[Array, ""] | None = None,
+) -> AttentionOutput:
+    """Oracle of `api.prefill_attention`; always returns lse and scores."""
+    tokens, slots = q.shape[1], k.shape[2]
+    visible = causal_mask(starts + tokens, tokens, slots)
+    if lengths is not None:
+        visible &= (jnp.arange(slots) < lengths[:, None])[:, None, None]
+    return attend(q, k, v, jnp.broadcast_to(visible, (q.shape[0], q.shape[2], tokens, slots)), scale)
+
+
 def sparse_decode_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B K S H"],

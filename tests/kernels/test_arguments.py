@@ -22,6 +22,10 @@ def attention(q=Q, k=K, v=K, lengths=LENGTHS, **options):
     return kernels.decode_attention(q, k, v, lengths, **options)
 
 
+def prefill(starts=LENGTHS - 3, **options):
+    return kernels.prefill_attention(Q, K, K, starts, **options)
+
+
 def sparse(plan, **options):
     return kernels.sparse_decode_attention(Q, K, K, plan, LENGTHS, **options)
 
@@ -82,6 +86,14 @@ BAD = {
     "sink": (lambda: kernels.select_blocks(SCORES, 0.5, LENGTHS, num_sink=-1), "`num_sink` is -1.*at least 0"),
     "recent": (lambda: kernels.select_blocks(SCORES, 0.5, LENGTHS, num_recent=-1), "`num_recent` is -1.*at least 0"),
     "mask dtype": (lambda: kernels.compact_blocks(SCORES, block_size=1), "`mask` is of dtype float32.*boolean"),
+    "starts shape": (
+        lambda: prefill(LENGTHS[:1]),
+        r"prefill_attention: `starts` is of shape \[1\], but must be of shape \[2\]",
+    ),
+    "starts dtype": (lambda: prefill(jnp.zeros(2)), "prefill_attention: `starts` is of dtype float32"),
+    "prefill lengths": (lambda: prefill(lengths=LENGTHS[:1]), r"prefill_attention: `lengths` is of shape \[1\]"),
+    "prefill lengths dtype": (lambda: prefill(lengths=jnp.zeros(2)), "`lengths` is of dtype float32"),
+    "prefill scale": (lambda: prefill(scale=-1.0), "`scale` is -1.0, but must be above 0"),
     "mask rank": (lambda: kernels.compact_blocks(SCORES[0] > 0, block_size=1), r"`mask` is of shape \[2, 10\]"),
     "merge out": (
         lambda: kernels.merge_states(Q, Q[..., 0], Q[:1], Q[..., 0]),
@@ -115,6 +127,7 @@ def test_errors_come_up_while_tracing():
 
 OPS = {
     "decode_attention": attention,
+    "prefill_attention": prefill,
     "sparse_decode_attention": lambda **options: sparse(PLAN, **options),
     "top_p_threshold": lambda **options: kernels.top_p_threshold(SCORES, 0.5, **options),
     "select_blocks": lambda **options: kernels.select_blocks(SCORES, 0.5, LENGTHS, **options),

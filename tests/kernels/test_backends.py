@@ -11,6 +11,7 @@ import specattn_kernels as kernels
 from specattn_kernels import (
     ATTENTION_OPS,
     BACKENDS,
+    PREFILL_OPS,
     SCORE_OPS,
     SELECTION_OPS,
     AttentionCall,
@@ -61,7 +62,7 @@ def test_choice(device, call, name, reason):
 def test_every_backend_has_the_ops_that_it_names():
     assert tuple(BACKENDS) == kernels.IMPLEMENTATIONS
     for backend in BACKENDS.values():
-        assert set(backend.modules) <= {*ATTENTION_OPS, *SCORE_OPS, *SELECTION_OPS}
+        assert set(backend.modules) <= {*ATTENTION_OPS, *PREFILL_OPS, *SCORE_OPS, *SELECTION_OPS}
         for op in backend.modules:
             assert callable(backend.load(op))
             assert callable(getattr(kernels, op))

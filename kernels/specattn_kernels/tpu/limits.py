@@ -34,7 +34,7 @@ def refuse_call(call: Call) -> str | None:
         return None
     if call.cache[3] not in HEAD_DIMS:
         return f"head dim {call.cache[3]}; expected one of {HEAD_DIMS}"
-    if call.query_rows > MAX_ROWS:
+    if call.query_rows > MAX_ROWS and call.op != "prefill_attention":
         return f"{call.query_rows} query rows per kv head (new tokens times group); expected at most {MAX_ROWS}"
     return None if call.op == "score_cache" else _refuse_attention(call)
 

@@ -46,6 +46,8 @@ def _refuse_attention(call: AttentionCall) -> str | None:
         return f"head dim {head_dim}; expected a multiple of 16 up to {MAX_HEAD_DIM}"
     if size > MAX_NUMBERS:
         return f"a cache of {size} numbers per layer; expected fewer than 2 ** 31, of a smaller batch"
+    if call.op == "prefill_attention":
+        return None
     if call.op == "score_cache":
         tokens, group = padded_rows(call.tokens, call.group)
         if tokens * group > MAX_QUERY_ROWS:
