@@ -211,12 +211,12 @@ def test_a_window_is_scored_by_the_largest_attention_of_each_draft_kv_head():
         np.testing.assert_allclose(cache.score(layer, look, past), expected[layer], rtol=1e-4)
 
 
-@pytest.mark.parametrize(("threshold", "rows"), [("exact", 8), ("linear", 2)])
-def test_only_kernels_select_for_all_layers_at_once(monkeypatch, threshold, rows):
+@pytest.mark.parametrize(("threshold", "layers"), [("exact", 4), ("linear", 1)])
+def test_only_kernels_select_for_all_layers_at_once(monkeypatch, threshold, layers):
     seen = []
 
     def record(scores, *arguments, **options):
-        seen.append(scores.shape[1])
+        seen.append(scores.shape[1:3])
         return select_blocks(scores, *arguments, **options)
 
     monkeypatch.setattr(mixture, "_LAYERS_AT_ONCE", 1)
@@ -224,7 +224,7 @@ def test_only_kernels_select_for_all_layers_at_once(monkeypatch, threshold, rows
     # Its kernels find exact nuclei alone.
     monkeypatch.setattr(mixture, "current_device", lambda: Device("gpu", (9, 0), (0, 11), 132))
     selected(selection("default", 0.8, threshold=threshold), draft_attention(1))
-    assert set(seen) == {rows}
+    assert set(seen) == {(layers, 2)}
 
 
 def draft_plan(chooser: Mixture, attention: np.ndarray):

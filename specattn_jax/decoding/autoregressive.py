@@ -44,7 +44,7 @@ class Autoregressive:
         read = forward(models.target, newest(state), state.target_cache, attend_as_chosen(None))
         token, _ = choose(for_token, models.target.logits(read.hidden[:, -1]), self.settings.sampling)
         seen = Seen(past, ~state.done, read.notes, read.cache)
-        verdict, shares = Verdict(token[:, None], jnp.zeros_like(past)), layer_shares(read.notes)
+        verdict, shares = Verdict(token[:, None], jnp.zeros_like(past)), layer_shares(seen)
         state = dataclasses.replace(state, target_cache=read.cache.at(past), keys=later)
         state = commit(state, verdict, shares, drafted=0, stop_tokens=self.settings.stop_tokens)
         return state, WindowRecord(seen, shares, read.hidden, verdict)

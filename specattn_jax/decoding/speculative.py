@@ -131,7 +131,7 @@ class Speculative:
 
     def finish(self, state: DecodeState, window: Verified, verdict: Verdict) -> tuple[DecodeState, WindowRecord]:
         """Commits what was decided of a window, and rolls both caches back."""
-        shares = layer_shares(window.seen.layers)
+        shares = layer_shares(window.seen)
         state = dataclasses.replace(
             state, target_cache=window.seen.cache, draft_cache=window.drafted.cache, own=window.own
         )

@@ -295,7 +295,7 @@ class Ablation:
         grown = dataclasses.replace(
             state,
             attention=attention,
-            read=state.read + jnp.mean(layer_shares(seen.layers), axis=1),
+            read=state.read + jnp.mean(layer_shares(seen), axis=1),
             windows=state.windows + 1,
         )
         integral = state.integral + _INTEGRAL * self._error(grown)

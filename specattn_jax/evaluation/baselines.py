@@ -198,7 +198,7 @@ class Oracle(Undrafted):
 
     def learn(self, state: Steering, seen: Seen) -> Steering:
         """Notes what was read."""
-        return state.add(layer_shares(seen.layers), seen.active)
+        return state.add(layer_shares(seen), seen.active)
 
 
 class VegasState(NamedTuple):
@@ -269,4 +269,4 @@ class Vegas(Undrafted):
             remember(before, attention_read(layer, now.q, seen.cache, now.plan), self.decay)
             for layer, (before, now) in enumerate(zip(state.attention, seen.layers, strict=True))
         )
-        return VegasState(attention, state.steering.add(layer_shares(seen.layers), seen.active), state.windows + 1)
+        return VegasState(attention, state.steering.add(layer_shares(seen), seen.active), state.windows + 1)

@@ -24,7 +24,7 @@ from specattn_jax.models.forward import forward
 from specattn_jax.models.transformer import LanguageModel
 from specattn_jax.runtime.session import Session
 from specattn_jax.selection.protocol import Seen, Selection
-from specattn_jax.selection.reads import attend_as_chosen, layer_shares
+from specattn_jax.selection.reads import attend_as_chosen, head_shares, layer_shares
 
 # Token ids of B documents of one length.
 Documents: TypeAlias = Sequence[Sequence[int] | Int[np.ndarray, " n"]] | Int[np.ndarray, "B n"]
@@ -115,7 +115,8 @@ class Forced:
         past = state.target_cache.lengths
         tokens = jnp.concatenate([newest(state), given], axis=1)
         read = forward(models.target, tokens, state.target_cache, attend_as_chosen(None))
-        seen, shares = Seen(past, ~state.done, read.notes, read.cache.at(past)), layer_shares(read.notes)
+        seen = Seen(past, ~state.done, read.notes, read.cache.at(past))
+        shares = layer_shares(seen)
         state = dataclasses.replace(state, target_cache=seen.cache)
         return commit(state, verdict, shares, drafted=0, stop_tokens=()), WindowRecord(
             seen, shares, read.hidden, verdict
@@ -153,7 +154,7 @@ class _Score:
         found = {
             "nll": -jnp.sum(jnp.take_along_axis(log_probs, given[..., None], axis=-1), axis=(1, 2)),
             "read": record.read,
-            "head_read": jnp.stack([seen.share for seen in layers], axis=1),
+            "head_read": head_shares(record.seen),
         }
         if self.reference is not None:
             index = (record.seen.past[0] - self.first) // given.shape[1]

@@ -18,11 +18,15 @@ from specattn_kernels import (
     Scores,
     SelectionPlan,
     decode_attention,
+    prefill_attention,
     score_cache,
     sparse_decode_attention,
 )
 
 from specattn_jax.models.config import ModelConfig
+
+# From so many new tokens on, arithmetic takes the time of attention, and no longer reading the cache.
+MANY_TOKENS = 64
 
 
 class Look(NamedTuple):
@@ -111,6 +115,7 @@ class KVCache:
         q: Float[Array, "B T N H"],
         plan: SelectionPlan | None = None,
         *,
+        valid: Int32[Array, " B"] | None = None,
         return_scores: Scores = False,
         return_lse: bool = False,
     ) -> AttentionOutput:
@@ -120,11 +125,17 @@ class KVCache:
             layer: which layer.
             q: their queries.
             plan: what they read of the past; None is everything.
+            valid: slots of each sequence, for prompts that are padded on the right: for tokens beyond them anything
+                comes out. A promise that may save work, nothing more.
             return_scores: which softmax weights to return; only where everything is read.
             return_lse: whether to return the log-sum-exp of the scaled logits that were read.
         """
         lengths = self.lengths + q.shape[1]
         k, v = self.k[layer], self.v[layer]
+        if plan is None and not return_scores and q.shape[1] >= MANY_TOKENS:
+            return prefill_attention(
+                q, k, v, self.lengths, lengths=valid, return_lse=return_lse, implementation=self.implementation
+            )
         if plan is None:
             return decode_attention(
                 q, k, v, lengths, return_scores=return_scores, return_lse=return_lse, implementation=self.implementation

@@ -91,12 +91,16 @@ def _prefill_chunks(
 ) -> tuple[Float[Array, "B D"], KVCache]:
     """Reads chunks `first` to `stop - 1`; keeps the hidden state of each sequence whose prompt ends in one of them."""
 
+    def attend(layer: int, q: Float[Array, "B T N H"], cache: KVCache) -> Attended:
+        return Attended(cache.attend(layer, q, valid=prompt_lengths).out)
+
     def read(
         index: Int32[Array, ""], carry: tuple[Float[Array, "B D"], KVCache]
     ) -> tuple[Float[Array, "B D"], KVCache]:
         last, cache = carry
         start = index * chunk
-        hidden, cache, *_ = forward(model, jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1), cache)
+        chunk_tokens = jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
+        hidden, cache, _ = forward(model, chunk_tokens, cache, attend)
         end = prompt_lengths - 1 - start
         picked = jnp.take_along_axis(hidden, jnp.clip(end, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
         return jnp.where(((end >= 0) & (end < chunk))[:, None], picked, last), cache

@@ -159,7 +159,7 @@ class Mixture:
 
     def learn(self, state: MixtureState, seen: Seen) -> MixtureState:
         """Notes what was read, to meet the wanted saving."""
-        steering = state.steering.add(layer_shares(seen.layers), seen.active)
+        steering = state.steering.add(layer_shares(seen), seen.active)
         return dataclasses.replace(state, steering=steering)
 
     def _draft_plan(self, scores: Float[Array, "B R S"], past: Int32[Array, " B"], window: int) -> SelectionPlan:

@@ -43,12 +43,12 @@ class LayerSeen(NamedTuple):
     Attributes:
         q: the queries of the T tokens.
         plan: the slots of the past that were read; None is all of them.
-        share: the share of the past that each kv head read.
+        share: the share of the past that each kv head read, where the plan does not say all of it.
     """
 
     q: Float[Array, "B T N H"]
     plan: SelectionPlan | None
-    share: Float[Array, "B K"]
+    share: Float[Array, "B K"] | None
 
 
 class Seen(NamedTuple):

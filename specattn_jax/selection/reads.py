@@ -21,10 +21,7 @@ def attend_as_chosen(choices: Sequence[LayerChoice] | None) -> Attend:
     def attend(layer: int, q: Float[Array, "B T N H"], cache: KVCache) -> Attended:
         choice = None if choices is None else choices[layer]
         read = choice(layer, q, cache) if callable(choice) else LayerRead(cache.attend(layer, q, choice).out, choice)
-        share = read.share
-        if share is None:
-            share = plan_share(read.plan, cache.lengths, cache.num_kv_heads)
-        return Attended(read.out, LayerSeen(q, read.plan, share))
+        return Attended(read.out, LayerSeen(q, read.plan, read.share))
 
     return attend
 
@@ -43,12 +40,21 @@ def plan_share(plan: SelectionPlan | None, past: Int32[Array, " B"], num_kv_head
     return entries / jnp.maximum(past[:, None], 1)
 
 
-def layer_shares(layers: Sequence[LayerSeen]) -> Float[Array, "B L"]:
-    """Share of the past that each layer read, averaged over kv heads.
+def head_shares(seen: Seen) -> Float[Array, "B L K"]:
+    """Share of the past that each kv head of each layer read in a window."""
+    heads = seen.cache.num_kv_heads
+    shares = [plan_share(one.plan, seen.past, heads) if one.share is None else one.share for one in seen.layers]
+    return jnp.stack(shares, axis=1)
+
+
+def layer_shares(seen: Seen) -> Float[Array, "B L"]:
+    """Share of the past that each layer read in a window, averaged over kv heads.
 
     `1 - mean` of this over layers and windows is the number called `kv_reduction`.
     """
-    return jnp.stack([jnp.mean(seen.share, axis=-1) for seen in layers], axis=1)
+    if all(one.plan is None and one.share is None for one in seen.layers):
+        return jnp.ones((seen.past.shape[0], len(seen.layers)), jnp.float32)
+    return jnp.mean(head_shares(seen), axis=-1)
 
 
 def past_mask(plan: SelectionPlan | None, past: Int32[Array, " B"], cache: KVCache) -> Bool[Array, "B K S"]:
