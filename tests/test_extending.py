@@ -60,11 +60,12 @@ class Lookup:
         past, drafted = state.target_cache.lengths, self.draft(state)
         tokens = jnp.concatenate([newest(state), drafted], axis=1)
         read = forward(models.target, tokens, state.target_cache, attend_as_chosen(None))
-        logits, shares = models.target.logits(read.hidden), layer_shares(read.notes)
+        logits = models.target.logits(read.hidden)
         verdict = verify(
             for_verdict, drafted, jax.nn.one_hot(drafted, logits.shape[-1]), logits, self.settings.sampling
         )
         seen = Seen(past, ~state.done, read.notes, read.cache.at(past))
+        shares = layer_shares(seen)
         state = dataclasses.replace(state, target_cache=seen.cache, keys=later)
         state = commit(state, verdict, shares, drafted=self.window, stop_tokens=self.settings.stop_tokens)
         return state, WindowRecord(seen, shares, read.hidden, verdict)

@@ -109,6 +109,16 @@ class ModelConfig:
         """Bytes of the KV cache for `batch` sequences of `slots` entries."""
         return 2 * self.num_layers * batch * self.num_kv_heads * slots * self.head_dim * itemsize
 
+    def activation_bytes(self, itemsize: int) -> int:
+        """Bytes that a layer of a forward pass holds at once, for each token: the wider of its attention and its MLP.
+
+        The residual stream and what is normalised, then q, k and v, rotated in float32, or the two inner halves of the
+        MLP and their product.
+        """
+        qkv = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        attention = qkv * (2 * itemsize + 4) + self.num_heads * self.head_dim * itemsize
+        return 3 * self.embed_dim * itemsize + max(attention, 3 * self.mlp_dim * itemsize)
+
     def parameter_count(self) -> int:
         """Number of weights, the tied output matrix counted once."""
         d, h = self.embed_dim, self.head_dim

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -23,8 +23,11 @@ from specattn_jax.models.forward import prefill
 from specattn_jax.models.transformer import LanguageModel
 from specattn_jax.runtime.clock import Clock
 
-# Prompt tokens read at a time.
-_CHUNK = 512
+# What the activations of a prefill may take. More tokens at a time make products no faster; on a CPU they would leave
+# the caches.
+_ACTIVATION_BYTES, _ACTIVATION_BYTES_ON_CPU = 2 << 30, 64 << 20
+# A chunk is a multiple of so many tokens.
+_CHUNK_STEP = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Session:
         window: int = 0,
         with_draft: bool = True,
         keys: Key[Array, " B"] | None = None,
-        chunk: int = _CHUNK,
+        chunk: int | None = None,
         clock: Clock | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
     ) -> DecodeState:
@@ -68,7 +71,8 @@ class Session:
             window: drafted tokens of the longest window for which there has to be room.
             with_draft: whether the draft, if there is one, reads the prompts too.
             keys: one random key per sequence; those of seed 0 by default.
-            chunk: prompt tokens read at a time.
+            chunk: prompt tokens read at a time; without it whole prompts where activations fit, else the largest equal
+                parts that do.
             clock: told what took how long.
             on_prefill: receives positions read and positions to read.
 
@@ -78,16 +82,16 @@ class Session:
         settings, clock = settings or DecodeSettings(), clock or Clock()
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         batch, longest = len(prompts), int(lengths.max())
-        chunk = min(chunk, _round_up(longest, 64))
+        models = {"target": self.models.target}
+        if with_draft and self.models.draft is not None:
+            models["draft"] = self.models.draft
+        chunk = min(chunk or _largest_chunk(models.values(), batch, longest), _round_up(longest, _CHUNK_STEP))
         padded = _round_up(longest, chunk)
         # A window may write W + 1 entries beyond the last token that is kept.
         slots = _round_up(max(padded, longest + new_tokens + window + 1), 128)
         tokens = np.zeros((batch, padded), np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
-        models = {"target": self.models.target}
-        if with_draft and self.models.draft is not None:
-            models["draft"] = self.models.draft
         check_memory(
             {
                 f"the KV cache of the {role}": model.config.cache_bytes(batch, slots, model.dtype.itemsize)
@@ -158,6 +162,14 @@ def _begin(
     first, _ = choose(split[:, 0], target.logits(hidden), settings.sampling)
     last = jnp.stack([last_prompt_token, first], axis=1)
     return begin(target_cache, draft_cache, last, limit, split[:, 1], room=room, stop_tokens=settings.stop_tokens)
+
+
+def _largest_chunk(models: Iterable[LanguageModel], batch: int, longest: int) -> int:
+    """Tokens of each prompt that are read at a time, so that activations fit and all parts are equally long."""
+    room = _ACTIVATION_BYTES_ON_CPU if jax.default_backend() == "cpu" else _ACTIVATION_BYTES
+    each = batch * max(model.config.activation_bytes(model.dtype.itemsize) for model in models)
+    parts = -(-longest // max(room // each, _CHUNK_STEP))
+    return _round_up(-(-longest // parts), _CHUNK_STEP)
 
 
 def _round_up(value: int, multiple: int) -> int:
