@@ -124,10 +124,13 @@ def test_lowers_for_a_gpu(monkeypatch, head_dim, dtype, block_size):
         function = jax.jit(lambda q, k, v, lengths: kernels.decode_attention(q, k, v, lengths, **options))
         arguments, name = (q, cache, cache, lengths), "mosaic_dense_decode"
     else:
-        ids = jax.ShapeDtypeStruct((2, 2, 7), jnp.int32)
-        plan = SelectionPlan(ids, jax.ShapeDtypeStruct((2, 2), jnp.int32), block_size)
+        # Of five layers, whose plans are read where they lie.
+        ids, counts = jax.ShapeDtypeStruct((2, 5, 2, 7), jnp.int32), jax.ShapeDtypeStruct((2, 5, 2), jnp.int32)
+        plan = SelectionPlan(ids, counts, block_size, jax.ShapeDtypeStruct((), jnp.int32))
         function = jax.jit(
             lambda q, k, v, plan, lengths: kernels.sparse_decode_attention(q, k, v, plan, lengths, **options)
         )
         arguments, name = (q, cache, cache, plan, lengths), "mosaic_sparse_decode"
-    assert name in function.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    text = function.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert name in text
+    assert "2x2x7xi32" not in text

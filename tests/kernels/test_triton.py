@@ -24,7 +24,7 @@ from cases import (
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy_oracles import nucleus_size
-from specattn_kernels import Device
+from specattn_kernels import Device, SelectionPlan
 from specattn_kernels.triton import attention, long_rows, merge, selection, short_rows
 
 pytestmark = pytest.mark.optimised
@@ -299,6 +299,21 @@ class TestLowering:
                 *(q, cache, cache, lengths, plan),
             )
             assert "sparse_decode" in text
+
+    def test_a_layers_plan_is_read_where_it_lies(self, lower_for_a_gpu):
+        q = jax.ShapeDtypeStruct((2, 6, 8, 64), jnp.bfloat16)
+        cache = jax.ShapeDtypeStruct((2, 2, 1000, 64), jnp.bfloat16)
+        lengths, layer = jax.ShapeDtypeStruct((2,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+        ids, counts = jax.ShapeDtypeStruct((2, 7, 2, 90), jnp.int32), jax.ShapeDtypeStruct((2, 7, 2), jnp.int32)
+        text = lower_for_a_gpu(
+            lambda q, k, v, lengths, plan, layer: kernels.sparse_decode_attention(
+                q, k, v, plan.at_layer(layer), lengths, implementation="pallas_triton"
+            ),
+            *(q, cache, cache, lengths, SelectionPlan(ids, counts, 1), layer),
+        )
+        assert "tensor<2x7x2x90xi32>" in text
+        assert "tensor<2x2x90xi32>" not in text
+        assert "tensor<2x1x2x90xi32>" not in text
 
     @pytest.mark.parametrize(
         ("slots", "block_size", "dtype", "measure", "capacity"),

@@ -126,8 +126,8 @@ def _attention(
     return AttentionOutput(out, lse / LOG2_E if return_lse else None, scores)
 
 
-def _choose_tile(k: jax.Array, rows: int, plan: SelectionPlan | None) -> _Tile:
-    """A tile for these shapes."""
+def _choose_tile(k: jax.Array | jax.ShapeDtypeStruct, rows: int, plan: SelectionPlan | None) -> _Tile:
+    """A tile for these shapes; looks at nothing else."""
     batch, kv_heads, slots, head_dim = k.shape
     padded = max(16, power_of_two(rows))
     device = current_device()

@@ -1,9 +1,9 @@
 """Top-p selection and compaction to block ids, as kernels of Pallas's Triton lowering.
 
 First the thresholds and how many blocks every part of a row has: one program a row does both while it holds the row
-(`triton.short_rows`); where rows are too long for that, several programs do either (`pallas_triton_long_rows`
-for the thresholds). Then several programs a row write the ids, each knowing from the counts where its own begin.
-Scores are read twice, or four times if the row is long; of the ids only those are written that are chosen.
+(`triton.short_rows`); where rows are too long for that, several programs do either (`triton.long_rows` for the
+thresholds). Then several programs a row write the ids, each knowing from the counts where its own begin. Scores are
+read twice, or four times if the row is long; of the ids only those are written that are chosen.
 
 With blocks of more than one slot XLA adds up the blocks first, in float32.
 """
