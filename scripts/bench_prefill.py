@@ -1,6 +1,6 @@
 """Times prefill attention: every backend on this device, and what competes with it, as JSON and as a table.
 
-    python scripts/bench_prefill.py --minutes 4 --out scripts/results/prefill-nvidia-h100.json
+    python scripts/bench_prefill.py --minutes 4 --out scripts/results/prefill-nvidia-h100/prefill.json
 
 Rates are those of causal arithmetic: what a mask hides is not counted. A bfloat16 matrix product of the same run says
 what the device can do. PyTorch's attention takes part where PyTorch is there, in a process of its own.

@@ -4,6 +4,9 @@ One program attends with two neighbouring blocks of one head's queries, one for 
 copy engine bring tiles of keys and values into shared memory ahead of them. The two take turns: while one multiplies,
 the other is at its softmax (FlashAttention-3, arXiv 2407.08608). Tiles that all queries see whole need no mask.
 Programs with the longest way start first.
+
+On an H100 in bfloat16 it does 590 to 630 TFLOP/s of causal arithmetic at 32k and 128k tokens with H 128, as many as
+cuDNN, and 460 with H 64 (scripts/results/prefill-nvidia-h100).
 """
 
 from __future__ import annotations
