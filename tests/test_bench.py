@@ -85,3 +85,17 @@ def test_grids_hold_each_case_once_and_every_case_has_rivals(grid):
         work = make_work(case)
         assert "xla" in work.contenders
         assert work.nbytes > 0
+
+
+def test_requests_are_measured_to_the_end(tmp_path):
+    report = json.loads(run("bench", "request", "--grid", "tiny", "--out", tmp_path, "--json").stdout)
+    assert (report["complete"], report["failed"]) == (True, 0)
+    for point in report["points"]:
+        assert point["request_seconds"] == pytest.approx(point["prefill_seconds"] + point["decode_seconds_median"])
+    alone, _, sparse = report["points"][:3]
+    # Imposed: of five drafted tokens four and three are accepted in turns.
+    assert (alone["windows"], sparse["windows"]) == (39, 9)
+    assert 0 < sparse["density"] < 1 == alone["density"]
+    assert all(0 < one["of_best"] <= 1.5 for one in report["auto"])
+    assert (tmp_path / "request.png").read_bytes().startswith(b"\x89PNG")
+    assert "### Prefill of the target" in (tmp_path / "request.md").read_text(encoding="utf-8")

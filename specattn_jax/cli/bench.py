@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 GRIDS = ("tiny", "small", "precision", "full")
 DECODE_GRIDS = ("tiny", "small", "full")
+REQUEST_GRIDS = ("tiny", "small")
 Out = Annotated[Path, typer.Option(help="Folder for results; the same command again goes on.", show_default=False)]
 Minutes = Annotated[
     float | None, typer.Option(help="Stop after so long and keep what was measured.", show_default="no limit")
@@ -71,6 +72,25 @@ def bench_decode_command(
     with importing():
         from specattn_jax.bench.decode import decode_benchmark
     _run(out, decode_benchmark(grid), (minutes, only, cases), as_json)  # type: ignore[arg-type]
+
+
+@bench.command("request")
+def bench_request_command(
+    out: Out,
+    grid: Annotated[str, typer.Option(help=f"What to measure: {', '.join(REQUEST_GRIDS)}.", metavar="GRID")] = "small",
+    minutes: Minutes = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A method to measure; may be repeated.", metavar="METHOD")
+    ] = None,
+    cases: Cases = None,
+    as_json: options.Json = False,
+) -> None:
+    """Time whole requests, from the prompt to the last new token; writes request.json, .md and a plot."""
+    _check(grid, REQUEST_GRIDS, minutes)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.96")
+    with importing():
+        from specattn_jax.bench.request import request_benchmark
+    _run(out, request_benchmark(grid), (minutes, only, cases), as_json)  # type: ignore[arg-type]
 
 
 def _check(grid: str, grids: tuple[str, ...], minutes: float | None) -> None:

@@ -1,0 +1,281 @@
+"""The request benchmark: what a user waits for, from the prompt to the last new token, and where the time goes."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specattn_jax.bench.decode_auto import report_profile
+from specattn_jax.bench.decode_cases import REAL, TINY, DecodeCase, shape
+from specattn_jax.bench.decode_methods import AUTO, CHOICES, SPECATTN, ImposedAcceptance, methods
+from specattn_jax.bench.decode_real import measure_real
+from specattn_jax.bench.decode_roofline import predict
+from specattn_jax.bench.decode_workload import random_alignment, random_model
+from specattn_jax.bench.request_report import draw_requests, request_table
+from specattn_jax.bench.runner import Benchmark, Point, Report
+from specattn_jax.decoding.protocol import Models, Strategy
+from specattn_jax.decoding.state import DecodeState, begin
+from specattn_jax.files import read_json
+from specattn_jax.planning.acceptance import Acceptance
+from specattn_jax.planning.device import measure_profile
+from specattn_jax.planning.gate import Situation, choose_strategy
+from specattn_jax.runtime.clock import Clock
+from specattn_jax.runtime.session import Session, seed_keys
+from specattn_jax.selection.alignment import NucleusMass
+from specattn_jax.selection.make import make_selection
+from specattn_jax.selection.protocol import Selection
+from specattn_jax.selection.reads import ReadEverything
+from specattn_jax.timing import TimingSettings, time_calls
+
+RequestGrid: TypeAlias = Literal["tiny", "small"]
+HF_RESULTS = "hf.json"
+_LLAMA3, _TINY_PAIR = ("llama-3.1-8b", "llama-3.2-1b"), ("tiny", "tiny-draft")
+# Width of the square product by which the rate of matrices is measured.
+_PRODUCT = {"cpu": 512}
+_PROBES, _PROBE_WINDOWS, _CLOSE = 8, 2, 0.05
+
+
+def request_benchmark(grid: RequestGrid = "small") -> Benchmark:
+    """What `specattn bench request` measures: whole requests with random weights and with a real pair.
+
+    A file hf.json that scripts/bench_request_hf.py wrote into the folder becomes part of the table.
+    """
+    repeats = 1 if grid == "tiny" else 2
+    return Benchmark(
+        file="request",
+        compared="method",
+        points=_points(grid),
+        open=lambda _: _Bench(repeats).measure,
+        conclude=_conclude,
+        files=_files,
+        facts=lambda: {
+            "matrix_flops": _matrix_flops(),
+            # For what `auto` would choose; of accelerators it is a constant.
+            "flops": measure_profile().flops if jax.default_backend() == "cpu" else None,
+        },
+    )
+
+
+def _points(grid: RequestGrid) -> list[Point]:
+    """Cases by their importance; a slot is a token of the prompt or a new one."""
+
+    def case(batch: int, prompt: int, new: int, pair: tuple[str, str] = _LLAMA3, dtype: str = "bfloat16") -> DecodeCase:
+        return DecodeCase(*pair, batch, prompt + new, room=new, dtype=dtype)
+
+    def real(name: str, prompt: int, new: int) -> DecodeCase:
+        return DecodeCase(name, name, 1, prompt + new, room=new, accepted=(), density=1.0, dtype="auto")
+
+    if grid == "tiny":
+        wanted = [(case(2, 150, 40, _TINY_PAIR, "float32"), CHOICES), (real(TINY, 150, 16), (*CHOICES, AUTO))]
+    else:
+        alone = CHOICES[:1]
+        wanted = [
+            (case(1, 32768, 256), CHOICES), (case(8, 32768, 256), CHOICES), (case(1, 2048, 64), CHOICES),
+            (case(1, 131072, 256), CHOICES), (case(8, 8192, 64), alone), (case(1, 8192, 64), alone),
+            (real(REAL, 6144, 256), (*CHOICES, AUTO)),
+        ]  # fmt: skip
+    return [
+        Point(one, name, f"{one.target} B{one.batch} {one.context}+{one.room}")
+        for one, names in wanted
+        for name in names
+    ]
+
+
+def _matrix_flops() -> float:
+    """Arithmetic per second in a large product of matrices in bfloat16, by which prefill is judged."""
+    width = _PRODUCT.get(jax.default_backend(), 8192)
+
+    def make(seed: int) -> tuple[jax.Array, ...]:
+        keys = jax.random.split(jax.random.key(seed))
+        return tuple(jax.random.normal(key, (width, width), jnp.bfloat16) for key in keys)
+
+    timed = time_calls(jnp.matmul, make, 6 * width * width, TimingSettings(seconds=0.02, repeats=3))
+    return 2.0 * width**3 / timed.seconds
+
+
+class _Bench:
+    """Measures points, keeping the models from one to the next."""
+
+    def __init__(self, repeats: int) -> None:
+        self._repeats = repeats
+        self._models: tuple[tuple[str, str, str], Models] | None = None
+
+    def measure(self, point: Point, beside: Sequence[str]) -> dict[str, Any]:
+        """One point, of whose case the methods `beside` are wanted."""
+        case = point.case
+        if case.real:
+            self._models = None
+            found = measure_real(case, point.name, beside, self._repeats)
+            decode = statistics.median(found["decode_seconds"])
+            return found | _whole(case, found["prefill_seconds"], decode)
+        gc.collect()
+        request = _Request(case, self._session(case))
+        make = functools.partial(_strategy, case, request.session.models, point.name)
+        strategy = make(1.0)
+        request.prefill(strategy)
+        prefills = [request.prefill(strategy) for _ in range(self._repeats)]
+        # Of the process, so that it tells of the first case alone.
+        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        facts: dict[str, Any] = {"prefill_repeats": prefills, "peak_bytes": peak}
+        if not strategy.lossless:
+            strategy, facts["p"] = _tune(request, make)
+        # The first run of a program may be slow, whatever was compiled.
+        request.decode(strategy, case.room)
+        runs = [request.decode(strategy, case.room) for _ in range(self._repeats)]
+        state = request.state
+        windows = float(np.mean(state.statistics.windows))
+        facts["windows"] = windows
+        facts["density"] = float(np.mean(state.statistics.read)) / max(windows, 1.0)
+        facts["arithmetic"] = _arithmetic(case)
+        return facts | _whole(case, statistics.median(prefills), statistics.median(runs))
+
+    def _session(self, case: DecodeCase) -> Session:
+        """The case's models, random ones."""
+        names = case.target, case.draft, case.dtype
+        if self._models is None or self._models[0] != names:
+            self._models = None
+            gc.collect()
+            keys = jax.random.split(jax.random.key(1))
+            made = (random_model(shape(name), key, case.dtype) for name, key in zip(names[:2], keys, strict=True))
+            self._models = names, Models(*made)
+        return Session(self._models[1])
+
+
+def _whole(case: DecodeCase, prefill: float, decode: float) -> dict[str, Any]:
+    """The request in seconds, and in parts."""
+    return {
+        "prefill_seconds": prefill,
+        "decode_seconds_median": decode,
+        "request_seconds": prefill + decode,
+        "seconds_per_token": decode / max(case.room - 1, 1),
+    }
+
+
+def _arithmetic(case: DecodeCase) -> dict[str, float]:
+    """Operations of a prefill that the causal mask leaves: weights and attention of the target."""
+    config, tokens = shape(case.target), case.batch * case.context
+    vocabulary = config.vocab_size * config.embed_dim * (1 if config.tie_embeddings else 2)
+    attention = 2.0 * config.num_layers * config.num_heads * config.head_dim * tokens * case.context
+    return {"weights": 2.0 * (config.parameter_count() - vocabulary) * tokens, "attention": attention}
+
+
+class _Request:
+    """One request: prompts that are prefilled, and decoded as often as is wanted.
+
+    Attributes:
+        session: the models.
+        state: where decoding ended.
+    """
+
+    def __init__(self, case: DecodeCase, session: Session) -> None:
+        self.session = session
+        self._case = case
+        rng = np.random.default_rng(0)
+        self._prompts = rng.integers(0, shape(case.target).vocab_size, (case.batch, case.context)).tolist()
+        self.state: Any = None
+
+    def prefill(self, strategy: Strategy) -> float:
+        """Reads the prompts with the models of a strategy; the seconds that reading took."""
+        # Two pairs of caches would not fit.
+        self.state = None
+        clock = Clock()
+        self.state = self.session.prefill(
+            self._prompts,
+            self._case.room,
+            window=self._case.window,
+            with_draft=strategy.needs_draft,
+            clock=clock,
+        )
+        return clock.seconds["prefill_s"]
+
+    def decode(self, strategy: Strategy, windows: int) -> float:
+        """Decodes from the end of the prompts on; the seconds that it took."""
+        room = self._case.room + self._case.window + 1
+        state = _again(self.state, jnp.int32(self._case.context), jnp.int32(self._case.room), room=room)
+        self.state = None
+        state = jax.block_until_ready(self.session.start(strategy, state))
+        clock = Clock()
+        self.state = self.session.decode(strategy, state, windows)
+        return clock.lap("decode", self.state)
+
+
+@functools.partial(jax.jit, static_argnames=("room",), donate_argnames=("state",))
+def _again(state: DecodeState, context: jax.Array, new: jax.Array, *, room: int) -> DecodeState:
+    """The state right after prefill: what was decoded since is forgotten."""
+    batch = state.limit.shape[0]
+    full = jnp.full((batch,), context)
+    draft = None if state.draft_cache is None else state.draft_cache.at(full)
+    last = jnp.tile(jnp.arange(1, 3, dtype=jnp.int32), (batch, 1))
+    return begin(state.target_cache.at(full), draft, last, jnp.full((batch,), new), seed_keys(0, batch), room=room)
+
+
+def _strategy(case: DecodeCase, models: Models, name: str, p: float) -> Strategy:
+    """A method's strategy at a nucleus mass, with the acceptance of the case."""
+    method, selection = methods()[name], None
+    if method.policy is not None:
+        assert models.draft is not None
+        target, draft = models.target.config, models.draft.config
+        mass = NucleusMass.uniform(p, target.num_layers)
+        selection = make_selection(method.policy, random_alignment(target, draft), mass, target, draft)
+    chosen: Selection = ReadEverything() if selection is None else selection
+    return method.make(chosen, case.window, ImposedAcceptance(case.accepted))
+
+
+def _tune(request: _Request, make: Callable[[float], Strategy]) -> tuple[Strategy, float]:
+    """The strategy at the nucleus mass that reads about the share of the case, and that mass."""
+    low, high, wanted, p = 0.0, 1.0, request._case.density, 0.5
+    for _ in range(_PROBES):
+        p = (low + high) / 2
+        request.decode(make(p), _PROBE_WINDOWS)
+        found = float(np.mean(request.state.statistics.read)) / _PROBE_WINDOWS
+        if abs(found / wanted - 1.0) < _CLOSE:
+            break
+        low, high = (low, p) if found > wanted else (p, high)
+    return make(p), p
+
+
+def _conclude(report: Report) -> None:
+    """Adds to each case what `auto` would choose, and how near to the best fixed method that comes."""
+    good = [point for point in report["points"] if point["failure"] is None]
+    report["auto"] = []
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for point in good:
+        cases.setdefault(str(sorted(point["case"].items())), []).append(point)
+    for points in cases.values():
+        times = {point["method"]: point["request_seconds"] for point in points}
+        fixed = {name: seconds for name, seconds in times.items() if name in CHOICES}
+        if len(fixed) < len(CHOICES):
+            continue
+        case = DecodeCase(**{**points[0]["case"], "accepted": tuple(points[0]["case"]["accepted"])})
+        if case.real:
+            chosen, reason = AUTO, " ".join(next(one for one in points if one["method"] == AUTO)["decisions"])
+        else:
+            asked = {name: predict(case, methods()[name], None) for name in CHOICES}
+            situation = Situation(case.context, case.room, Acceptance.of_mean(case.window, case.mean_accepted))
+            strategies = tuple(one.strategy for one in asked.values())
+            decision = choose_strategy(asked[SPECATTN].scenario, report_profile(report), situation, strategies)
+            chosen, reason = decision.mode, decision.reason
+        best = min(fixed, key=lambda name: fixed[name])
+        report["auto"].append(
+            {
+                "case": points[0]["case"],
+                "chosen": chosen,
+                "reason": reason,
+                "best": best,
+                "of_best": fixed[best] / times[chosen],
+            }
+        )
+
+
+def _files(report: Report, folder: Path) -> dict[str, bytes]:
+    """The table, and a plot."""
+    peers = read_json(folder / HF_RESULTS) if (folder / HF_RESULTS).exists() else None
+    return {"request.md": request_table(report, peers).encode(), "request.png": draw_requests(report["points"])}
