@@ -10,8 +10,11 @@ from jaxtyping import install_import_hook
 
 # Where arrays are. Commands, loaders and reports are left to mypy.
 CHECKED = [
-    f"specattn_jax.{room}"
-    for room in ("models", "selection", "decoding", "calibration", "planning", "runtime", "evaluation", "training")
+    "specattn_kernels",
+    *(
+        f"specattn_jax.{room}"
+        for room in ("models", "selection", "decoding", "calibration", "planning", "runtime", "evaluation", "training")
+    ),
 ]
 
 # As for mypy, a whole number is a number.

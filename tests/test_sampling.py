@@ -80,6 +80,8 @@ def assert_same_distribution(sequences: list[list[int]], exact: dict[tuple[int, 
     assert stats.chisquare(observed[keep], expected[keep] * observed[keep].sum() / expected[keep].sum()).pvalue > 1e-3
 
 
+# Here running takes longer than compiling.
+@pytest.mark.optimised
 @pytest.mark.parametrize(
     ("make", "sampling"),
     [

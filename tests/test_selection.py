@@ -242,6 +242,8 @@ def test_a_sparse_draft_reads_what_the_last_window_looked_at_most(monkeypatch, b
     attention = draft_attention(6)
     plan = draft_plan(selection("default", 0.8, **changes), attention)
     scores = np.moveaxis(attention.reshape(STEPS, 3, BATCH, 2, 2, SLOTS).mean(4).max(0), 1, 0)
+    ids, counts = np.asarray(plan.block_ids), np.asarray(plan.counts)
+    assert counts.shape == (BATCH, 3, 2), "a plan of every layer"
     scores = scores.reshape(BATCH, 6, SLOTS) * (np.arange(SLOTS) < PAST[:, None, None])
     for row in range(BATCH):
         length = min(PAST[row] + 10, SLOTS)
@@ -250,15 +252,15 @@ def test_a_sparse_draft_reads_what_the_last_window_looked_at_most(monkeypatch, b
         padded[:, :length] = scores[row, :, :length]
         by_block = padded.reshape(6, blocks, block_size).sum(-1)
         for head in range(6):
-            ids = np.asarray(plan.block_ids)[row, head, : np.asarray(plan.counts)[row, head]]
+            place = row, head // 2, head % 2
             best = np.argsort(-by_block[head])[: int(np.ceil(np.float32(0.25) * blocks))]
             recent = {slot // block_size for slot in range(length - 12, length)}
-            assert set(ids.tolist()) == set(best.tolist()) | {0} | recent
+            assert set(ids[place][: counts[place]].tolist()) == set(best.tolist()) | {0} | recent
 
 
 def test_a_sparse_draft_reads_some_entries_however_short_the_text():
     plan = draft_plan(selection("default", 0.8, draft_reads=0.05), draft_attention(7))
-    assert (np.asarray(plan.counts) == np.minimum(PAST + 10, SLOTS)[:, None]).all()
+    assert (np.asarray(plan.counts) == np.minimum(PAST + 10, SLOTS)[:, None, None]).all()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A whole window (draft, select, verify) with the Pallas TPU kernels, for TPUs that are not there."""
+"""Whole prompts and a whole window (draft, select, verify) with the Pallas TPU kernels, for TPUs that are not there."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOPOLOGIES = ["v5e:2x2", "v6e:2x2"]
 
 @pytest.fixture(scope="module")
 def programs():
-    """What tpu_window.py prints, by topology."""
+    """What tpu_window.py prints, by topology and program."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu, which compiles for TPUs, is not installed; it comes with the extra `test` on x86-64 Linux")
     command = [sys.executable, tpu_window.__file__, *TOPOLOGIES]
@@ -37,26 +37,32 @@ def programs():
 def test_every_op_is_a_kernel(programs, topology):
     target, draft = tpu_window.TARGET.num_layers, tpu_window.DRAFT.num_layers
     # Before the first window the draft's last tokens read everything, to plan what it reads in that window.
-    assert programs[topology]["kernels"] == {
+    assert programs[topology]["decode"]["kernels"] == {
         "sparse_decode": target + draft,
         "dense_decode": draft,
         "score_cache": 2 * draft,
         "top_p_threshold": 3,
     }
+    assert programs[topology]["target"]["kernels"] == {"prefill": target}
+    assert programs[topology]["draft"]["kernels"] == {"prefill": draft}
 
 
+@pytest.mark.parametrize("name", ["decode", "target", "draft"])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_the_window_never_touches_the_host(programs, topology):
-    program = programs[topology]
+def test_no_program_touches_the_host(programs, topology, name):
+    program = programs[topology][name]
     assert program["callbacks"] == program["host_arrays"] == 0
     assert "while" in program["opcodes"]
     for opcode in program["opcodes"]:
         assert not opcode.startswith(("infeed", "outfeed", "send", "recv"))
 
 
+# Not the draft's prefill: there XLA lays slots innermost, as heads of 64 fill half a row of lanes, and the kernel's
+# operands are turned copies.
+@pytest.mark.parametrize("name", ["decode", "target"])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_caches_are_updated_where_they_lie(programs, topology):
-    program = programs[topology]
+def test_caches_are_updated_where_they_lie(programs, topology, name):
+    program = programs[topology][name]
     assert program["aliased_bytes"] >= program["cache_bytes"]
     assert program["cache_copies"] == 0
 

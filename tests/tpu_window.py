@@ -1,4 +1,4 @@
-"""Compiles decoding with every Pallas TPU kernel for chips that need not be there, and prints what came out as JSON.
+"""Compiles decoding and prefill with the Pallas TPU kernels for chips that need not be there; prints what came out.
 
     python tests/tpu_window.py v5e:2x2 v6e:2x2
 
@@ -8,6 +8,7 @@ A process of its own: libtpu reads the environment when it is loaded.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -22,10 +23,12 @@ from tiny import selection_for, trace_decoding
 
 from specattn_jax.decoding.protocol import Models
 from specattn_jax.decoding.speculative import SpecAttn
+from specattn_jax.models.cache import KVCache
 from specattn_jax.models.config import ModelConfig
+from specattn_jax.models.forward import prefill
 from specattn_jax.models.transformer import abstract_model
 
-BATCH, SLOTS = 2, 4096
+BATCH, SLOTS, PROMPT = 2, 4096, 2048
 # The attention of Llama-3.1-8B, few layers and a narrow rest.
 TARGET = ModelConfig(
     family="llama",
@@ -42,20 +45,42 @@ TARGET = ModelConfig(
 DRAFT = dataclasses.replace(TARGET, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=64)
 
 
+def chip_of(topology: str) -> SingleDeviceSharding:
+    """One chip of `topology`."""
+    return SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0])
+
+
+def lower_prefill(topology: str, config: ModelConfig) -> jax.stages.Lowered:
+    """`prefill` of whole prompts, ragged, with the op named `pallas_tpu`, lowered for one chip of `topology`."""
+
+    def arguments() -> tuple[jax.Array, jax.Array, KVCache]:
+        cache = KVCache.empty(config, BATCH, SLOTS, jnp.bfloat16, "pallas_tpu")
+        return jnp.zeros((BATCH, PROMPT), jnp.int32), jnp.ones(BATCH, jnp.int32), cache
+
+    chip = chip_of(topology)
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=chip),
+        (abstract_model(config, jnp.bfloat16), *jax.eval_shape(arguments)),
+    )
+    return jax.jit(functools.partial(prefill, chunk=PROMPT), donate_argnums=3).lower(*shapes)
+
+
 def lower_decode(topology: str) -> jax.stages.Lowered:
     """`decode` in mode specattn with every op named `pallas_tpu`, lowered for one chip of `topology`."""
     models = Models(*(abstract_model(config, jnp.bfloat16) for config in (TARGET, DRAFT)))
     strategy = SpecAttn(selection_for(TARGET, DRAFT, "default", 0.9, block_size=32, implementation="pallas_tpu"))
-    chip = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0])
-    return trace_decoding(strategy, models, batch=BATCH, slots=SLOTS, implementation="pallas_tpu", device=chip).lower()
+    traced = trace_decoding(
+        strategy, models, batch=BATCH, slots=SLOTS, implementation="pallas_tpu", device=chip_of(topology)
+    )
+    return traced.lower()
 
 
-def describe(lowered: jax.stages.Lowered) -> dict[str, object]:
-    """The kernels that were compiled, and what would tell of the host or of copies of the target's cache."""
+def describe(lowered: jax.stages.Lowered, configs: tuple[ModelConfig, ...]) -> dict[str, object]:
+    """The kernels that were compiled, and what would tell of the host or of copies of the first model's cache."""
     compiled = lowered.compile()
     text = compiled.as_text()
     instructions = re.findall(r"^\s*(?:ROOT )?%[\w.-]+ = (.+?) ([a-z-]+)\(", text, re.MULTILINE)
-    cache = f"bf16[{BATCH},{TARGET.num_kv_heads},{SLOTS},{TARGET.head_dim}]"
+    cache = f"bf16[{BATCH},{configs[0].num_kv_heads},{SLOTS},{configs[0].head_dim}]"
     return {
         "kernels": Counter(re.findall(r"%([a-z_]+)[\w.]* = .*custom_call_target=\"tpu_custom_call\"", text)),
         "opcodes": sorted({opcode for _, opcode in instructions}),
@@ -65,7 +90,17 @@ def describe(lowered: jax.stages.Lowered) -> dict[str, object]:
         # Not copy-start: XLA moves arrays into vector memory and back where they fit, as these small ones do.
         "cache_copies": sum(cache in shape and opcode in ("copy", "transpose") for shape, opcode in instructions),
         "aliased_bytes": compiled.memory_analysis().alias_size_in_bytes,
-        "cache_bytes": sum(config.cache_bytes(BATCH, SLOTS, 2) for config in (TARGET, DRAFT)),
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "cache_bytes": sum(config.cache_bytes(BATCH, SLOTS, 2) for config in configs),
+    }
+
+
+def programs(topology: str) -> dict[str, dict[str, object]]:
+    """What came out: of decoding, and of each model's prefill."""
+    return {
+        "decode": describe(lower_decode(topology), (TARGET, DRAFT)),
+        "target": describe(lower_prefill(topology, TARGET), (TARGET,)),
+        "draft": describe(lower_prefill(topology, DRAFT), (DRAFT,)),
     }
 
 
@@ -78,4 +113,4 @@ if __name__ == "__main__":
         TPU_WORKER_HOSTNAMES="localhost",
         TPU_WORKER_ID="0",
     )
-    print(json.dumps({topology: describe(lower_decode(topology)) for topology in sys.argv[1:]}))
+    print(json.dumps({topology: programs(topology) for topology in sys.argv[1:]}))

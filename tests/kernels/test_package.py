@@ -18,8 +18,8 @@ def test_the_example_of_the_readme_runs(capsys):
     assert error < 10
 
 
-@pytest.mark.parametrize("folder", [ROOT, KERNELS])
-def test_all_rooms_are_packaged(folder):
+@pytest.mark.parametrize(("folder", "package"), [(ROOT, "specattn_jax"), (KERNELS, "specattn_kernels")])
+def test_all_rooms_are_packaged(folder, package):
     tool = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     rooms = {
         ".".join(file.parent.relative_to(KERNELS).parts)
@@ -28,7 +28,7 @@ def test_all_rooms_are_packaged(folder):
     }
     assert rooms <= set(tool["packages"])
     assert tool["package-data"]["specattn_kernels"] == ["py.typed"]
-    assert tool["dynamic"]["version"] == {"attr": "specattn_kernels.__version__"}
+    assert tool["dynamic"]["version"] == {"attr": f"{package}.__version__"}
 
 
 def test_it_imports_nothing_of_ours():
