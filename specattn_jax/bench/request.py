@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specattn_jax.bench.decode_auto import report_profile
-from specattn_jax.bench.decode_cases import REAL, TINY, DecodeCase, shape
+from specattn_jax.bench.decode_cases import REAL, TINY, DecodeCase, by_case, shape
 from specattn_jax.bench.decode_methods import AUTO, CHOICES, SPECATTN, ImposedAcceptance, methods
 from specattn_jax.bench.decode_real import measure_real
 from specattn_jax.bench.decode_roofline import predict
@@ -25,6 +25,7 @@ from specattn_jax.decoding.protocol import Models, Strategy
 from specattn_jax.decoding.state import DecodeState, begin
 from specattn_jax.files import read_json
 from specattn_jax.planning.acceptance import Acceptance
+from specattn_jax.planning.cost import prefill_arithmetic
 from specattn_jax.planning.device import measure_profile
 from specattn_jax.planning.gate import Situation, choose_strategy
 from specattn_jax.runtime.clock import Clock
@@ -134,7 +135,8 @@ class _Bench:
         windows = float(np.mean(state.statistics.windows))
         facts["windows"] = windows
         facts["density"] = float(np.mean(state.statistics.read)) / max(windows, 1.0)
-        facts["arithmetic"] = _arithmetic(case)
+        weights, attention = prefill_arithmetic(shape(case.target), case.batch, case.context)
+        facts["arithmetic"] = {"weights": weights, "attention": attention}
         return facts | _whole(case, statistics.median(prefills), statistics.median(runs))
 
     def _session(self, case: DecodeCase) -> Session:
@@ -159,25 +161,18 @@ def _whole(case: DecodeCase, prefill: float, decode: float) -> dict[str, Any]:
     }
 
 
-def _arithmetic(case: DecodeCase) -> dict[str, float]:
-    """Operations of a prefill that the causal mask leaves: weights and attention of the target."""
-    config, tokens = shape(case.target), case.batch * case.context
-    vocabulary = config.vocab_size * config.embed_dim * (1 if config.tie_embeddings else 2)
-    attention = 2.0 * config.num_layers * config.num_heads * config.head_dim * tokens * case.context
-    return {"weights": 2.0 * (config.parameter_count() - vocabulary) * tokens, "attention": attention}
-
-
 class _Request:
     """One request: prompts that are prefilled, and decoded as often as is wanted.
 
     Attributes:
         session: the models.
+        case: what is asked for.
         state: where decoding ended.
     """
 
     def __init__(self, case: DecodeCase, session: Session) -> None:
         self.session = session
-        self._case = case
+        self.case = case
         rng = np.random.default_rng(0)
         self._prompts = rng.integers(0, shape(case.target).vocab_size, (case.batch, case.context)).tolist()
         self.state: Any = None
@@ -189,8 +184,8 @@ class _Request:
         clock = Clock()
         self.state = self.session.prefill(
             self._prompts,
-            self._case.room,
-            window=self._case.window,
+            self.case.room,
+            window=self.case.window,
             with_draft=strategy.needs_draft,
             clock=clock,
         )
@@ -198,8 +193,8 @@ class _Request:
 
     def decode(self, strategy: Strategy, windows: int) -> float:
         """Decodes from the end of the prompts on; the seconds that it took."""
-        room = self._case.room + self._case.window + 1
-        state = _again(self.state, jnp.int32(self._case.context), jnp.int32(self._case.room), room=room)
+        room = self.case.room + self.case.window + 1
+        state = _again(self.state, jnp.int32(self.case.context), jnp.int32(self.case.room), room=room)
         self.state = None
         state = jax.block_until_ready(self.session.start(strategy, state))
         clock = Clock()
@@ -231,7 +226,7 @@ def _strategy(case: DecodeCase, models: Models, name: str, p: float) -> Strategy
 
 def _tune(request: _Request, make: Callable[[float], Strategy]) -> tuple[Strategy, float]:
     """The strategy at the nucleus mass that reads about the share of the case, and that mass."""
-    low, high, wanted, p = 0.0, 1.0, request._case.density, 0.5
+    low, high, wanted, p = 0.0, 1.0, request.case.density, 0.5
     for _ in range(_PROBES):
         p = (low + high) / 2
         request.decode(make(p), _PROBE_WINDOWS)
@@ -246,15 +241,11 @@ def _conclude(report: Report) -> None:
     """Adds to each case what `auto` would choose, and how near to the best fixed method that comes."""
     good = [point for point in report["points"] if point["failure"] is None]
     report["auto"] = []
-    cases: dict[str, list[dict[str, Any]]] = {}
-    for point in good:
-        cases.setdefault(str(sorted(point["case"].items())), []).append(point)
-    for points in cases.values():
+    for case, points in by_case(good).items():
         times = {point["method"]: point["request_seconds"] for point in points}
         fixed = {name: seconds for name, seconds in times.items() if name in CHOICES}
         if len(fixed) < len(CHOICES):
             continue
-        case = DecodeCase(**{**points[0]["case"], "accepted": tuple(points[0]["case"]["accepted"])})
         if case.real:
             chosen, reason = AUTO, " ".join(next(one for one in points if one["method"] == AUTO)["decisions"])
         else:

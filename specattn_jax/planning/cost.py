@@ -102,6 +102,15 @@ def weights_of_vocabulary(config: ModelConfig) -> float:
     return float(config.vocab_size * config.embed_dim * (1 if config.tie_embeddings else 2))
 
 
+def prefill_arithmetic(config: ModelConfig, batch: int, tokens: int) -> tuple[float, float]:
+    """Operations of a prefill: products with the layers' weights, and what the causal mask leaves of attention."""
+    # Only the last token of a prompt meets the vocabulary.
+    products = 2.0 * (config.parameter_count() - weights_of_vocabulary(config)) * batch * tokens
+    # Two products of each query with the keys and values up to its own place, half of all.
+    attention = 2.0 * config.num_layers * config.num_heads * config.head_dim * batch * tokens**2
+    return products, attention
+
+
 def weights_read(config: ModelConfig) -> float:
     """Weights that a call reads: all but the rows of an embedding of its own that belong to other tokens."""
     unread = 0 if config.tie_embeddings else config.vocab_size * config.embed_dim

@@ -16,9 +16,9 @@ from specattn_jax.errors import UserError
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.planning.cost import (
     planning_bytes,
+    prefill_arithmetic,
     scored_bytes,
     scoring_bytes,
-    weights_of_vocabulary,
     weights_read,
     window_bytes,
 )
@@ -157,11 +157,7 @@ def prefill_seconds(config: ModelConfig, batch: int, tokens: int, profile: Devic
         tokens: of each prompt.
         profile: on what.
     """
-    # Only the last token of a prompt meets the vocabulary.
-    layers = config.parameter_count() - weights_of_vocabulary(config)
-    products = 2.0 * layers * batch * tokens
-    # Two products of each query with the keys and values up to its own place, half of all.
-    attention = 2.0 * config.num_layers * config.num_heads * config.head_dim * batch * tokens**2
+    products, attention = prefill_arithmetic(config, batch, tokens)
     return (
         products / (profile.flops * profile.prefill_share)
         + attention / (profile.flops * profile.prefill_attention_share)
