@@ -96,6 +96,6 @@ def test_requests_are_measured_to_the_end(tmp_path):
     # Imposed: of five drafted tokens four and three are accepted in turns.
     assert (alone["windows"], sparse["windows"]) == (39, 9)
     assert 0 < sparse["density"] < 1 == alone["density"]
-    assert all(0 < one["of_best"] <= 1.5 for one in report["auto"])
+    assert all(one["of_best"] > 0 for one in report["auto"])
     assert (tmp_path / "request.png").read_bytes().startswith(b"\x89PNG")
     assert "### Prefill of the target" in (tmp_path / "request.md").read_text(encoding="utf-8")
