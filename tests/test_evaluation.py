@@ -60,6 +60,10 @@ def documents():
     return np.random.default_rng(0).integers(0, 8, (2, LENGTH))
 
 
+# One program instead of hundreds of small ones.
+step = jax.jit(lambda strategy, models, state: strategy.step(models, state))
+
+
 def drafted_selection(target, draft, name, p, **changes):
     """A policy preset with one nucleus mass for all layers, and some ingredients changed."""
     policy = dataclasses.replace(load_policy(name), **changes)
@@ -103,7 +107,7 @@ def test_the_cached_sparse_path_is_a_masked_dense_pass(target, draft, documents,
     hidden, count = [], (LENGTH - PROMPT - 1) // WINDOW
     for index in range(count):
         past = PROMPT + index * WINDOW
-        state, record = strategy.step(session.models, state)
+        state, record = step(strategy, session.models, state)
         plans = [seen.plan for seen in record.seen.layers]
         for layer, mask in enumerate(masks(plans, np.full(2, past), slots)):
             # The window's last token is read again, with the next window's plan.
