@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -15,7 +17,7 @@ from tiny import causal_attention, outputs, run, selection_for, tiny_model
 
 from specattn_jax.decoding.autoregressive import Autoregressive
 from specattn_jax.decoding.protocol import DecodeSettings
-from specattn_jax.decoding.sampling import Sampling, match_vocabulary, token_distribution, verify
+from specattn_jax.decoding.sampling import Sampling, choose, match_vocabulary, token_distribution, verify
 from specattn_jax.decoding.speculative import SpecAttn, Speculative
 from specattn_jax.errors import UserError
 from specattn_jax.models.forward import read_sequence
@@ -25,7 +27,7 @@ PROMPT = [1, 3, 2]
 
 
 def oracle_distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """Float64: temperature, top-k, top-p, one row."""
+    """Float64: temperature, top-k, top-p, min-p, one row."""
     scaled = logits.astype(np.float64) / sampling.temperature
     if sampling.top_k:
         scaled[scaled < np.sort(scaled)[-sampling.top_k]] = -np.inf
@@ -34,6 +36,7 @@ def oracle_distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     order = np.argsort(-probs, kind="stable")
     before = np.cumsum(probs[order]) - probs[order]
     probs[order[before >= sampling.top_p - 1e-7]] = 0.0
+    probs[probs < sampling.min_p * probs.max() * (1 - 1e-6)] = 0.0
     return probs / probs.sum()
 
 
@@ -43,12 +46,75 @@ def oracle_distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     temperature=st.floats(0.2, 3.0),
     top_k=st.integers(0, 16),
     top_p=st.floats(0.05, 1.0),
+    min_p=st.floats(0.0, 1.0),
 )
-def test_token_distribution_matches_the_oracle(seed, temperature, top_k, top_p):
+def test_token_distribution_matches_the_oracle(seed, temperature, top_k, top_p, min_p):
     logits = np.random.default_rng(seed).normal(0, 3, 16).astype(np.float32)
-    sampling = Sampling(temperature, top_k, top_p)
+    sampling = Sampling(temperature, top_k, top_p, min_p)
     got = np.asarray(token_distribution(jnp.asarray(logits), sampling))
     np.testing.assert_allclose(got, oracle_distribution(logits, sampling), atol=2e-6)
+
+
+# Every positive number is a temperature, down to those that float32 does not have.
+@given(temperature=st.floats(min_value=0.0, exclude_min=True, allow_infinity=False), seed=st.integers(0, 99))
+def test_every_temperature_has_a_distribution(temperature, seed):
+    logits = np.random.default_rng(seed).normal(0, 30, 16).astype(np.float32)
+    logits[3] = -np.inf
+    sampling = Sampling(temperature)
+    if sampling.greedy:
+        assert int(choose(jax.random.split(jax.random.key(0), 1), logits[None], sampling)[0][0]) == logits.argmax()
+        return
+    got = np.asarray(token_distribution(jnp.asarray(logits), sampling), np.float64)
+    assert np.isfinite(got).all()
+    assert got[3] == 0
+    np.testing.assert_allclose(got.sum(), 1.0, rtol=1e-5)
+    scaled = (logits.astype(np.float64) - logits.max()) / temperature
+    np.testing.assert_allclose(got, np.exp(scaled) / np.exp(scaled).sum(), atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-38, 1e-9, 1e-7, 1e-5])
+def test_the_limit_of_small_temperatures_is_greedy(temperature):
+    target, draft = tiny_model(10, scale=6.0), tiny_model(11, scale=6.0)
+
+    def tokens(sampling, make=Speculative):
+        return outputs(run(make(settings=DecodeSettings(sampling)), target, draft, [PROMPT, [5]], 24))
+
+    assert tokens(Sampling(temperature)) == tokens(Sampling()) == tokens(Sampling(temperature), Autoregressive)
+
+
+def test_large_temperatures_are_uniform_over_what_is_kept():
+    logits = jnp.array([5.0, 1.0, -jnp.inf, 3.0])
+    for temperature in (1e12, 1e38, 1e300):
+        np.testing.assert_allclose(
+            token_distribution(logits, Sampling(temperature)), [1 / 3, 1 / 3, 0, 1 / 3], rtol=1e-6
+        )
+        np.testing.assert_allclose(token_distribution(logits, Sampling(temperature, 2)), [0.5, 0, 0, 0.5], atol=1e-6)
+
+
+PENALTY = 1.8
+
+
+def penalised(logits: np.ndarray, before: list[int]) -> np.ndarray:
+    """What transformers makes of logits after these tokens."""
+    processor = transformers.RepetitionPenaltyLogitsProcessor(PENALTY)
+    return processor(torch.tensor([before]), torch.tensor(np.array(logits)[None])).numpy()[0]
+
+
+@pytest.mark.parametrize("make", [Autoregressive, Speculative])
+@pytest.mark.parametrize("window", [1, 4])
+def test_greedy_text_with_a_penalty_is_that_of_transformers_rule(make, window):
+    target, draft = tiny_model(10, scale=6.0, vocab_size=40), tiny_model(11, scale=6.0, vocab_size=40)
+    how = DecodeSettings(Sampling(repetition_penalty=PENALTY))
+    strategy = make(settings=how) if make is Autoregressive else make(settings=how, window=window)
+    got = outputs(run(strategy, target, draft, [PROMPT, [5]], 20))
+    for prompt, tokens in zip([PROMPT, [5]], got, strict=True):
+        text = list(prompt)
+        for _ in range(20):
+            hidden = read_sequence(target, jnp.array([text]), causal_attention)
+            text.append(int(penalised(target.logits(hidden)[0, -1], text).argmax()))
+        assert tokens == text[len(prompt) :]
+    plain = outputs(run(make(settings=DecodeSettings()), target, draft, [PROMPT, [5]], 20))
+    assert plain != got
 
 
 def exact_sequences(model, sampling: Sampling) -> dict[tuple[int, ...], float]:
@@ -57,6 +123,12 @@ def exact_sequences(model, sampling: Sampling) -> dict[tuple[int, ...], float]:
     everything = list(itertools.product(range(size), repeat=3))
     tokens = jnp.array([PROMPT + list(sequence) for sequence in everything], jnp.int32)
     logits = model.logits(read_sequence(model, tokens, causal_attention))[:, len(PROMPT) - 1 : -1]
+    if sampling.minds_history:
+        rows = [
+            [penalised(row, PROMPT + list(sequence[:place])) for place, row in enumerate(rows)]
+            for sequence, rows in zip(everything, np.asarray(logits), strict=True)
+        ]
+        logits = jnp.asarray(np.array(rows))
     probs = np.asarray(token_distribution(logits, sampling), np.float64)
     return {
         sequence: float(np.prod([row[place, token] for place, token in enumerate(sequence)]))
@@ -90,8 +162,20 @@ def assert_same_distribution(sequences: list[list[int]], exact: dict[tuple[int, 
         (lambda how, _: Speculative(settings=how, window=2), Sampling(1.0)),
         (lambda how, _: Speculative(settings=how, window=3), Sampling(1.3, top_k=6, top_p=0.95)),
         (lambda how, selection: SpecAttn(selection, how, window=2), Sampling(0.8)),
+        (lambda how, _: Speculative(settings=how, window=2), Sampling(1.2, min_p=0.05)),
+        (lambda how, _: Autoregressive(how), Sampling(1.0, repetition_penalty=PENALTY)),
+        (lambda how, _: Speculative(settings=how, window=2), Sampling(1.0, repetition_penalty=PENALTY)),
     ],
-    ids=["autoregressive", "window 1", "window 2", "window 3", "specattn"],
+    ids=[
+        "autoregressive",
+        "window 1",
+        "window 2",
+        "window 3",
+        "specattn",
+        "min_p",
+        "autoregressive, penalty",
+        "window 2, penalty",
+    ],
 )
 def test_output_has_exactly_the_targets_distribution(make, sampling):
     target, draft = tiny_model(10, scale=6.0), tiny_model(11, scale=6.0)

@@ -129,6 +129,7 @@ def _draft(fixed: Any, state: DecodeState) -> DecodeState:
         window=strategy.window,
         choose=lambda _, key, logits: choose(key, logits, strategy.settings.sampling),
         vocab_size=models.target.config.vocab_size,
+        sampling=strategy.settings.sampling,
     )
     _, own = strategy.selection.plan(drafted.selection_state, drafted.cache, past)
     last = jnp.concatenate([state.last, drafted.tokens], axis=1)[:, -2:]
@@ -158,7 +159,7 @@ def _verify(fixed: Any, state: DecodeState) -> DecodeState:
     tokens = jnp.concatenate([newest(state), drafted], axis=1)
     read = forward(models.target, tokens, state.target_cache, attend_as_chosen(plans.values()[0]))
     seen = Seen(past, ~state.done, read.notes, read.cache.at(past))
-    proposed = Drafted(drafted, None, state.draft_cache, state.own)  # type: ignore[arg-type]
+    proposed = Drafted(drafted, None, ~state.done, state.draft_cache, state.own)  # type: ignore[arg-type]
     window = Verified(proposed, seen, read.hidden, strategy.selection.learn(state.own, seen))
     logits = models.target.logits(read.hidden)
     verdict = strategy.judge(keys, drafted, None, logits, strategy.settings.sampling, state.statistics.windows)

@@ -68,7 +68,24 @@ def generate_command(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Draw from this many of the likeliest tokens; 0 is all.")] = 0,
-    seed: options.Seed = 0,
+    min_p: Annotated[
+        float, typer.Option(help="Draw from tokens with at least this share of the likeliest one's probability.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens that the text holds become less likely.")
+    ] = 1.0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="A text that ends the output, which ends before it; may be given again.", metavar="TEXT"),
+    ] = None,
+    seed: Annotated[
+        int,
+        typer.Option(
+            help="Of everything random. With auto it does not fix a sampled text alone: give --mode and --window too.",
+            min=0,
+            max=2**32 - 1,
+        ),
+    ] = 0,
     dtype: options.Dtype = "auto",
     alignment: Annotated[
         Path | None,
@@ -106,6 +123,9 @@ def generate_command(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=tuple(stop or ()),
         seed=seed,
     )
     with stage_bar() as bar:
@@ -129,7 +149,8 @@ def generate_command(
         told: list[Decision] = []
 
         def on_decision(decision: Decision) -> None:
-            if verbose:
+            # Without predictions there was no choice, which is not what auto promises.
+            if verbose or not decision.predictions:
                 bar.hide()
                 _explain(decision, told)
             told.append(decision)
@@ -217,6 +238,7 @@ def _report(run: Generations) -> dict[str, Any]:
         "text": result.text,
         "new_tokens": len(result.tokens),
         "prompt_tokens": result.prompt_tokens,
+        "finish_reason": result.finish_reason,
         "mode": result.mode,
         "window": result.window,
         "windows": result.windows,

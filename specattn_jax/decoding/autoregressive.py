@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from specattn_jax.decoding.protocol import DecodeSettings, Models, WindowRecord, newest, next_keys
-from specattn_jax.decoding.sampling import Verdict, choose
-from specattn_jax.decoding.state import DecodeState, commit
+from specattn_jax.decoding.sampling import Verdict, choose, is_sound, penalise
+from specattn_jax.decoding.state import DecodeState, commit, note_faults
 from specattn_jax.decoding.work import Scenario, Work
 from specattn_jax.models.forward import forward
 from specattn_jax.selection.protocol import Seen
@@ -42,7 +42,9 @@ class Autoregressive:
         for_token, later = next_keys(state, 2)
         past = state.target_cache.lengths
         read = forward(models.target, newest(state), state.target_cache, attend_as_chosen(None))
-        token, _ = choose(for_token, models.target.logits(read.hidden[:, -1]), self.settings.sampling)
+        logits, sampling = models.target.logits(read.hidden[:, -1]), self.settings.sampling
+        state = note_faults(state, is_sound(logits))
+        token, _ = choose(for_token, penalise(logits, state.history, sampling), sampling)
         seen = Seen(past, ~state.done, read.notes, read.cache)
         verdict, shares = Verdict(token[:, None], jnp.zeros_like(past)), layer_shares(seen)
         state = dataclasses.replace(state, target_cache=read.cache.at(past), keys=later)

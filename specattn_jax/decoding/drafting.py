@@ -7,9 +7,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, Key
+from jaxtyping import Array, Bool, Float, Int32, Key
 
-from specattn_jax.decoding.sampling import match_vocabulary
+from specattn_jax.decoding.sampling import Sampling, is_sound, match_vocabulary, penalise
 from specattn_jax.models.cache import KVCache
 from specattn_jax.models.forward import forward
 from specattn_jax.models.transformer import LanguageModel
@@ -28,12 +28,14 @@ class Drafted(NamedTuple):
     Attributes:
         tokens: the drafted tokens.
         probs: the distributions they were drawn from, over the target's vocabulary; None when greedy.
+        sound: whether all logits of a sequence were numbers that a token can be chosen from.
         cache: the draft's cache, lengths unchanged.
         selection_state: the selection's state, after it has watched all steps.
     """
 
     tokens: Int32[Array, "B W"]
     probs: Float[Array, "B W V"] | None
+    sound: Bool[Array, " B"]
     cache: KVCache
     selection_state: Any
 
@@ -49,6 +51,8 @@ def draft_window(
     window: int,
     choose: Chooser,
     vocab_size: int,
+    sampling: Sampling,
+    history: Bool[Array, "B V"] | None = None,
 ) -> Drafted:
     """Drafts W tokens, one after the other.
 
@@ -65,22 +69,29 @@ def draft_window(
         window: W.
         choose: chooses the tokens.
         vocab_size: the target's V.
+        sampling: with the repetition penalty.
+        history: which tokens the prompt and the output hold; None where nobody minds.
     """
     step_keys = jnp.swapaxes(jax.vmap(lambda key: jax.random.split(key, window))(keys), 0, 1)
 
     def step(
         carry: _DraftState, inputs: tuple[Int32[Array, ""], Key[Array, " B"]]
     ) -> tuple[_DraftState, tuple[Int32[Array, " B"], Float[Array, "B V"] | None]]:
-        (cache, last, state), (index, key) = carry, inputs
+        (cache, last, state, sound, history), (index, key) = carry, inputs
         read, state = selection.observe(state, lambda attend: forward(draft, last, cache, attend), index)
         logits = match_vocabulary(draft.logits(read.hidden[:, -1]), vocab_size)
-        token, probs = choose(index, key, logits)
-        moved = _DraftState(read.cache.at(cache.lengths + 1), jnp.stack([last[:, 1], token], axis=1), state)
-        return moved, (token, probs)
+        sound &= is_sound(logits)
+        token, probs = choose(index, key, penalise(logits, history, sampling))
+        if history is not None:
+            history = history.at[jnp.arange(len(token)), token].set(True)
+        last = jnp.stack([last[:, 1], token], axis=1)
+        return _DraftState(read.cache.at(cache.lengths + 1), last, state, sound, history), (token, probs)
 
-    end, drafted = jax.lax.scan(step, _DraftState(cache, last, selection_state), (jnp.arange(window), step_keys))
+    sound = jnp.ones(cache.lengths.shape, jnp.bool_)
+    begun = _DraftState(cache, last, selection_state, sound, history)
+    end, drafted = jax.lax.scan(step, begun, (jnp.arange(window), step_keys))
     tokens, probs = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), drafted)
-    return Drafted(tokens, probs, end.cache.at(cache.lengths), end.selection_state)
+    return Drafted(tokens, probs, end.sound, end.cache.at(cache.lengths), end.selection_state)
 
 
 class _DraftState(NamedTuple):
@@ -90,8 +101,12 @@ class _DraftState(NamedTuple):
         cache: what was read; its lengths exclude the last two tokens.
         last: the last two tokens. The first of them was read before, but for the first step perhaps.
         selection_state: what was watched so far.
+        sound: whether all logits so far were sound.
+        history: which tokens the prompt, the output and the steps before hold; None where nobody minds.
     """
 
     cache: KVCache
     last: Int32[Array, "B 2"]
     selection_state: Any
+    sound: Bool[Array, " B"]
+    history: Bool[Array, "B V"] | None

@@ -7,25 +7,37 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, Key
+from jaxtyping import Array, Bool, Float, Int32, Key
 from specattn_kernels import top_p_threshold
 
 from specattn_jax.errors import UserError
+
+# Below the one, float32 logits that differ at all differ by so much that only the largest has any probability; above
+# the other all tokens are equally likely. Beyond them float32 has no quotients.
+_GREEDY_BELOW, _UNIFORM_ABOVE = 1e-6, 1e30
+_LEAST_PENALTY = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn; static under jit.
 
+    Logits are changed in this order, which is that of transformers.
+
     Attributes:
-        temperature: 0 is greedy; otherwise logits are divided by it.
+        temperature: 0 is greedy, and so is anything below a millionth; otherwise logits are divided by it.
         top_k: keep the k most likely tokens (ties with the last included); 0 keeps all.
         top_p: then keep the smallest set of tokens whose probability reaches p; 1 keeps all.
+        min_p: then keep the tokens with at least this share of the likeliest one's probability; 0 keeps all.
+        repetition_penalty: before all else, logits of tokens that the prompt or the output holds are divided by it
+            where they are positive, and multiplied where they are negative (CTRL, arXiv 1909.05858); 1 changes nothing.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
@@ -34,22 +46,69 @@ class Sampling:
             raise UserError(f"top_k is {self.top_k}; expected 0 (off) or a positive whole number.")
         if not 0.0 < self.top_p <= 1.0:
             raise UserError(f"top_p is {self.top_p}; expected a number in (0, 1].")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise UserError(f"min_p is {self.min_p}; expected 0 (off) or a share of at most 1.")
+        if not _LEAST_PENALTY <= self.repetition_penalty <= 1 / _LEAST_PENALTY:
+            raise UserError(
+                f"repetition_penalty is {self.repetition_penalty}; expected 1 (off), or a factor such as 1.1 from "
+                f"{_LEAST_PENALTY} to {1 / _LEAST_PENALTY:g}."
+            )
 
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
-        return self.temperature == 0.0
+        return self.temperature < _GREEDY_BELOW
+
+    @property
+    def minds_history(self) -> bool:
+        """Whether the tokens before change what comes next."""
+        return self.repetition_penalty != 1.0
+
+
+def is_sound(logits: Float[Array, "*batch V"]) -> Bool[Array, "*batch"]:
+    """Whether a token can be chosen: no logit is NaN or infinite, but for those of tokens that are ruled out (-inf)."""
+    return jnp.isfinite(jnp.max(logits, axis=-1))
+
+
+def penalise(
+    logits: Float[Array, "*batch V"], history: Bool[Array, "*batch V"] | None, sampling: Sampling
+) -> Float[Array, "*batch V"]:
+    """Logits after the repetition penalty.
+
+    Args:
+        logits: as they come from a model.
+        history: which tokens the prompt and the output hold; None where nobody minds.
+        sampling: with the penalty.
+    """
+    if history is None:
+        return logits
+    penalty = sampling.repetition_penalty
+    logits = logits.astype(jnp.float32)
+    return jnp.where(history, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def history_along(history: Bool[Array, "B V"] | None, drafted: Int32[Array, "B W"]) -> Bool[Array, "B T V"] | None:
+    """The history at each place of a window: the one before it, and the drafted tokens up to there."""
+    if history is None:
+        return None
+    new = jax.nn.one_hot(drafted, history.shape[-1], dtype=jnp.int32)
+    until = jnp.pad(jnp.cumsum(new, axis=1), ((0, 0), (1, 0), (0, 0))) > 0
+    return history[:, None] | until
 
 
 def token_distribution(logits: Float[Array, "*batch V"], sampling: Sampling) -> Float[Array, "*batch V"]:
-    """Float32 probabilities from which a token is drawn: temperature, then top-k, then top-p, then renormalised.
+    """Float32 probabilities from which a token is drawn: temperature, top-k, top-p, min-p, and renormalised.
+
+    The penalty, which minds the history, is not part of it; see `penalise`.
 
     Raises:
         ValueError: `sampling` is greedy, for which no distribution is needed.
     """
     if sampling.greedy:
         raise ValueError("sampling: temperature is 0; a greedy choice has no distribution, use choose().")
-    logits = logits.astype(jnp.float32) / sampling.temperature
+    logits = logits.astype(jnp.float32)
+    # Before dividing: quotients of large logits and a small temperature would be infinite.
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / min(sampling.temperature, _UNIFORM_ABOVE)
     if 0 < sampling.top_k < logits.shape[-1]:
         kth = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
         logits = jnp.where(logits < kth, -jnp.inf, logits)
@@ -57,6 +116,9 @@ def token_distribution(logits: Float[Array, "*batch V"], sampling: Sampling) -> 
     if sampling.top_p < 1.0:
         threshold = top_p_threshold(probs, sampling.top_p)[..., None]
         probs = jnp.where(probs >= threshold, probs, 0.0)
+        probs = probs / jnp.sum(probs, axis=-1, keepdims=True)
+    if sampling.min_p > 0.0:
+        probs = jnp.where(probs >= sampling.min_p * jnp.max(probs, axis=-1, keepdims=True), probs, 0.0)
         probs = probs / jnp.sum(probs, axis=-1, keepdims=True)
     return probs
 

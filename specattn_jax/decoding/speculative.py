@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int32, Key
 
 from specattn_jax.decoding.drafting import Chooser, Drafted, draft_window
 from specattn_jax.decoding.protocol import DecodeSettings, Models, WindowRecord, check_window, newest, next_keys
-from specattn_jax.decoding.sampling import Sampling, Verdict, choose, verify
-from specattn_jax.decoding.state import DecodeState, commit
+from specattn_jax.decoding.sampling import Sampling, Verdict, choose, history_along, is_sound, penalise, verify
+from specattn_jax.decoding.state import DecodeState, commit, note_faults
 from specattn_jax.decoding.work import Scenario, Work
 from specattn_jax.models.forward import forward
 from specattn_jax.models.transformer import LanguageModel
@@ -122,6 +122,8 @@ class Speculative:
             window=self.window,
             choose=choose_token or (lambda _, key, logits: choose(key, logits, self.settings.sampling)),
             vocab_size=models.target.config.vocab_size,
+            sampling=self.settings.sampling,
+            history=state.history,
         )
         choices, own = self.selection.plan(drafted.selection_state, drafted.cache, past)
         tokens = jnp.concatenate([newest(state), drafted.tokens], axis=1)
@@ -142,14 +144,11 @@ class Speculative:
         """One window: draft, select, read, accept or reject, roll back."""
         for_draft, for_verdict, later = next_keys(state, 3)
         window = self.verify(models, state, for_draft)
-        verdict = self.judge(
-            for_verdict,
-            window.drafted.tokens,
-            window.drafted.probs,
-            models.target.logits(window.hidden),
-            self.settings.sampling,
-            state.statistics.windows,
-        )
+        sampling, drafted = self.settings.sampling, window.drafted
+        logits = models.target.logits(window.hidden)
+        state = note_faults(state, jnp.all(is_sound(logits), axis=1), drafted.sound)
+        logits = penalise(logits, history_along(state.history, drafted.tokens), sampling)
+        verdict = self.judge(for_verdict, drafted.tokens, drafted.probs, logits, sampling, state.statistics.windows)
         return self.finish(dataclasses.replace(state, keys=later), window, verdict)
 
     def cost(self, scenario: Scenario) -> Work:

@@ -16,6 +16,8 @@ from jaxtyping import Array, Bool, Float, Int32, Key
 from specattn_jax.decoding.sampling import Verdict
 from specattn_jax.models.cache import KVCache
 
+TARGET_FAULT, DRAFT_FAULT = 1, 2
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,8 @@ class DecodeState:
         done: whether a sequence reached its limit or a stop token.
         keys: one random key per sequence.
         statistics: what was done and read.
+        fault: 0, or whose logits were no numbers: `TARGET_FAULT` or `DRAFT_FAULT`. It ends a sequence.
+        history: which tokens the prompt and the output hold; None where nobody minds (see `Sampling.minds_history`).
         own: what the strategy keeps for itself; `start` makes it.
     """
 
@@ -70,6 +74,8 @@ class DecodeState:
     done: Bool[Array, " B"]
     keys: Key[Array, " B"]
     statistics: Statistics
+    fault: Int32[Array, " B"]
+    history: Bool[Array, "B V"] | None = None
     own: Any = ()
 
 
@@ -82,6 +88,8 @@ def begin(
     *,
     room: int,
     stop_tokens: tuple[int, ...] = (),
+    sound: Bool[Array, " B"] | None = None,
+    history: Bool[Array, "B V"] | None = None,
 ) -> DecodeState:
     """The state after prefill, before any strategy has started.
 
@@ -93,8 +101,11 @@ def begin(
         keys: one random key per sequence.
         room: places in the output: the largest limit and all tokens that one window may write beyond it.
         stop_tokens: ids that end a sequence.
+        sound: whether the target's logits after each prompt were; None is all.
+        history: which tokens the prompts hold; None where nobody minds.
     """
     batch = limit.shape[0]
+    fault = jnp.zeros((batch,), jnp.int32) if sound is None else jnp.where(sound, 0, TARGET_FAULT)
     return DecodeState(
         target_cache=target_cache,
         draft_cache=draft_cache,
@@ -102,10 +113,26 @@ def begin(
         output=jnp.zeros((batch, room), jnp.int32).at[:, 0].set(last[:, 1]),
         emitted=jnp.ones((batch,), jnp.int32),
         limit=limit,
-        done=(limit <= 1) | is_stop(last[:, 1], stop_tokens),
+        done=(limit <= 1) | is_stop(last[:, 1], stop_tokens) | (fault > 0),
         keys=keys,
         statistics=Statistics.start(batch, target_cache.num_layers),
+        fault=fault,
+        history=None if history is None else history.at[jnp.arange(batch), last[:, 1]].set(True),
     )
+
+
+def note_faults(state: DecodeState, target: Bool[Array, " B"], draft: Bool[Array, " B"] | None = None) -> DecodeState:
+    """The state with whose logits were not sound; the first fault of a sequence stays, and its end counts no more.
+
+    Args:
+        state: before the window is committed.
+        target: whether the target's logits were sound.
+        draft: whether the draft's were; None without one.
+    """
+    found = jnp.where(target, 0, TARGET_FAULT)
+    if draft is not None:
+        found = jnp.where(target & ~draft, DRAFT_FAULT, found)
+    return dataclasses.replace(state, fault=jnp.where(state.done | (state.fault > 0), state.fault, found))
 
 
 def is_stop(tokens: Int32[Array, "*batch"], stop_tokens: tuple[int, ...]) -> Bool[Array, "*batch"]:
@@ -143,9 +170,14 @@ def commit(
     write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
     output = write(state.output, verdict.tokens, state.emitted)
     emitted = state.emitted + count
-    history = jnp.concatenate([state.last, verdict.tokens], axis=1)
-    last = jnp.take_along_axis(history, count[:, None] + jnp.arange(2), axis=1)
+    newest = jnp.concatenate([state.last, verdict.tokens], axis=1)
+    last = jnp.take_along_axis(newest, count[:, None] + jnp.arange(2), axis=1)
     ended = jnp.any(stops & (place < count[:, None]), axis=1)
+
+    history = state.history
+    if history is not None:
+        batch = jnp.arange(len(count))[:, None]
+        history = history.at[batch, verdict.tokens].max(place < count[:, None])
 
     lengths = state.target_cache.lengths + count
     active = ~state.done
@@ -163,6 +195,7 @@ def commit(
         last=last,
         output=output,
         emitted=emitted,
-        done=state.done | ended | (emitted >= state.limit),
+        done=state.done | ended | (emitted >= state.limit) | (state.fault > 0),
         statistics=statistics,
+        history=history,
     )

@@ -96,6 +96,8 @@ class Decision:
 
     def explain(self) -> list[str]:
         """Lines for people: what was known, what each mode was thought to take, and the reason."""
+        if not self.predictions:
+            return [f"  {self.reason}"]
         known = f"at {self.context:,} tokens, {self.acceptance:.0%} of drafted tokens accepted one by one"
         lines = [f"{known}, copies at {self.bandwidth / 1e9:,.1f} GB/s:"]
         lines += [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -16,14 +17,23 @@ from specattn_jax.decoding.protocol import Models, Strategy, WindowRecord
 from specattn_jax.decoding.state import DecodeState
 from specattn_jax.errors import UserError
 from specattn_jax.loading.pair import ModelPair
+from specattn_jax.loading.tokenizer import Tokenizer
 from specattn_jax.planning.gate import Choice, Decide, Decision, Situation, make_gate, prior_acceptance
 from specattn_jax.reporting.shading import SelectionRecord
 from specattn_jax.runtime.clock import Clock
-from specattn_jax.runtime.request import Request, check_lengths, encode_prompt, find_candidates
-from specattn_jax.runtime.results import Generation, Generations, Timing
-from specattn_jax.runtime.segments import Decoded, Decoding, chosen, new_tokens
-from specattn_jax.runtime.session import Session, seed_keys
-from specattn_jax.runtime.writer import Pace, Writer
+from specattn_jax.runtime.faults import check_sound
+from specattn_jax.runtime.request import (
+    Request,
+    check_draft,
+    check_lengths,
+    encode_prompt,
+    find_candidates,
+    prompt_keys,
+)
+from specattn_jax.runtime.results import FinishReason, Generation, Generations, Timing
+from specattn_jax.runtime.segments import Decoded, Decoding, chosen, end, new_tokens
+from specattn_jax.runtime.session import Session
+from specattn_jax.runtime.writer import Pace, Writer, find_stop
 from specattn_jax.selection.reads import past_mask
 
 
@@ -85,15 +95,21 @@ def generate(
     strategies, selection = find_candidates(pair, request)
     encoded = [encode_prompt(pair, prompt, index) for index, prompt in enumerate(prompts)]
     check_lengths(pair, encoded, request.max_new_tokens)
+    keys = prompt_keys(request, len(encoded))
+    possible = check_draft(pair, strategies, encoded, request.max_new_tokens)
     prior = prior_acceptance(pair)
-    if len(strategies) > 1:
-        decide = decide or make_gate(pair, len(encoded), strategies, selection)
+    if len(possible) > 1:
+        decide = decide or make_gate(pair, len(encoded), possible, selection)
         first = decide(Situation(sum(map(len, encoded)) // len(encoded), request.max_new_tokens, prior))
         if on_decision is not None:
             on_decision(first)
     else:
-        decide, first = None, Decision(Choice.of(strategies[0]), is_final=True)
-    by_choice = {Choice.of(strategy): strategy for strategy in strategies}
+        decide, first = None, Decision(Choice.of(possible[0]), is_final=True)
+        if len(strategies) > 1:
+            first = dataclasses.replace(first, reason=_too_long_for_draft(pair, first.choice))
+            if on_decision is not None:
+                on_decision(first)
+    by_choice = {Choice.of(strategy): strategy for strategy in possible}
     strategy = chosen(by_choice, first.choice)
 
     clock = Clock()
@@ -103,24 +119,37 @@ def generate(
         request.max_new_tokens,
         settings=strategy.settings,
         # Where nothing longer comes this is the program of the fixed mode, to the shape.
-        window=strategy.window if first.is_final else max(one.window for one in strategies),
+        window=strategy.window if first.is_final else max(one.window for one in possible),
         with_draft=strategy.needs_draft,
-        keys=seed_keys(request.seed, len(encoded)),
+        keys=keys,
         clock=clock,
         on_prefill=on_prefill,
     )
-    writer = Writer(pair.tokenizer, len(encoded), on_text or (lambda index, text: None))
+    writer = Writer(pair.tokenizer, len(encoded), on_text or (lambda index, text: None), request.stop)
     watched: list[_Window] = []
     if request.keep_selection:
         state, watched = _decode_watched(session, strategy, state, writer)
         clock.lap("decode", state)
         decoded = Decoded(state, first.choice, [])
     else:
-        pace = None if on_text is None else Pace()
-        decoded = Decoding(session, by_choice, clock, writer, pace, decide, on_decision).run(state, first, prior)
-    writer.finish(new_tokens(decoded.state))
-    results = _results(pair, encoded, decoded, by_choice[decoded.choice].lossless, watched)
-    return Generations(results, Timing(**clock.seconds), decoded.decisions)
+        # Stop texts are looked for where text is shown.
+        pace = None if on_text is None and not request.stop else Pace()
+        context = pair.draft.config.max_context
+        full = max(map(len, encoded)) + request.max_new_tokens > context
+        decoding = Decoding(session, by_choice, clock, writer, pace, decide, on_decision, context if full else None)
+        decoded = decoding.run(state, first, prior)
+    new = new_tokens(decoded.state)
+    check_sound(session.models, decoded.state, [before + after for before, after in zip(encoded, new, strict=True)])
+    writer.finish(new)
+    results = _results(pair, encoded, decoded, by_choice[decoded.choice].lossless, watched, request)
+    told = decoded.decisions or ([first] if first.reason else [])
+    return Generations(results, Timing(**clock.seconds), told)
+
+
+def _too_long_for_draft(pair: ModelPair, choice: Choice) -> str:
+    """Why no draft is asked."""
+    context = pair.draft.config.max_context
+    return f"{choice}, as the context of the draft, {pair.draft_name}, is {context} tokens and the prompt fills it."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +182,7 @@ def _decode_watched(
         state, kept = session.watch(strategy, state, 1, _KeepReaders())
         windows.append(_Window(**{name: np.asarray(value[0]) for name, value in kept.items()}))
         writer.show(new_tokens(state))
+        state = end(state, writer.stopped)
     return state, windows
 
 
@@ -172,7 +202,12 @@ def _record(
 
 
 def _results(
-    pair: ModelPair, encoded: list[list[int]], decoded: Decoded, lossless: bool, watched: Sequence[_Window]
+    pair: ModelPair,
+    encoded: list[list[int]],
+    decoded: Decoded,
+    lossless: bool,
+    watched: Sequence[_Window],
+    request: Request,
 ) -> list[Generation]:
     """What a finished state says, per prompt."""
     counts = jax.device_get(decoded.state.statistics)
@@ -180,9 +215,10 @@ def _results(
     for index, (prompt, tokens) in enumerate(zip(encoded, new_tokens(decoded.state), strict=True)):
         windows = int(counts.windows[index])
         reads = counts.read[index] / max(windows, 1)
+        text, tokens, reason = _ending(pair.tokenizer, tokens, request)
         results.append(
             Generation(
-                text=pair.tokenizer.decode(tokens),
+                text=text,
                 tokens=tokens,
                 prompt_tokens=len(prompt),
                 mode=decoded.choice.mode,
@@ -193,6 +229,22 @@ def _results(
                 layer_reads=[float(read) for read in reads],
                 lossless=lossless,
                 selection=_record(pair, prompt, tokens, watched, index) if watched else None,
+                finish_reason=reason,
             )
         )
     return results
+
+
+def _ending(tokenizer: Tokenizer, tokens: list[int], request: Request) -> tuple[str, list[int], FinishReason]:
+    """The text up to a stop text, the tokens up to the one that completes it, and why the text ends there."""
+    text = tokenizer.decode(tokens)
+    ends = find_stop(text, request.stop)
+    if ends is not None:
+
+        def complete(count: int) -> bool:
+            return find_stop(tokenizer.decode(tokens[:count]), request.stop) is not None
+
+        needed = bisect.bisect_left(range(len(tokens)), True, key=complete)
+        return text[:ends], tokens[:needed], "stop text"
+    at_end = request.stop_at_eos and tokens[-1] in tokenizer.eos_ids
+    return text, tokens, "end token" if at_end else "length"

@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
 from specattn_jax.decoding.autoregressive import Autoregressive
 from specattn_jax.decoding.protocol import DecodeSettings, Strategy, check_window
 from specattn_jax.decoding.sampling import Sampling
@@ -13,6 +16,7 @@ from specattn_jax.decoding.speculative import SpecAttn, Speculative
 from specattn_jax.errors import UserError
 from specattn_jax.loading.pair import ModelPair
 from specattn_jax.planning.gate import WINDOWS
+from specattn_jax.runtime.session import seed_keys
 from specattn_jax.selection.alignment import NucleusMass
 from specattn_jax.selection.make import DraftedSelection, make_selection
 from specattn_jax.selection.policy import load_policy
@@ -41,7 +45,13 @@ class Request:
         temperature: 0 is greedy.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the smallest set of tokens with this probability; 1 keeps all.
-        seed: of the random draws; sequence i of a batch draws the same whatever the other sequences are.
+        min_p: keep the tokens with at least this share of the likeliest one's probability; 0 keeps all.
+        repetition_penalty: makes tokens that the text holds less likely; 1 does nothing (see `Sampling`).
+        seed: of the random draws; sequence i of a batch draws the same whatever the other sequences are. Or a list of
+            one seed per prompt: each then draws as it would alone. In mode `auto` a seed alone does not fix a sampled
+            text, because the window, which decides how draws are used, depends on measured speed: fix mode and window.
+        stop: texts that end a sequence: its text ends before the first of them, its tokens with the one that completes
+            it.
         stop_at_eos: whether the tokenizer's end tokens end a sequence.
         keep_selection: whether to keep which tokens each window read, for `Generation.plot_selection`; the host then
             sees every window, which costs time.
@@ -57,7 +67,10 @@ class Request:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    seed: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | Sequence[int] = 0
+    stop: Sequence[str] = ()
     stop_at_eos: bool = True
     keep_selection: bool = False
     lossless: bool = False
@@ -67,7 +80,21 @@ class Request:
             check_window(self.window)
         if isinstance(self.mode, str):
             check_mode(self.mode)
-        Sampling(self.temperature, self.top_k, self.top_p)
+        # Refuses what is out of range.
+        _ = self.sampling
+        if isinstance(self.stop, str):
+            raise UserError(f"stop is one text, {self.stop[:40]!r}; expected a list of texts: put it into brackets.")
+        if not all(self.stop):
+            raise UserError("stop holds an empty text, which would end everything; expected texts of some characters.")
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are drawn.
+
+        Raises:
+            UserError: a number is out of range.
+        """
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
 
     @property
     def mode_is_fixed(self) -> bool:
@@ -104,7 +131,7 @@ class Request:
         """
         if isinstance(self.mode, str):
             stop_tokens = pair.tokenizer.eos_ids if self.stop_at_eos else ()
-            return DecodeSettings(Sampling(self.temperature, self.top_k, self.top_p), stop_tokens)
+            return DecodeSettings(self.sampling, stop_tokens)
         return self.mode.settings
 
 
@@ -206,8 +233,22 @@ def encode_prompt(pair: ModelPair, prompt: str | Sequence[int], index: int) -> l
     return tokens
 
 
+def prompt_keys(request: Request, count: int) -> Key[Array, " B"]:
+    """One random key per prompt.
+
+    Raises:
+        UserError: there are more or fewer seeds than prompts.
+    """
+    if not isinstance(request.seed, Sequence):
+        return seed_keys(int(request.seed), count)
+    if len(request.seed) != count:
+        raise UserError(f"seed holds {len(request.seed)} seeds for {count} prompts; expected one number, or one each.")
+    # The first key of each seed: that of a prompt alone.
+    return jnp.concatenate([seed_keys(seed, 1) for seed in request.seed])
+
+
 def check_lengths(pair: ModelPair, encoded: list[list[int]], max_new_tokens: int) -> None:
-    """Refuses what cannot fit either model's context.
+    """Refuses what cannot fit the target's context.
 
     Raises:
         UserError: there are no prompts, no new tokens are wanted, or they do not fit.
@@ -216,12 +257,34 @@ def check_lengths(pair: ModelPair, encoded: list[list[int]], max_new_tokens: int
         raise UserError("prompts is empty; expected at least one prompt.")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; expected at least 1.")
-    context = min(pair.target.config.max_context, pair.draft.config.max_context)
+    context = pair.target.config.max_context
     longest = max(len(tokens) for tokens in encoded)
     if longest >= context:
-        raise UserError(f"The prompt has {longest} tokens, but the context of {pair.name} is {context}; shorten it.")
+        raise UserError(
+            f"The prompt has {longest} tokens, but the context of {pair.target_name} is {context}; shorten it."
+        )
     if longest + max_new_tokens > context:
         raise UserError(
-            f"max_new_tokens is {max_new_tokens}, but after a prompt of {longest} tokens the context of {pair.name}, "
-            f"{context}, leaves room for {context - longest}; ask for fewer tokens."
+            f"max_new_tokens is {max_new_tokens}, but after a prompt of {longest} tokens the context of "
+            f"{pair.target_name}, {context}, leaves room for {context - longest}; ask for fewer tokens."
         )
+
+
+def check_draft(
+    pair: ModelPair, strategies: Sequence[Strategy], encoded: list[list[int]], max_new_tokens: int
+) -> tuple[Strategy, ...]:
+    """The strategies that can begin: a draft of a shorter context than the target's may be full before the end.
+
+    Raises:
+        UserError: the only strategy needs a draft up to the end, and its context is shorter.
+    """
+    context, longest = pair.draft.config.max_context, max(len(tokens) for tokens in encoded)
+    if longest + max_new_tokens <= context:
+        return tuple(strategies)
+    if len(strategies) == 1 and strategies[0].needs_draft:
+        raise UserError(
+            f"max_new_tokens is {max_new_tokens} after a prompt of {longest} tokens, but mode {strategies[0].name} "
+            f"needs the draft, {pair.draft_name}, whose context is {context}; use mode auto, which goes on without it, "
+            "or another draft."
+        )
+    return tuple(one for one in strategies if not one.needs_draft or longest + one.window + 1 <= context)

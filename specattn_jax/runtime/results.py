@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal, TypeAlias
 
 from specattn_jax.errors import UserError
 from specattn_jax.planning.gate import Decision
 from specattn_jax.reporting.display import Picture
 from specattn_jax.reporting.shading import SelectionRecord, shade_window
+
+FinishReason: TypeAlias = Literal["end token", "stop text", "length"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,8 +18,8 @@ class Generation:
     """One continued prompt and what it cost.
 
     Attributes:
-        text: the new text, stop tokens left out.
-        tokens: the new token ids, a stop token at the end included.
+        text: the new text, stop tokens and stop texts left out.
+        tokens: the new token ids; a stop token at the end, or what completes a stop text, included.
         prompt_tokens: length of the prompt.
         mode: how it was generated; where that changed, how most tokens were.
         windows: verification passes of the target.
@@ -26,6 +29,7 @@ class Generation:
         lossless: whether the text is distributed as the target's own.
         selection: which tokens each window read; None unless `generate` was asked to keep it.
         window: drafted tokens per window, in most of that mode's windows; None where nothing is drafted.
+        finish_reason: why the text ends: at the model's own end token, at a stop text, or at the wanted length.
     """
 
     text: str
@@ -39,6 +43,7 @@ class Generation:
     lossless: bool
     selection: SelectionRecord | None = None
     window: int | None = None
+    finish_reason: FinishReason = "length"
 
     @property
     def stats(self) -> dict[str, float | int | str | None]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from specattn_jax.decoding import loop
@@ -28,6 +29,11 @@ def new_tokens(state: DecodeState) -> list[list[int]]:
     """The new tokens of every sequence so far."""
     output, emitted = jax.device_get((state.output, state.emitted))
     return [row[:count].tolist() for row, count in zip(output, emitted, strict=True)]
+
+
+def end(state: DecodeState, stopped: Sequence[bool]) -> DecodeState:
+    """The state in which some sequences are done."""
+    return dataclasses.replace(state, done=state.done | jnp.asarray(stopped))
 
 
 def chosen(strategies: Mapping[Choice, Strategy], choice: Choice) -> Strategy:
@@ -68,6 +74,7 @@ class Decoding:
         decide: asked again after the first windows, and when the context enters the next power of two, unless it said
             that its decision is final.
         on_decision: told every decision after the first.
+        draft_context: where the draft's context ends, if that may be before the end.
     """
 
     session: Session
@@ -77,6 +84,7 @@ class Decoding:
     pace: Pace | None
     decide: Decide | None = None
     on_decision: Callable[[Decision], None] | None = None
+    draft_context: int | None = None
 
     def run(self, state: DecodeState, first: Decision, acceptance: Acceptance) -> Decoded:
         """Decodes to the end.
@@ -97,7 +105,8 @@ class Decoding:
             if self.decide is None or seen.finished:
                 break
             known = _learn(known, self.strategies[choice], before, seen)
-            decisions.append(self.decide(known))
+            full = self._windows_of_draft(self.strategies[choice], seen) == 0
+            decisions.append(self._without_draft() if full else self.decide(known))
             if self.on_decision is not None:
                 self.on_decision(decisions[-1])
         return Decoded(state, _most(tokens), decisions if self.decide is not None else [])
@@ -136,7 +145,10 @@ class Decoding:
         ends = self._ends(decision, begun, trial=trial)
         seen, windows = begun, 0
         while not seen.finished and (ends.windows is None or windows < ends.windows) and seen.context < ends.context:
-            steps = seen.wanted if self.pace is None else self.pace.windows
+            room = self._windows_of_draft(strategy, seen)
+            if room == 0:
+                break
+            steps = min(room, seen.wanted if self.pace is None else self.pace.windows)
             if ends.windows is not None:
                 steps = min(steps, ends.windows - windows)
             elif not decision.is_final:
@@ -149,8 +161,23 @@ class Decoding:
             if self.pace is not None:
                 self.pace.took(steps, time.perf_counter() - called)
                 self.writer.show(new_tokens(state))
+                if np.any(np.array(self.writer.stopped) & ~seen.done):
+                    state = end(state, self.writer.stopped)
+                    seen = _Seen.of(state)
         self.clock.lap("decode", state)
         return state, seen
+
+    def _windows_of_draft(self, strategy: Strategy, seen: _Seen) -> int:
+        """Windows for which the draft has surely room; very many where it has no end, or is not asked."""
+        if self.draft_context is None or not strategy.needs_draft:
+            return _NEVER
+        # A window gives each sequence so many tokens at most.
+        return max(0, (self.draft_context - seen.longest) // (strategy.window + 1))
+
+    def _without_draft(self) -> Decision:
+        """The first strategy that needs no draft, to the end."""
+        choice = next(choice for choice, strategy in self.strategies.items() if not strategy.needs_draft)
+        return Decision(choice, reason=f"{choice}, as the draft's context ends at {self.draft_context}.", is_final=True)
 
     def _ends(self, decision: Decision, seen: _Seen, *, trial: bool) -> _Ends:
         """When to decide again."""
@@ -196,6 +223,11 @@ class _Seen(NamedTuple):
     def context(self) -> int:
         """Mean entries in a cache, of the sequences that still decode."""
         return int(np.mean(self.lengths[~self.done])) if not self.finished else int(np.mean(self.lengths))
+
+    @property
+    def longest(self) -> int:
+        """Entries in the longest cache, of the sequences that still decode."""
+        return int(np.max(self.lengths[~self.done], initial=0))
 
     @property
     def wanted(self) -> int:

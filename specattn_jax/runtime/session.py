@@ -10,12 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32, Key
+from jaxtyping import Array, Bool, Float, Int32, Key
 from specattn_kernels import Implementation
 
 from specattn_jax.decoding import loop
 from specattn_jax.decoding.protocol import DecodeSettings, Models, Strategy
-from specattn_jax.decoding.sampling import choose
+from specattn_jax.decoding.sampling import choose, is_sound, penalise
 from specattn_jax.decoding.state import DecodeState, begin
 from specattn_jax.loading.memory import check_memory
 from specattn_jax.models.cache import KVCache
@@ -119,11 +119,19 @@ class Session:
             jnp.asarray([prompt[-1] for prompt in prompts], jnp.int32),
             jnp.full((batch,), new_tokens, jnp.int32),
             seed_keys(0, batch) if keys is None else keys,
+            self._history(prompts) if settings.sampling.minds_history else None,
             settings=settings,
             room=new_tokens + window + 1,
         )
         clock.lap("prefill", state)
         return state
+
+    def _history(self, prompts: Sequence[Sequence[int]]) -> Bool[Array, "B V"]:
+        """Which tokens each prompt holds."""
+        held = np.zeros((len(prompts), self.models.target.config.vocab_size), np.bool_)
+        for row, prompt in zip(held, prompts, strict=True):
+            row[list(prompt)] = True
+        return jnp.asarray(held)
 
     def start(self, strategy: Strategy, state: DecodeState) -> DecodeState:
         """The state with what the strategy keeps for itself; `state` is donated."""
@@ -153,15 +161,26 @@ def _begin(
     last_prompt_token: Int32[Array, " B"],
     limit: Int32[Array, " B"],
     keys: Key[Array, " B"],
+    history: Bool[Array, "B V"] | None,
     *,
     settings: DecodeSettings,
     room: int,
 ) -> DecodeState:
     """State after prefill: the first new token is the target's own, from the prompt's last hidden state."""
     split = jax.vmap(jax.random.split)(keys)
-    first, _ = choose(split[:, 0], target.logits(hidden), settings.sampling)
-    last = jnp.stack([last_prompt_token, first], axis=1)
-    return begin(target_cache, draft_cache, last, limit, split[:, 1], room=room, stop_tokens=settings.stop_tokens)
+    logits = target.logits(hidden)
+    first, _ = choose(split[:, 0], penalise(logits, history, settings.sampling), settings.sampling)
+    return begin(
+        target_cache,
+        draft_cache,
+        jnp.stack([last_prompt_token, first], axis=1),
+        limit,
+        split[:, 1],
+        room=room,
+        stop_tokens=settings.stop_tokens,
+        sound=is_sound(logits),
+        history=history,
+    )
 
 
 def _largest_chunk(models: Iterable[LanguageModel], batch: int, longest: int) -> int:

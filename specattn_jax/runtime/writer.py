@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from specattn_jax.loading.tokenizer import TextStream, Tokenizer
 
@@ -11,12 +11,18 @@ _SHOWN_EVERY_S = 0.2
 
 
 class Writer:
-    """Tells the text of each prompt's new tokens as they arrive."""
+    """Tells the text of each prompt's new tokens as they arrive, up to the first stop text."""
 
-    def __init__(self, tokenizer: Tokenizer, count: int, on_text: Callable[[int, str], None]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, count: int, on_text: Callable[[int, str], None], stops: Sequence[str] = ()
+    ) -> None:
         self._streams = [TextStream(tokenizer) for _ in range(count)]
         self._shown = [0] * count
+        # What may become a stop text is not told before it is none.
+        self._held = [""] * count
         self._on_text = on_text
+        self._stops = tuple(stops)
+        self.stopped = [False] * count
 
     def show(self, tokens: list[list[int]]) -> None:
         """Tells what is new in `tokens`, which are all new tokens so far."""
@@ -28,11 +34,31 @@ class Writer:
         """Tells what is left, unfinished characters included."""
         self.show(tokens)
         for index, stream in enumerate(self._streams):
-            self._tell(index, stream.flush())
+            self._tell(index, stream.flush(), at_end=True)
 
-    def _tell(self, index: int, text: str) -> None:
-        if text:
-            self._on_text(index, text)
+    def _tell(self, index: int, text: str, *, at_end: bool = False) -> None:
+        if self.stopped[index]:
+            return
+        text = self._held[index] + text
+        ends = find_stop(text, self._stops)
+        self.stopped[index] = ends is not None
+        if ends is None:
+            ends = len(text) if at_end else len(text) - _begun(text, self._stops)
+        self._held[index] = text[ends:]
+        if text[:ends]:
+            self._on_text(index, text[:ends])
+
+
+def find_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where the first stop text begins; None where there is none."""
+    places = [place for place in (text.find(stop) for stop in stops) if place >= 0]
+    return min(places, default=None)
+
+
+def _begun(text: str, stops: Sequence[str]) -> int:
+    """How many characters at the end may be the beginning of a stop text."""
+    lengths = [size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])]
+    return max(lengths, default=0)
 
 
 class Pace:

@@ -1,0 +1,79 @@
+"""Models that compute no numbers: every mode says so, and whose fault it is."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from specattn_jax.decoding.sampling import is_sound
+from specattn_jax.errors import UserError
+from specattn_jax.models.transformer import LanguageModel
+from specattn_jax.runtime.generate import generate
+
+MODES = ["autoregressive", "speculative", "specattn", "auto"]
+
+
+def with_weight(model, name, value, layer=1):
+    """The model with one number of a weight set, or a whole weight scaled by a function."""
+
+    def change(path, leaf):
+        text = jax.tree_util.keystr(path)
+        if name not in text or (f"[{layer}]" not in text and f"'{layer}'" not in text):
+            return leaf
+        return value(leaf) if callable(value) else leaf.at[(0,) * leaf.ndim].set(value)
+
+    params = jax.tree_util.tree_map_with_path(change, model.params)
+    assert not all(a is b for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(model.params), strict=True))
+    return LanguageModel(params, model.graphdef, model.config)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_a_damaged_target_is_named_in_every_mode(tiny_pair, mode, value):
+    pair = dataclasses.replace(tiny_pair, target=with_weight(tiny_pair.target, "down", value))
+    with pytest.raises(UserError, match=r"^target: .* its weight .*layers.*1.*down.* float32; ") as error:
+        generate(pair, ["Call me Ishmael."], mode=mode, max_new_tokens=8)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mode", ["speculative", "specattn"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_damaged_draft_is_named(tiny_pair, mode, temperature):
+    pair = dataclasses.replace(tiny_pair, draft=with_weight(tiny_pair.draft, "down", jnp.nan))
+    with pytest.raises(UserError, match=r"^draft: .* its weight "):
+        generate(pair, ["Call me Ishmael."], mode=mode, max_new_tokens=8, temperature=temperature)
+    # Nobody asks it here.
+    assert len(generate(pair, ["Call me Ishmael."], mode="autoregressive", max_new_tokens=8).results[0].tokens) == 8
+
+
+def test_an_overflow_names_its_layer(tiny_pair):
+    target = tiny_pair.target
+    for name in ("up", "down"):
+        target = with_weight(target, name, lambda leaf: jnp.full_like(leaf, 3e38))
+    pair = dataclasses.replace(tiny_pair, target=target)
+    with pytest.raises(UserError, match="from layer 2 of 3 on"):
+        generate(pair, ["Call me Ishmael."], mode="autoregressive", max_new_tokens=8)
+
+
+def test_one_bad_prompt_of_several_is_named(tiny_pair):
+    broken = tiny_pair.target.params
+    token = tiny_pair.tokenizer.encode("Z", add_special=False)[0]
+
+    def change(path, leaf):
+        return leaf.at[token].set(jnp.nan) if "embedding" in jax.tree_util.keystr(path) else leaf
+
+    params = jax.tree_util.tree_map_with_path(change, broken)
+    target = LanguageModel(params, tiny_pair.target.graphdef, tiny_pair.target.config)
+    pair = dataclasses.replace(tiny_pair, target=target)
+    if target.config.tie_embeddings:
+        pytest.skip("a row of a tied embedding is a logit of every prompt")
+    with pytest.raises(UserError, match="after prompt 2, "):
+        generate(pair, ["Call me", "Zebra", "me"], mode="speculative", max_new_tokens=8)
+
+
+def test_tokens_that_are_ruled_out_are_no_fault():
+    logits = jnp.array([[0.0, -jnp.inf], [-jnp.inf, -jnp.inf], [jnp.inf, 0.0], [jnp.nan, 0.0]])
+    assert is_sound(logits).tolist() == [True, False, False, False]
