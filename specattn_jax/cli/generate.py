@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +11,7 @@ import typer
 
 from specattn_jax.cli import options
 from specattn_jax.cli.process import importing
+from specattn_jax.cli.prompts import DEFAULT_BATCH, Job, Results, answer, read_jobs, read_prompt_files
 from specattn_jax.cli.terminal import print_json, print_table, read_stdin, say, stage_bar
 from specattn_jax.errors import UserError
 from specattn_jax.texts import read_text, without_final_newline
@@ -25,8 +27,24 @@ def generate_command(
     draft: options.Draft = "default",
     prompt: Annotated[str | None, typer.Option(help="The text to continue.", metavar="TEXT")] = None,
     prompt_file: Annotated[
-        str | None,
-        typer.Option(help="UTF-8 file with the text (.xz, .gz, .bz2 too), '-' for stdin; a final newline is left out."),
+        list[str] | None,
+        typer.Option(
+            help="UTF-8 file with the text (.xz, .gz, .bz2 too), '-' for stdin; a final newline is left out. With "
+            "--out it may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="JSON lines, each with prompt or messages, and id if wanted; needs --out.", metavar="FILE"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File for one JSON line per prompt; the same command goes on where it stopped."),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(help="With --out: prompts decoded at a time.", show_default=str(DEFAULT_BATCH)),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat format.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Most new tokens.")] = 128,
@@ -101,7 +119,8 @@ def generate_command(
     if lossless and mode != "auto":
         raise UserError(f"--lossless is for --mode auto, but --mode is {mode}; leave one of them out.")
     _check_numbers(p, max_new_tokens)
-    text = _read_prompt(prompt, prompt_file)
+    jobs = _find_jobs(prompt, prompt_file, prompts, out, batch)
+    text = _read_prompt(prompt, prompt_file[0] if prompt_file else None) if jobs is None else ""
 
     with importing():
         from specattn_jax.loading.pair import load_pair
@@ -128,7 +147,11 @@ def generate_command(
         stop=tuple(stop or ()),
         seed=seed,
     )
-    with stage_bar() as bar:
+    batch = batch or DEFAULT_BATCH
+    if jobs is not None and out is not None:
+        models = {"target": target, "draft": draft, "alignment": alignment, "dtype": dtype, "chat": chat}
+        results = Results(out, jobs, {**models, **dataclasses.asdict(request)}, batch)
+    with stage_bar(keep=jobs is not None) as bar:
         bar.wait("starting")
         pair = load_pair(
             target,
@@ -155,6 +178,14 @@ def generate_command(
                 _explain(decision, told)
             told.append(decision)
 
+        if jobs is not None:
+            done = answer(pair, jobs, request, results, batch=batch, chat=chat, bar=bar, on_decision=on_decision)
+            bar.hide()
+            if as_json:
+                print_json({**done, "out": str(out)})
+            else:
+                print_table([(name.replace("_", " "), f"{value:.4g}") for name, value in done.items()])
+            return
         bar.wait("compiling" if request.mode_is_fixed else "measuring the device")
         run = generate(
             pair,
@@ -203,6 +234,29 @@ def _check_numbers(p: float | None, max_new_tokens: int) -> None:
         raise UserError(f"--p is {p}; expected a number in (0, 1].")
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {max_new_tokens}; expected at least 1.")
+
+
+def _find_jobs(
+    prompt: str | None, prompt_file: list[str] | None, prompts: Path | None, out: Path | None, batch: int | None
+) -> list[Job] | None:
+    """The prompts whose answers go into a file; None where there is one that goes to stdout."""
+    if batch is not None and batch < 1:
+        raise UserError(f"--batch is {batch}; expected at least 1.")
+    if out is None:
+        for name, given in {"--prompts": prompts, "--batch": batch}.items():
+            if given is not None:
+                raise UserError(f"{name} is given, but no --out; name a file for the answers with --out FILE.")
+        if prompt_file and len(prompt_file) > 1:
+            raise UserError(
+                f"--prompt-file is given {len(prompt_file)} times, but no --out; name a file for the answers with "
+                "--out FILE."
+            )
+        return None
+    if (prompt is not None) + bool(prompt_file) + (prompts is not None) != 1:
+        raise UserError("--out: expected one of --prompt TEXT, --prompt-file FILE and --prompts FILE with it.")
+    if prompt is not None:
+        return [Job("--prompt", 1, _read_prompt(prompt, None))]
+    return read_jobs(prompts) if prompts is not None else read_prompt_files(prompt_file or [])
 
 
 def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
