@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from specattn_jax.errors import UserError
@@ -11,6 +15,10 @@ _SMALL = ["*.json", "*.jinja", "tokenizer.model", "merges.txt"]
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 # The same weights once more, in the vendors' own formats.
 _IGNORED = ["original/*", "consolidated*", "onnx/*", "gguf/*"]
+# What tells the files of one model apart.
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)", re.IGNORECASE)
+# A sentence names so many files at most.
+_SHOWN = 8
 
 
 def cached_snapshot(folder: Path) -> Path | None:
@@ -47,12 +55,71 @@ def snapshot(repo: str, *, weights: bool) -> Path:
     Raises:
         UserError: it cannot be had; says why, and what works without the hub.
     """
+    patterns = [*_SMALL, *_WEIGHTS] if weights else _SMALL
+    return _download(repo, patterns, _IGNORED)
+
+
+def gguf_file(repo: str, wanted: str = "") -> Path:
+    """The local copy of a GGUF model in a repository, downloaded if needed; of a model in several files, the first.
+
+    Args:
+        repo: `organisation/name`.
+        wanted: a file's path in the repository, or a word of its name such as `Q4_K_M`, in any case; empty where the
+            repository holds one model.
+
+    Raises:
+        UserError: no model or several are meant (names them), or it cannot be had.
+    """
+    found = sorted(name for name in _file_names(repo) if name.lower().endswith(".gguf"))
+    # Of a model in several files, one name stands for all.
+    models: dict[str, list[str]] = {}
+    for name in found:
+        models.setdefault(_SHARD.sub("", name), []).append(name)
+    if wanted.lower().endswith(".gguf"):
+        meant = [files for files in models.values() if wanted in files]
+    else:
+        # Not as a part of a longer word: Q4_K is no name of Q4_K_M.
+        word = re.compile(rf"(?<![^\W_]){re.escape(wanted)}(?![\w])", re.IGNORECASE)
+        meant = [files for name, files in models.items() if not wanted or word.search(name.removesuffix(".gguf"))]
+    if len(meant) != 1:
+        named = f"{wanted!r} names {len(meant) or 'none'} of its" if wanted else "it holds several"
+        names = [files[0] for files in (meant or models.values())]
+        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        raise UserError(
+            f"model {repo!r} on the Hugging Face hub: "
+            + (
+                f"{named} GGUF models ({shown}); write {repo}/FILE.gguf with one of these files."
+                if models
+                else "has no GGUF file and no config.json; expected a model in safetensors or GGUF."
+            )
+        )
+    return _download(repo, [glob.escape(name) for name in meant[0]], []) / meant[0][0]
+
+
+def _download(repo: str, patterns: list[str], ignored: list[str]) -> Path:
+    """Files of a repository, and the folder in huggingface_hub's cache."""
     import huggingface_hub
+
+    with _sensible(repo):
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns, ignore_patterns=ignored))
+
+
+def _file_names(repo: str) -> list[str]:
+    """Names of all files of a repository."""
+    import huggingface_hub
+
+    with _sensible(repo):
+        return list(huggingface_hub.list_repo_files(repo))
+
+
+@contextlib.contextmanager
+def _sensible(repo: str) -> Iterator[None]:
+    """Turns what the hub's client raises into one sentence."""
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    patterns = [*_SMALL, *_WEIGHTS] if weights else _SMALL
     try:
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns, ignore_patterns=_IGNORED))
+        yield
+        return
     except GatedRepoError:
         reason = "its owner grants access on request; ask for it on the model's page and run `hf auth login`"
     except RepositoryNotFoundError:

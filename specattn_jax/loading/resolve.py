@@ -31,6 +31,8 @@ Kind = Literal["gguf", "hf", "orbax", "draft"]
 _AGAIN = "download or convert it again"
 # A preset names a pair; alone it means the target, with this suffix the draft.
 _DRAFT_SUFFIX = ":draft"
+# A GGUF file of a hub repository, or a word of its name.
+_HUB_GGUF = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>[\w./-]+\.gguf)|:(?P<word>[\w.-]+))", re.IGNORECASE)
 # GGUF files in use, by path, time and size: reading the header takes a second, and a draft opens its target's again.
 _OPEN_GGUF: weakref.WeakValueDictionary[tuple[Path, int, int], GGUFSource] = weakref.WeakValueDictionary()
 
@@ -78,7 +80,8 @@ def resolve(reference: str, progress: Progress | None = None) -> ModelFiles:
         reference: a preset (`smollm2` is its target, `smollm2:draft` its draft), a local Hugging Face folder (also a
             repository's folder in the hub's cache), a GGUF file, whatever it is called, any of the files of one model,
             or a folder that holds one, an Orbax folder written by `specattn convert`, a draft folder written by
-            `specattn train-draft`, or a hub id `organisation/name`.
+            `specattn train-draft`, or a hub id `organisation/name`; of a repository of GGUF files also
+            `organisation/name/FILE.gguf` or `organisation/name:Q4_K_M`.
         progress: told about a download, where one is needed.
 
     Returns:
@@ -97,6 +100,8 @@ def resolve(reference: str, progress: Progress | None = None) -> ModelFiles:
         return _resolve_path(reference, path, progress)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", reference) and not reference.startswith((".", "~")):
         return _resolve_hub(reference, reference)
+    if (match := _HUB_GGUF.fullmatch(reference)) and not reference.startswith((".", "~")):
+        return _resolve_path(reference, hub.gguf_file(match["repo"], match["file"] or match["word"]), progress)
     raise UserError(
         f"model {reference!r}: found nothing of that name; looked for a preset ({', '.join(preset_names())}), a file "
         f"or folder {path.absolute()}, and a hub id of the form organisation/name."
@@ -225,10 +230,7 @@ def _resolve_hub(reference: str, repo: str) -> ModelFiles:
 
     folder = hub.snapshot(repo, weights=False)
     if not (folder / "config.json").is_file():
-        raise UserError(
-            f"model {repo!r} on the Hugging Face hub: has no config.json; expected a model in safetensors; "
-            "of a repository of GGUF files, download one and give its path."
-        )
+        return _resolve_path(reference, hub.gguf_file(repo), None)
     return ModelFiles(reference, "hf", folder, read_hf_config(folder), repo=repo)
 
 

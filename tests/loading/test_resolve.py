@@ -184,10 +184,62 @@ def test_hub_ids_read_the_configuration_before_the_weights(monkeypatch, folder, 
     assert model.nbytes == files.weight_bytes("float32")
 
 
-def test_a_hub_repository_of_gguf_files_alone(monkeypatch, tmp_path):
+SHARDS = [f"big/m-Q8_0-0000{index}-of-00002.gguf" for index in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("reference", "names", "fetched"),
+    [
+        ("some/model", ["README.md", "m.gguf"], ["m.gguf"]),
+        ("some/model", SHARDS, SHARDS),
+        ("some/model:q4_k_m", ["m-Q4_K_M.gguf", "m-Q4_K.gguf", "m-Q8_0.gguf"], ["m-Q4_K_M.gguf"]),
+        ("some/model:Q4_K", ["m-Q4_K_M.gguf", "m-Q4_K.gguf", "m-IQ4_K.gguf"], ["m-Q4_K.gguf"]),
+        ("some/model:Q8_0", ["m-Q4_K.gguf", *SHARDS], SHARDS),
+        ("some/model/m-Q4_K.gguf", ["m-Q4_K_M.gguf", "m-Q4_K.gguf"], ["m-Q4_K.gguf"]),
+        (f"some/model/{SHARDS[1]}", ["m-Q4_K.gguf", *SHARDS], SHARDS),
+    ],
+)
+def test_gguf_files_of_a_hub_repository(monkeypatch, tmp_path, reference, names, fetched):
+    asked, opened = [], []
+
+    def download(repo, *, allow_patterns, **_options):
+        asked.append(allow_patterns)
+        assert repo == "some/model"
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda _repo: names)
+    monkeypatch.setattr(RESOLVE, "_resolve_path", lambda *given: opened.append(given[:2]))
+    resolve(reference)
+    assert asked[-1] == fetched
+    assert opened == [(reference, tmp_path / fetched[0])]
+
+
+@pytest.mark.parametrize(
+    ("reference", "names", "said"),
+    [
+        ("some/model", ["README.md"], "has no GGUF file and no config.json"),
+        ("some/model", ["a.gguf", "b.gguf"], r"it holds several GGUF models \(a.gguf, b.gguf\); write some/model/FILE"),
+        ("some/model:Q5", ["a-Q4.gguf"], r"'Q5' names none of its GGUF models \(a-Q4.gguf\)"),
+        ("some/model:Q4", ["a-Q4.gguf", "b-Q4.gguf", "c.gguf"], r"'Q4' names 2 of its GGUF models \(a-Q4.gguf, b-Q4"),
+        ("some/model/x.gguf", ["a.gguf"], "'x.gguf' names none of its"),
+    ],
+)
+def test_which_gguf_file_is_meant_is_asked(monkeypatch, tmp_path, reference, names, said):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_args, **_options: str(tmp_path))
-    with pytest.raises(UserError, match=r"'some/model-GGUF' .* has no config\.json; .* download one and give its path"):
-        resolve("some/model-GGUF")
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda _repo: names)
+    with pytest.raises(UserError, match=said):
+        resolve(reference)
+
+
+@pytest.mark.parametrize("reference", ["some/model:Q4_K_M", "some/model/x.gguf"])
+def test_gguf_files_of_a_hub_that_cannot_be_reached(monkeypatch, reference):
+    def fail(_repo):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.list_repo_files", fail)
+    with pytest.raises(UserError, match="'some/model' on the Hugging Face hub: no route to host; without it, give"):
+        resolve(reference)
 
 
 def test_memory_is_checked_before_anything_is_read(folder, monkeypatch):
