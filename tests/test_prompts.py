@@ -82,7 +82,7 @@ def test_prompt_files_may_follow_each_other(command, tmp_path):
         ('{"promt": "a"}', 'has "promt"; expected only prompt, messages, id'),
         ('{"prompt": " "}', 'prompt is " "; expected some text'),
         ('{"prompt": 3}', "prompt is 3; expected some text"),
-        ('{"prompt": "\\\\ud800"}', 'prompt is "\\\\ud800"; expected some text'),
+        ('{"prompt": "\\ud800"}', 'prompt is "\\ud800"; expected some text'),
         ('{"messages": [{"role": "user"}]}', "messages is "),
         ('{"messages": []}', "messages is []"),
         ('{"prompt": "a", "id": null}', "id is null"),
