@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 import specattn_jax
 from specattn_jax.cli.bench import bench
 from specattn_jax.cli.calibrate import calibrate_command
+from specattn_jax.cli.chat import chat_command
 from specattn_jax.cli.estimate import estimate_command
 from specattn_jax.cli.generate import generate_command
 from specattn_jax.cli.models import convert_command, fetch_command, info_command
@@ -57,6 +58,7 @@ def _root(
 
 
 app.command("generate")(generate_command)
+app.command("chat")(chat_command)
 app.command("calibrate")(calibrate_command)
 app.command("perplexity")(perplexity_command)
 app.command("train-draft")(train_draft_command)

@@ -99,6 +99,14 @@ class KVCache:
         """The same cache, rolled back (or extended over slots already written) to `lengths`. Nothing is copied."""
         return dataclasses.replace(self, lengths=lengths)
 
+    def with_room(self, num_slots: int) -> KVCache:
+        """The same cache with at least so many slots per sequence; a longer one is a copy, twice as long or more."""
+        if num_slots <= self.num_slots:
+            return self
+        more = [(0, 0), (0, 0), (0, max(num_slots, 2 * self.num_slots) - self.num_slots), (0, 0)]
+        k, v = (tuple(jnp.pad(layer, more) for layer in layers) for layers in (self.k, self.v))
+        return dataclasses.replace(self, k=k, v=v)
+
     def append(self, layer: int, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> KVCache:
         """Writes T new entries of one layer behind `lengths`, which stay: `at` moves them once all layers have written.
 

@@ -82,6 +82,7 @@ def _prefill_chunks(
     model: LanguageModel,
     tokens: Int32[Array, "B padded"],
     prompt_lengths: Int32[Array, " B"],
+    begun: Int32[Array, " B"],
     cache: KVCache,
     last: Float[Array, "B D"],
     first: Int32[Array, ""],
@@ -92,7 +93,7 @@ def _prefill_chunks(
     """Reads chunks `first` to `stop - 1`; keeps the hidden state of each sequence whose prompt ends in one of them."""
 
     def attend(layer: int, q: Float[Array, "B T N H"], cache: KVCache) -> Attended:
-        return Attended(cache.attend(layer, q, valid=prompt_lengths).out)
+        return Attended(cache.attend(layer, q, valid=begun + prompt_lengths).out)
 
     def read(
         index: Int32[Array, ""], carry: tuple[Float[Array, "B D"], KVCache]
@@ -117,16 +118,16 @@ def prefill(
     chunk: int,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Float[Array, "B D"], KVCache]:
-    """Reads whole prompts in chunks of a fixed size.
+    """Reads whole prompts, or what is left of them, in chunks of a fixed size.
 
-    Prompts are padded on the right: what the padding writes lies beyond `prompt_lengths`, where nobody attends and the
+    Prompts are padded on the right: what the padding writes lies beyond their lengths, where nobody attends and the
     next tokens overwrite it.
 
     Args:
         model: draft or target.
         tokens: prompts, right-padded to a multiple of `chunk` that the cache has room for.
         prompt_lengths: true length of each prompt, at least 1.
-        cache: an empty cache; it is donated.
+        cache: what was read before, mostly nothing; it is donated.
         chunk: tokens read at a time.
         progress: told the number of positions read: 0 once everything is compiled, then after every chunk.
 
@@ -137,6 +138,8 @@ def prefill(
         ValueError: the padded prompts are no multiple of `chunk` or do not fit the cache.
     """
     batch, padded = tokens.shape
+    # Not the cache's own array, which is donated.
+    begun = jnp.array(cache.lengths, copy=True)
     if padded % chunk or padded > cache.num_slots:
         raise ValueError(
             f"tokens: padded to {padded} positions; expected a multiple of chunk={chunk} of at most "
@@ -148,13 +151,13 @@ def prefill(
     steps = [(0, count)] if progress is None else [(0, 0), *((index, index + 1) for index in range(count))]
     for first, stop in steps:
         last, cache = _prefill_chunks(
-            model, tokens, prompt_lengths, cache, last, jnp.int32(first), jnp.int32(stop), chunk=chunk
+            model, tokens, prompt_lengths, begun, cache, last, jnp.int32(first), jnp.int32(stop), chunk=chunk
         )
         if progress is not None:
             last.block_until_ready()
             progress(stop * chunk)
-    # A copy: two caches that shared the caller's buffer could not both be donated.
-    return last, cache.at(jnp.array(prompt_lengths, copy=True))
+    # An array of its own: two caches that shared one could not both be donated.
+    return last, cache.at(begun + prompt_lengths)
 
 
 def read_sequence(model: LanguageModel, tokens: Int32[Array, "B T"], attend: AttendSequence) -> Float[Array, "B T D"]:

@@ -32,7 +32,7 @@ from specattn_jax.runtime.request import (
 )
 from specattn_jax.runtime.results import FinishReason, Generation, Generations, Timing
 from specattn_jax.runtime.segments import Decoded, Decoding, chosen, end, new_tokens
-from specattn_jax.runtime.session import Session
+from specattn_jax.runtime.session import Memory, Session
 from specattn_jax.runtime.writer import Pace, Writer, find_stop
 from specattn_jax.selection.reads import past_mask
 
@@ -46,6 +46,7 @@ def generate(
     on_prefill: Callable[[int, int], None] | None = None,
     on_decision: Callable[[Decision], None] | None = None,
     decide: Decide | None = None,
+    memory: Memory | None = None,
     **changes: Any,
 ) -> Generations:
     """Continues a batch of prompts of any lengths.
@@ -63,6 +64,7 @@ def generate(
         on_prefill: receives positions read and positions to read.
         on_decision: receives each decision of mode `auto` when it is made.
         decide: decides in mode `auto` in place of the library.
+        memory: of a conversation: what the caches hold of a single prompt is not read again, and they are kept.
         changes: attributes of `Request` that are to be different: `mode`, `max_new_tokens`, `kv_reduction`,
             `temperature`, `seed` and so on.
 
@@ -93,6 +95,8 @@ def generate(
         raise UserError(f"prompts is one text, {prompts[:40]!r}; expected a list of prompts: put it into brackets.")
     request = (request or Request()).change(**changes)
     strategies, selection = find_candidates(pair, request)
+    if memory is not None and len(prompts) != 1:
+        raise UserError(f"prompts holds {len(prompts)}, but memory is of one conversation; expected one prompt.")
     encoded = [encode_prompt(pair, prompt, index) for index, prompt in enumerate(prompts)]
     check_lengths(pair, encoded, request.max_new_tokens)
     keys = prompt_keys(request, len(encoded))
@@ -124,6 +128,7 @@ def generate(
         keys=keys,
         clock=clock,
         on_prefill=on_prefill,
+        memory=memory,
     )
     writer = Writer(pair.tokenizer, len(encoded), on_text or (lambda index, text: None), request.stop)
     watched: list[_Window] = []
@@ -141,6 +146,8 @@ def generate(
     new = new_tokens(decoded.state)
     check_sound(session.models, decoded.state, [before + after for before, after in zip(encoded, new, strict=True)])
     writer.finish(new)
+    if memory is not None:
+        memory.keep(decoded.state, [*encoded[0], *new[0]])
     results = _results(pair, encoded, decoded, by_choice[decoded.choice].lossless, watched, request)
     told = decoded.decisions or ([first] if first.reason else [])
     return Generations(results, Timing(**clock.seconds), told)

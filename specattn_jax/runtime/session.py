@@ -58,6 +58,7 @@ class Session:
         chunk: int | None = None,
         clock: Clock | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
+        memory: Memory | None = None,
     ) -> DecodeState:
         """Reads the prompts; the target chooses the first new token of each.
 
@@ -75,6 +76,7 @@ class Session:
                 parts that do.
             clock: told what took how long.
             on_prefill: receives positions read and positions to read.
+            memory: of a conversation of one, whose beginning the caches hold already; they are donated.
 
         Raises:
             UserError: the device has not enough memory.
@@ -85,6 +87,7 @@ class Session:
         models = {"target": self.models.target}
         if with_draft and self.models.draft is not None:
             models["draft"] = self.models.draft
+        kept = {} if memory is None else memory.take(prompts)
         chunk = min(chunk or _largest_chunk(models.values(), batch, longest), _round_up(longest, _CHUNK_STEP))
         padded = _round_up(longest, chunk)
         # A window may write W + 1 entries beyond the last token that is kept.
@@ -96,6 +99,7 @@ class Session:
             {
                 f"the KV cache of the {role}": model.config.cache_bytes(batch, slots, model.dtype.itemsize)
                 for role, model in models.items()
+                if role not in kept
             }
         )
         read = {}
@@ -106,6 +110,9 @@ class Session:
                 if on_prefill is not None:
                     on_prefill(before + position, padded * len(models))
 
+            if role in kept:
+                read[role] = _read_on(model, kept[role], prompts[0], slots, chunk, progress)
+                continue
             cache = KVCache.empty(model.config, batch, slots, model.dtype, self.implementation)
             read[role] = prefill(
                 model, jnp.asarray(tokens), jnp.asarray(lengths), cache, chunk=chunk, progress=progress
@@ -150,6 +157,71 @@ def seed_keys(seed: int, batch: int) -> Key[Array, " B"]:
     """One key per sequence; that of a sequence does not depend on how many others there are."""
     key = jax.random.key(seed)
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(batch))
+
+
+@dataclasses.dataclass
+class Memory:
+    """What a conversation of one sequence holds between two calls of `generate`: caches, and the tokens in them.
+
+    Attributes:
+        tokens: what was read and written so far.
+        caches: by role, each with the length that is known to hold these tokens.
+        prefilled: tokens of the last prompt that had to be read, by role.
+    """
+
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    caches: dict[str, KVCache] = dataclasses.field(default_factory=dict)
+    prefilled: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def take(self, prompts: Sequence[Sequence[int]]) -> dict[str, KVCache]:
+        """The caches, rolled back to what they share with the prompt; they belong to the caller from now on."""
+        prompt = prompts[0]
+        same = next((i for i, (a, b) in enumerate(zip(self.tokens, prompt, strict=False)) if a != b), None)
+        shared = min(len(self.tokens), len(prompt)) if same is None else same
+        taken = {}
+        for role, cache in self.caches.items():
+            # The prompt's last token is always read: what comes next is chosen by it.
+            length = min(shared, int(cache.lengths[0]), len(prompt) - 1)
+            taken[role] = cache.at(jnp.full((1,), length, jnp.int32))
+        self.prefilled = {role: len(prompt) - int(cache.lengths[0]) for role, cache in taken.items()}
+        self.caches, self.tokens = {}, []
+        return taken
+
+    def keep(self, state: DecodeState, tokens: list[int]) -> None:
+        """Keeps the caches of a finished state, which nobody else may use any more.
+
+        Args:
+            state: with one sequence.
+            tokens: its prompt and what was made of it.
+        """
+        self.tokens = list(tokens)
+        self.caches = {"target": state.target_cache}
+        if state.draft_cache is not None:
+            self.caches["draft"] = state.draft_cache
+
+
+def _read_on(
+    model: LanguageModel,
+    cache: KVCache,
+    prompt: Sequence[int],
+    slots: int,
+    chunk: int,
+    progress: Callable[[int], None],
+) -> tuple[Float[Array, "B D"], KVCache]:
+    """Reads what a cache does not yet hold of a prompt."""
+    begun = int(cache.lengths[0])
+    rest = np.asarray(prompt[begun:], np.int32)
+    chunk = min(chunk, _round_up(len(rest), _CHUNK_STEP))
+    padded = np.zeros((1, _round_up(len(rest), chunk)), np.int32)
+    padded[0, : len(rest)] = rest
+    return prefill(
+        model,
+        jnp.asarray(padded),
+        jnp.asarray([len(rest)], jnp.int32),
+        cache.with_room(_round_up(max(slots, begun + padded.shape[1]), 128)),
+        chunk=chunk,
+        progress=progress,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "room"), donate_argnames=("target_cache", "draft_cache"))

@@ -1,0 +1,144 @@
+"""`specattn chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from specattn_jax.cli import options
+from specattn_jax.cli.process import importing
+from specattn_jax.cli.terminal import say, stage_bar
+from specattn_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from specattn_jax.loading.pair import ModelPair
+    from specattn_jax.runtime.request import Request
+    from specattn_jax.runtime.results import Generations
+
+_HELP = "/mode MODE, /saved, /reset, /quit; Ctrl-C stops an answer"
+
+
+def chat_command(
+    target: options.Target = "smollm2",
+    draft: options.Draft = "default",
+    max_new_tokens: Annotated[int, typer.Option(help="Most new tokens per answer.")] = 512,
+    mode: Annotated[
+        str, typer.Option(help="How to decode, as for `generate`; /mode changes it.", metavar="MODE")
+    ] = "auto",
+    kv_reduction: Annotated[
+        float | None, typer.Option(help="specattn, should it run: share of the cache reads to save.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this probability.")] = 1.0,
+    seed: options.Seed = 0,
+    dtype: options.Dtype = "auto",
+    alignment: Annotated[
+        Path | None,
+        typer.Option(help="specattn: folder written by `specattn calibrate`.", show_default="the preset's"),
+    ] = None,
+) -> None:
+    """Talk to a chat model; what was said stays in its cache. Lines come from stdin, answers go to stdout."""
+    with importing():
+        from specattn_jax.loading.pair import load_pair
+        from specattn_jax.runtime.request import Request
+
+    request = Request(
+        max_new_tokens=max_new_tokens,
+        mode=mode,
+        kv_reduction=kv_reduction,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    with stage_bar() as bar:
+        pair = load_pair(target, draft, alignment=alignment or "default", dtype=dtype, progress=bar.bytes)
+    say(_HELP, style="dim")
+    conversation = _Conversation(pair, request)
+    for line in _lines():
+        try:
+            if not conversation.hear(line):
+                break
+        except UserError as error:
+            # A conversation goes on after a mistake.
+            say(f"Error: {error}", style="red")
+
+
+def _lines() -> Iterator[str]:
+    """What the person says, line by line."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        try:
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            say("")
+            continue
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+class _Conversation:
+    """Messages so far, how to answer, and what the caches hold."""
+
+    def __init__(self, pair: ModelPair, request: Request) -> None:
+        from specattn_jax.runtime.session import Memory
+
+        self._pair, self._request = pair, request
+        self._messages: list[dict[str, str]] = []
+        self._memory = Memory()
+        self._last: Generations | None = None
+
+    def hear(self, line: str) -> bool:
+        """Obeys a command or answers; False where the person leaves."""
+        command, _, argument = line.partition(" ")
+        if command == "/quit":
+            return False
+        if command == "/mode":
+            self._request = self._request.change(mode=argument.strip())
+            say(f"mode {self._request.mode}", style="dim")
+        elif command == "/saved":
+            say(self._saved(), style="dim")
+        elif command == "/reset":
+            self.__init__(self._pair, self._request)  # type: ignore[misc]
+        elif line.startswith("/"):
+            raise UserError(f"{command} is no command; expected one of {_HELP}.")
+        else:
+            self._answer(line)
+        return True
+
+    def _answer(self, line: str) -> None:
+        """Streams the answer to a message; one that is stopped stays as far as it came."""
+        from specattn_jax.runtime.generate import generate
+
+        messages = [*self._messages, {"role": "user", "content": line}]
+        tokenizer, said = self._pair.tokenizer, list[str]()
+        prompt = tokenizer.encode(tokenizer.apply_chat(messages), add_special=False)
+
+        def on_text(_: int, text: str) -> None:
+            said.append(text)
+            print(text, end="", flush=True)
+
+        try:
+            self._last = generate(self._pair, [prompt], self._request, on_text=on_text, memory=self._memory)
+        except KeyboardInterrupt:
+            say(" (stopped)", style="dim")
+        print(flush=True)
+        self._messages = [*messages, {"role": "assistant", "content": "".join(said)}]
+
+    def _saved(self) -> str:
+        """Of the last answer: the share of cache reads saved, drafts accepted, and speed."""
+        if self._last is None:
+            return "nothing was answered yet"
+        result = self._last.results[0]
+        read = self._memory.prefilled.get("target", result.prompt_tokens)
+        return (
+            f"{result.mode}: {result.kv_reduction:.1%} of cache reads saved, {result.accepted_per_window:.2f} drafted "
+            f"tokens accepted per window, {self._last.tokens_per_s:.1f} tokens/s; {read} of {result.prompt_tokens} "
+            "tokens of the conversation had to be read"
+        )

@@ -1,0 +1,89 @@
+"""Conversations: what was said is not read again, and the terminal's commands."""
+
+from __future__ import annotations
+
+import pytest
+from command import run
+
+from specattn_jax.cli import chat
+from specattn_jax.errors import UserError
+from specattn_jax.runtime.generate import generate
+from specattn_jax.runtime.session import Memory
+
+TURNS = ["Call me Ishmael. ", "Some years ago, never mind how long precisely, ", "having little money ", "I went"]
+
+
+@pytest.mark.parametrize("mode", ["autoregressive", "speculative", "specattn"])
+def test_every_turn_is_as_if_all_had_been_read_anew(tiny_pair, mode):
+    memory, history = Memory(), list[int]()
+    for turn in TURNS:
+        history += tiny_pair.tokenizer.encode(turn, add_special=False)
+        before = len(memory.tokens)
+        got = generate(tiny_pair, [history], mode=mode, max_new_tokens=11, memory=memory).results[0]
+        assert got.tokens == generate(tiny_pair, [history], mode=mode, max_new_tokens=11).results[0].tokens
+        if before:
+            # The last token of an answer was never read, and the draft may be one more behind.
+            new = len(history) - before
+            assert memory.prefilled["target"] == new + 1
+            assert memory.prefilled.get("draft", new + 1) in (new + 1, new + 2)
+        history += got.tokens
+
+
+def test_a_history_that_changed_is_read_from_there(tiny_pair):
+    memory, first = Memory(), tiny_pair.tokenizer.encode("abcdefgh")
+    generate(tiny_pair, [first], mode="speculative", max_new_tokens=9, memory=memory)
+    other = [*first[:4], *tiny_pair.tokenizer.encode("xyz", add_special=False)]
+    got = generate(tiny_pair, [other], mode="speculative", max_new_tokens=9, memory=memory).results[0]
+    assert got.tokens == generate(tiny_pair, [other], mode="speculative", max_new_tokens=9).results[0].tokens
+    assert memory.prefilled["target"] == len(other) - 4
+    with pytest.raises(UserError, match="one conversation"):
+        generate(tiny_pair, [other, other], memory=memory)
+
+
+def test_the_terminal(tiny_pair, monkeypatch):
+    monkeypatch.setattr(
+        type(tiny_pair.tokenizer), "apply_chat", lambda _, messages: "".join(m["content"] for m in messages)
+    )
+    monkeypatch.setattr("specattn_jax.loading.pair.load_pair", lambda *_, **__: tiny_pair)
+    lines = b"/saved\nHello\n/mode speculative\nAnd then?\n/saved\n/mode wrong\n/nothing\n/reset\nHello\n/quit\nnever\n"
+    done = run("chat", "--max-new-tokens", 6, "--mode", "autoregressive", stdin=lines)
+    assert done.exit_code == 0
+    said = done.stderr
+    for words in (
+        "nothing was answered yet", "mode speculative", "speculative: 0.0% of cache reads saved", "had to be read",
+        "mode is 'wrong'", "/nothing is no command",
+    ):  # fmt: skip
+        assert words in " ".join(said.split())
+    first, again = (tiny_pair.tokenizer.decode(_answer(tiny_pair)) for _ in range(2))
+    assert done.stdout.count(first) >= 2
+    assert first == again
+
+
+def _answer(pair):
+    prompt = pair.tokenizer.encode("Hello", add_special=False)
+    return generate(pair, [prompt], mode="autoregressive", max_new_tokens=6).results[0].tokens
+
+
+def test_stopping_an_answer_stops_nothing_else(tiny_pair, monkeypatch):
+    monkeypatch.setattr(type(tiny_pair.tokenizer), "apply_chat", lambda _, messages: messages[-1]["content"])
+    monkeypatch.setattr("specattn_jax.loading.pair.load_pair", lambda *_, **__: tiny_pair)
+    real, calls = chat._Conversation._answer, list[str]()
+
+    def answer(self, line):
+        if not calls:
+            calls.append(line)
+            monkeypatch.setattr("specattn_jax.runtime.generate.generate", interrupted)
+            real(self, line)
+            monkeypatch.undo()
+            return
+        real(self, line)
+
+    def interrupted(*_, on_text, **__):
+        on_text(0, "so far")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat._Conversation, "_answer", answer)
+    done = run("chat", "--mode", "autoregressive", stdin=b"Hello\n/quit\n")
+    assert done.exit_code == 0
+    assert done.stdout == "so far\n"
+    assert "(stopped)" in done.stderr
