@@ -6,10 +6,15 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from command import mistake
 
 from specattn_jax.decoding.sampling import is_sound
 from specattn_jax.errors import UserError
+from specattn_jax.evaluation.forced import read_documents
+from specattn_jax.loading import save_hf
+from specattn_jax.loading.pair import load_pair
 from specattn_jax.models.transformer import LanguageModel
 from specattn_jax.runtime.generate import generate
 
@@ -72,6 +77,19 @@ def test_one_bad_prompt_of_several_is_named(tiny_pair):
         pytest.skip("a row of a tied embedding is a logit of every prompt")
     with pytest.raises(UserError, match="after prompt 2, "):
         generate(pair, ["Call me", "Zebra", "me"], mode="speculative", max_new_tokens=8)
+
+
+def test_perplexity_is_no_nan(tiny_pair):
+    target = with_weight(tiny_pair.target, "down", jnp.nan)
+    with pytest.raises(UserError, match=r"^target: .* in document 1, as its weight "):
+        read_documents(target, tiny_pair.draft, None, np.arange(120).reshape(2, 60))
+
+
+def test_the_command_says_it_and_fails(tiny_folders, tmp_path):
+    pair = load_pair(str(tiny_folders.target), "self", alignment=None)
+    save_hf(with_weight(pair.target, "down", jnp.inf), pair.tokenizer, tmp_path / "broken")
+    told = mistake("generate", "--target", tmp_path / "broken", "--mode", "autoregressive", "--prompt", "Call me")
+    assert told.startswith("target: its logits are NaN or infinite after prompt 1, as its weight ")
 
 
 def test_tokens_that_are_ruled_out_are_no_fault():

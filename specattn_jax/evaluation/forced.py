@@ -22,6 +22,7 @@ from specattn_jax.errors import UserError
 from specattn_jax.evaluation.attention import mass_read
 from specattn_jax.models.forward import forward
 from specattn_jax.models.transformer import LanguageModel
+from specattn_jax.runtime.faults import unsound
 from specattn_jax.runtime.session import Session
 from specattn_jax.selection.protocol import Seen, Selection
 from specattn_jax.selection.reads import attend_as_chosen, head_shares, layer_shares
@@ -193,7 +194,8 @@ def read_documents(
         measure_mass: whether to measure the attention mass that is read, at the cost of attending densely too.
 
     Raises:
-        UserError: the documents are too short for one window after the prefill, or longer than a model's context.
+        UserError: the documents are too short for one window after the prefill, or longer than a model's context, or
+            the target's logits are NaN or infinite.
     """
     models = Models(target, draft if selection is not None else None)
     cut = _cut(models, documents, prefill_share, window)
@@ -201,7 +203,7 @@ def read_documents(
     state = session.start(strategy, session.prefill(cut.prompts, cut.text.shape[1], window=window))
     keep = _Score(target, state.target_cache.lengths[0], reference, measure_mass, keep_hidden=True)
     _, kept = session.watch(strategy, state, cut.windows, keep)
-    return _summary(window, kept)
+    return _checked(_summary(window, kept), target, documents)
 
 
 def read_together(
@@ -239,7 +241,8 @@ def read_together(
     keep = _Score(target, state.target_cache.lengths[0], reference, measure_mass=False, keep_hidden=False)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *selections)
     kept = _watch_each(stacked, models, state, cut.text, keep, window=window, windows=cut.windows)
-    return [_summary(window, jax.tree.map(lambda x, i=index: x[i], kept)) for index in range(len(selections))]
+    readings = [_summary(window, jax.tree.map(lambda x, i=index: x[i], kept)) for index in range(len(selections))]
+    return [_checked(reading, target, documents) for reading in readings]
 
 
 @functools.partial(jax.jit, static_argnames=("window", "windows"))
@@ -294,6 +297,19 @@ def _cut(models: Models, documents: Documents, prefill_share: float, window: int
             f"and at most the models' {limit}."
         )
     return _Cut(tokens[:, :prompt].tolist(), jnp.asarray(tokens[:, prompt:]), (length - prompt - 1) // window)
+
+
+def _checked(reading: Reading, target: LanguageModel, documents: Documents) -> Reading:
+    """The reading, if it consists of numbers.
+
+    Raises:
+        UserError: the target computes none.
+    """
+    bad = ~np.isfinite(np.asarray(reading.nll))
+    if bad.any():
+        index = int(np.argmax(bad))
+        raise unsound("target", target, f"in document {index + 1}", np.asarray(documents)[index].tolist())
+    return reading
 
 
 def _summary(window: int, kept: dict[str, Any]) -> Reading:

@@ -37,9 +37,21 @@ def check_sound(models: Models, state: DecodeState, texts: Sequence[Sequence[int
     role = "draft" if faults[index] == DRAFT_FAULT else "target"
     model = models.draft if role == "draft" else models.target
     assert model is not None
-    raise UserError(
-        f"{role}: its logits are NaN or infinite after prompt {index + 1}, {_where(model, texts[index])}, in "
-        f"{model.dtype.name}; check its files, or load it with dtype float32."
+    raise unsound(role, model, f"after prompt {index + 1}", texts[index])
+
+
+def unsound(role: str, model: LanguageModel, when: str, tokens: Sequence[int]) -> UserError:
+    """The error for a model whose logits are NaN or infinite.
+
+    Args:
+        role: what the model is.
+        model: it.
+        when: after which text.
+        tokens: the text.
+    """
+    return UserError(
+        f"{role}: its logits are NaN or infinite {when}, {_where(model, tokens)}, in {model.dtype.name}; check its "
+        "files, or load it with dtype float32."
     )
 
 
