@@ -63,6 +63,8 @@ class Work(NamedTuple):
         draft_reads: share of its cache that each of those steps reads.
         scores: whether the draft's cache is scored, for the draft's own next reading or for the target's.
         plans: whether what the target reads is selected by those scores.
+        own_steps: sparse passes of the target that propose tokens; its keys are then scored once a window.
+        own_reads: share of its cache that each of those reads.
     """
 
     tokens: float
@@ -72,3 +74,5 @@ class Work(NamedTuple):
     draft_reads: float = 1.0
     scores: bool = False
     plans: bool = False
+    own_steps: int = 0
+    own_reads: float = 1.0

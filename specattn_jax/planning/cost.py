@@ -58,14 +58,16 @@ def window_bytes(scenario: Scenario, work: Work) -> WindowBytes:
     scenario.check()
     target, draft, size = scenario.target, scenario.draft, (scenario.batch, scenario.context, scenario.itemsize)
     selection = scored_bytes(scenario) + scoring_bytes(scenario) if work.scores else 0.0
+    # Where the target drafts, its keys are read once more, to choose what it reads then.
+    reads = work.target_reads + work.own_steps * work.own_reads + (0.5 if work.own_steps else 0.0)
     if work.plans:
         selection += planning_bytes(scenario)
     return WindowBytes(
         draft_weights=work.steps * weights_read(draft) * scenario.itemsize,
         draft_cache=work.steps * work.draft_reads * draft.cache_bytes(*size),
         selection=selection,
-        target_weights=weights_read(target) * scenario.itemsize,
-        target_cache=work.target_reads * target.cache_bytes(*size),
+        target_weights=(1 + work.own_steps) * weights_read(target) * scenario.itemsize,
+        target_cache=reads * target.cache_bytes(*size),
     )
 
 

@@ -1,0 +1,89 @@
+"""Self-speculation: the target drafts for itself, reading a small share of its own cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int32, Key
+
+from specattn_jax.decoding.protocol import DecodeSettings, Models, WindowRecord, check_window, newest, next_keys
+from specattn_jax.decoding.sampling import choose, history_along, is_sound, penalise, verify
+from specattn_jax.decoding.state import DecodeState, commit, note_faults
+from specattn_jax.decoding.work import Scenario, Work
+from specattn_jax.models.cache import KVCache
+from specattn_jax.models.forward import forward
+from specattn_jax.selection.own import OwnReads, attend_and_look, attend_by
+from specattn_jax.selection.protocol import Seen
+from specattn_jax.selection.reads import layer_shares
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class SelfSpeculative:
+    """The target drafts over what its last dense pass looked at most, and verifies over everything.
+
+    Weights and cache are shared: what drafting appends to the cache, verification writes anew. What the strategy keeps
+    for itself is the plan of what drafting reads.
+
+    Attributes:
+        settings: how tokens are drawn, and where sequences end.
+        window: W, tokens drafted per window.
+        reads: how much of its cache the target reads while it drafts.
+    """
+
+    settings: DecodeSettings = dataclasses.field(default_factory=DecodeSettings)
+    window: int = 5
+    reads: OwnReads = dataclasses.field(default_factory=OwnReads)
+
+    name: ClassVar[str] = "self"
+    needs_draft: ClassVar[bool] = False
+    lossless: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_window(self.window)
+
+    def start(self, models: Models, state: DecodeState) -> DecodeState:
+        """Reads the newest token densely, to see what it looks at; the first window reads it again."""
+        past = state.target_cache.lengths
+        read = forward(models.target, newest(state), state.target_cache, attend_and_look(None))
+        own = self.reads.plan([note.look for note in read.notes], read.cache, past, 2 * (self.window + 1))
+        return dataclasses.replace(state, target_cache=read.cache.at(past), draft_cache=None, own=own)
+
+    def step(self, models: Models, state: DecodeState) -> tuple[DecodeState, WindowRecord]:
+        """One window: draft sparsely, read densely, accept or reject, roll back."""
+        for_draft, for_verdict, later = next_keys(state, 3)
+        past, sampling = state.target_cache.lengths, self.settings.sampling
+        attend = attend_by(state.own)
+
+        def draft(
+            carry: tuple[KVCache, Int32[Array, " B"]], keys: Key[Array, " B"]
+        ) -> tuple[tuple[KVCache, Int32[Array, " B"]], tuple[Array, Array | None]]:
+            cache, last = carry
+            read = forward(models.target, last[:, None], cache, attend)
+            token, probs = choose(keys, models.target.logits(read.hidden[:, -1]), sampling)
+            return (read.cache, token), (token, probs)
+
+        step_keys = jnp.swapaxes(jax.vmap(lambda key: jax.random.split(key, self.window))(for_draft), 0, 1)
+        (cache, _), drafts = jax.lax.scan(draft, (state.target_cache, state.last[:, 1]), step_keys)
+        drafted, probs = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), drafts)
+
+        tokens = jnp.concatenate([newest(state), drafted], axis=1)
+        read = forward(models.target, tokens, cache.at(past), attend_and_look(None))
+        logits = models.target.logits(read.hidden)
+        state = note_faults(state, jnp.all(is_sound(logits), axis=1))
+        logits = penalise(logits, history_along(state.history, drafted), sampling)
+        verdict = verify(for_verdict, drafted, probs, logits, sampling)
+        own = self.reads.plan([note.look for note in read.notes], read.cache, past, 2 * (self.window + 1))
+        seen = Seen(past, ~state.done, tuple(note.seen for note in read.notes), read.cache.at(past))
+        shares = layer_shares(seen)
+        state = dataclasses.replace(state, target_cache=seen.cache, keys=later, own=own)
+        state = commit(state, verdict, shares, drafted=self.window, stop_tokens=self.settings.stop_tokens)
+        return state, WindowRecord(seen, shares, read.hidden, verdict)
+
+    def cost(self, scenario: Scenario) -> Work:
+        """W sparse steps of the target, one dense pass, and its keys once more."""
+        share = min(1.0, max(self.reads.share, self.reads.least / scenario.context))
+        return Work(tokens=scenario.accepted + 1.0, verified=self.window + 1, own_steps=self.window, own_reads=share)

@@ -1,0 +1,101 @@
+"""Strategies that draft in other ways: all write what the target writes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from tiny import outputs, run, tiny_model
+
+from specattn_jax.decoding.autoregressive import Autoregressive
+from specattn_jax.decoding.hierarchical import Hierarchical
+from specattn_jax.decoding.itself import SelfSpeculative
+from specattn_jax.decoding.protocol import DecodeSettings
+from specattn_jax.decoding.sampling import Sampling
+from specattn_jax.decoding.speculative import Speculative
+from specattn_jax.errors import UserError
+from specattn_jax.selection.own import OwnReads, SparseDraft
+
+RAGGED = [[1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 1, 4], [5], [2, 2, 7, 1, 1, 3, 6], [3, 1]]
+LIMIT = 40
+# Of such short caches next to nothing, so that drafts go wrong.
+FEW = OwnReads(0.1, num_sink=0, num_recent=1, least=1)
+KINDS: dict[str, Callable[..., Any]] = {
+    "self": lambda **settings: SelfSpeculative(window=4, reads=FEW, **settings),
+    "sparse draft": lambda **settings: Speculative(SparseDraft(FEW), window=4, **settings),
+    "hierarchical": lambda **settings: Hierarchical(window=7, inner=2, reads=FEW, **settings),
+}
+
+
+@pytest.fixture(scope="module")
+def models():
+    return tiny_model(0, num_layers=3), tiny_model(1, num_kv_heads=1)
+
+
+@pytest.fixture(scope="module")
+def alone(models):
+    return outputs(run(Autoregressive(), models[0], None, RAGGED, LIMIT))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestEach:
+    def test_writes_what_the_target_writes(self, kind, models, alone):
+        state = run(KINDS[kind](), models[0], models[1], RAGGED, LIMIT)
+        assert outputs(state) == alone
+        assert state.statistics.accepted.sum() > 0
+
+    @pytest.mark.parametrize("limit", [2])
+    def test_limits_inside_a_window(self, kind, models, alone, limit):
+        assert outputs(run(KINDS[kind](), models[0], models[1], RAGGED, limit)) == [row[:limit] for row in alone]
+
+    @pytest.mark.slow
+    def test_stop_tokens_inside_a_window(self, kind, models, alone):
+        stop = alone[0][LIMIT // 2]
+        state = run(KINDS[kind](settings=DecodeSettings(stop_tokens=(stop,))), models[0], models[1], RAGGED, LIMIT)
+        assert outputs(state) == [row[: row.index(stop) + 1] if stop in row else row for row in alone]
+
+    @pytest.mark.slow
+    def test_to_the_last_slots_of_the_cache(self, kind, models):
+        # Slots come in multiples of 128: prompt, tokens and the last window fill them.
+        strategy = KINDS[kind]()
+        prompt = [1, 2, 3, 4, 5, 6, 7, 1] * 8
+        limit = 128 - len(prompt) - strategy.window - 1
+        expected = outputs(run(Autoregressive(), models[0], None, [prompt], limit))
+        assert outputs(run(strategy, models[0], models[1], [prompt], limit)) == expected
+
+    @pytest.mark.slow
+    def test_draws_do_not_depend_on_the_batch(self, kind, models):
+        strategy = KINDS[kind](settings=DecodeSettings(Sampling(1.0)))
+        keys = jax.random.split(jax.random.key(3), len(RAGGED))
+        together = outputs(run(strategy, models[0], models[1], RAGGED, 12, keys))
+        alone = [
+            outputs(run(strategy, models[0], models[1], [p], 12, keys[i : i + 1]))[0] for i, p in enumerate(RAGGED)
+        ]
+        assert together == alone
+
+    @pytest.mark.slow
+    def test_draws_from_the_targets_distribution(self, kind, models):
+        """Chi-square over 20,000 texts of two drafted tokens, beside as many that the target drew alone."""
+        count, limit = 20_000, 3
+        settings = DecodeSettings(Sampling(1.5))
+        tables = []
+        for seed, strategy in enumerate((KINDS[kind](settings=settings), Autoregressive(settings))):
+            keys = jax.random.split(jax.random.key(seed), count)
+            texts: np.ndarray = np.array(
+                outputs(run(strategy, models[0], models[1], [[1, 2, 3, 1, 2]] * count, limit, keys))
+            )
+            tables.append(np.bincount(texts @ [64, 8, 1], minlength=512).astype(float))
+        often = sum(tables) >= 10
+        rows = [np.append(table[often], table[~often].sum()) for table in tables]
+        total = sum(rows)
+        chi2 = float(np.sum((rows[0] - rows[1]) ** 2 / np.maximum(total, 1)))
+        freedom = len(total) - 1
+        assert chi2 < freedom + 4.5 * np.sqrt(2 * freedom)
+
+
+def test_inner_windows_that_leave_nothing_to_verify_are_refused():
+    with pytest.raises(UserError, match="inner is 5; expected at least 1 and less than the window's 5"):
+        Hierarchical(window=5, inner=5)
