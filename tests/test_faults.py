@@ -87,9 +87,13 @@ def test_perplexity_is_no_nan(tiny_pair):
 
 def test_the_command_says_it_and_fails(tiny_folders, tmp_path):
     pair = load_pair(str(tiny_folders.target), "self", alignment=None)
-    save_hf(with_weight(pair.target, "down", jnp.inf), pair.tokenizer, tmp_path / "broken")
+    target = pair.target
+    # Finite, as the loader refuses what is not.
+    for name in ("up", "down"):
+        target = with_weight(target, name, lambda leaf: jnp.full_like(leaf, 3e38))
+    save_hf(target, pair.tokenizer, tmp_path / "broken")
     told = mistake("generate", "--target", tmp_path / "broken", "--mode", "autoregressive", "--prompt", "Call me")
-    assert told.startswith("target: its logits are NaN or infinite after prompt 1, as its weight ")
+    assert told.startswith("target: its logits are NaN or infinite after prompt 1, from layer 2 of 3 on, ")
 
 
 def test_tokens_that_are_ruled_out_are_no_fault():
