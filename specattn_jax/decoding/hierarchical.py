@@ -13,16 +13,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Key
 
 from specattn_jax.decoding.drafting import draft_window
-from specattn_jax.decoding.protocol import DecodeSettings, Models, WindowRecord, check_window, newest, next_keys
-from specattn_jax.decoding.sampling import choose, history_along, is_sound, penalise, token_distribution, verify
-from specattn_jax.decoding.state import DecodeState, commit, note_faults
+from specattn_jax.decoding.protocol import (
+    DecodeSettings,
+    Models,
+    WindowRecord,
+    check_window,
+    drafting,
+    newest,
+    next_keys,
+    target_logits,
+)
+from specattn_jax.decoding.refreshing import read_and_refresh
+from specattn_jax.decoding.sampling import choose, token_distribution, verify
+from specattn_jax.decoding.state import DecodeState, commit
 from specattn_jax.decoding.work import Scenario, Work
 from specattn_jax.errors import UserError
 from specattn_jax.models.cache import KVCache
 from specattn_jax.models.forward import forward
-from specattn_jax.models.transformer import LanguageModel
-from specattn_jax.selection.own import OwnReads, attend_and_look, attend_by
-from specattn_jax.selection.protocol import Seen
+from specattn_jax.selection.own import OwnReads, attend_by
 from specattn_jax.selection.reads import ReadEverything, layer_shares
 
 
@@ -77,17 +85,14 @@ class Hierarchical:
 
     def start(self, models: Models, state: DecodeState) -> DecodeState:
         """Reads the newest token densely, to see what it looks at; the first window reads it again."""
-        _, draft_cache = _drafting(models, state)
-        past = state.target_cache.lengths
-        read = forward(models.target, newest(state), state.target_cache, attend_and_look(None))
-        own = self.reads.plan([note.look for note in read.notes], read.cache, past, 2 * (self.window + 1))
-        return dataclasses.replace(
-            state, target_cache=read.cache.at(past), draft_cache=draft_cache.at(past - 1), own=own
-        )
+        _, draft_cache = drafting(models, state)
+        read = read_and_refresh(models, state, newest(state), state.target_cache, self.reads, self.window)
+        cache = draft_cache.at(read.seen.past - 1)
+        return dataclasses.replace(state, target_cache=read.seen.cache, draft_cache=cache, own=read.plan)
 
     def step(self, models: Models, state: DecodeState) -> tuple[DecodeState, WindowRecord]:
         """One window: inner windows, one dense pass over what they gave, and rollback of both caches."""
-        draft, _ = _drafting(models, state)
+        draft, _ = drafting(models, state)
         for_inner, for_verdict, later = next_keys(state, 3)
         past, sampling, wanted = state.target_cache.lengths, self.settings.sampling, self.verified
         middle = self._propose(models, state, for_inner)
@@ -95,23 +100,21 @@ class Hierarchical:
         probs = None if middle.probs is None else middle.probs[:, :wanted]
 
         tokens = jnp.concatenate([newest(state), drafted], axis=1)
-        read = forward(models.target, tokens, middle.target_cache.at(past), attend_and_look(None))
-        logits = models.target.logits(read.hidden)
-        state = note_faults(state, jnp.all(is_sound(logits), axis=1))
-        logits = penalise(logits, history_along(state.history, drafted), sampling)
+        read = read_and_refresh(models, state, tokens, middle.target_cache, self.reads, self.window)
+        state, logits = target_logits(models, state, read.hidden, drafted, sampling)
         verdict = verify(for_verdict, drafted, probs, logits, sampling)
         # If all are kept, the draft has to have read all of them but the last.
         caught_up = forward(draft, tokens[:, -2:], middle.draft_cache.at(past + wanted - 1)).cache
-        own = self.reads.plan([note.look for note in read.notes], read.cache, past, 2 * (self.window + 1))
-        seen = Seen(past, ~state.done, tuple(note.seen for note in read.notes), read.cache.at(past))
-        shares = layer_shares(seen)
-        state = dataclasses.replace(state, target_cache=seen.cache, draft_cache=caught_up, keys=later, own=own)
+        shares = layer_shares(read.seen)
+        state = dataclasses.replace(
+            state, target_cache=read.seen.cache, draft_cache=caught_up, keys=later, own=read.plan
+        )
         state = commit(state, verdict, shares, drafted=wanted, stop_tokens=self.settings.stop_tokens)
-        return state, WindowRecord(seen, shares, read.hidden, verdict)
+        return state, WindowRecord(read.seen, shares, read.hidden, verdict)
 
     def _propose(self, models: Models, state: DecodeState, keys: Key[Array, " B"]) -> _Middle:
         """Inner windows, until every sequence has as many tokens as are verified; those that have wait."""
-        draft, draft_cache = _drafting(models, state)
+        draft, draft_cache = drafting(models, state)
         past, sampling = state.target_cache.lengths, self.settings.sampling
         attend, vocab, batch = attend_by(state.own), models.target.config.vocab_size, state.done.shape[0]
         places = self.window + 1
@@ -172,14 +175,3 @@ class Hierarchical:
             own_steps=rounds,
             own_reads=share,
         )
-
-
-def _drafting(models: Models, state: DecodeState) -> tuple[LanguageModel, KVCache]:
-    """The draft and its cache.
-
-    Raises:
-        ValueError: there is no draft, or it has no cache.
-    """
-    if models.draft is None or state.draft_cache is None:
-        raise ValueError("models.draft or state.draft_cache is None; a hierarchy needs both.")
-    return models.draft, state.draft_cache

@@ -9,14 +9,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32, Key
 
-from specattn_jax.decoding.protocol import DecodeSettings, Models, WindowRecord, check_window, newest, next_keys
-from specattn_jax.decoding.sampling import choose, history_along, is_sound, penalise, verify
-from specattn_jax.decoding.state import DecodeState, commit, note_faults
+from specattn_jax.decoding.protocol import (
+    DecodeSettings,
+    Models,
+    WindowRecord,
+    check_window,
+    newest,
+    next_keys,
+    target_logits,
+)
+from specattn_jax.decoding.refreshing import read_and_refresh
+from specattn_jax.decoding.sampling import choose, verify
+from specattn_jax.decoding.state import DecodeState, commit
 from specattn_jax.decoding.work import Scenario, Work
 from specattn_jax.models.cache import KVCache
 from specattn_jax.models.forward import forward
-from specattn_jax.selection.own import OwnReads, attend_and_look, attend_by
-from specattn_jax.selection.protocol import Seen
+from specattn_jax.selection.own import OwnReads, attend_by
 from specattn_jax.selection.reads import layer_shares
 
 
@@ -47,15 +55,13 @@ class SelfSpeculative:
 
     def start(self, models: Models, state: DecodeState) -> DecodeState:
         """Reads the newest token densely, to see what it looks at; the first window reads it again."""
-        past = state.target_cache.lengths
-        read = forward(models.target, newest(state), state.target_cache, attend_and_look(None))
-        own = self.reads.plan([note.look for note in read.notes], read.cache, past, 2 * (self.window + 1))
-        return dataclasses.replace(state, target_cache=read.cache.at(past), draft_cache=None, own=own)
+        read = read_and_refresh(models, state, newest(state), state.target_cache, self.reads, self.window)
+        return dataclasses.replace(state, target_cache=read.seen.cache, draft_cache=None, own=read.plan)
 
     def step(self, models: Models, state: DecodeState) -> tuple[DecodeState, WindowRecord]:
         """One window: draft sparsely, read densely, accept or reject, roll back."""
         for_draft, for_verdict, later = next_keys(state, 3)
-        past, sampling = state.target_cache.lengths, self.settings.sampling
+        sampling = self.settings.sampling
         attend = attend_by(state.own)
 
         def draft(
@@ -71,17 +77,13 @@ class SelfSpeculative:
         drafted, probs = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), drafts)
 
         tokens = jnp.concatenate([newest(state), drafted], axis=1)
-        read = forward(models.target, tokens, cache.at(past), attend_and_look(None))
-        logits = models.target.logits(read.hidden)
-        state = note_faults(state, jnp.all(is_sound(logits), axis=1))
-        logits = penalise(logits, history_along(state.history, drafted), sampling)
+        read = read_and_refresh(models, state, tokens, cache, self.reads, self.window)
+        state, logits = target_logits(models, state, read.hidden, drafted, sampling)
         verdict = verify(for_verdict, drafted, probs, logits, sampling)
-        own = self.reads.plan([note.look for note in read.notes], read.cache, past, 2 * (self.window + 1))
-        seen = Seen(past, ~state.done, tuple(note.seen for note in read.notes), read.cache.at(past))
-        shares = layer_shares(seen)
-        state = dataclasses.replace(state, target_cache=seen.cache, keys=later, own=own)
+        shares = layer_shares(read.seen)
+        state = dataclasses.replace(state, target_cache=read.seen.cache, keys=later, own=read.plan)
         state = commit(state, verdict, shares, drafted=self.window, stop_tokens=self.settings.stop_tokens)
-        return state, WindowRecord(seen, shares, read.hidden, verdict)
+        return state, WindowRecord(read.seen, shares, read.hidden, verdict)
 
     def cost(self, scenario: Scenario) -> Work:
         """W sparse steps of the target, one dense pass, and its keys once more."""

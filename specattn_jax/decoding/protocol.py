@@ -6,12 +6,14 @@ import dataclasses
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
-from jaxtyping import Array, Float, Int32
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
 
-from specattn_jax.decoding.sampling import Sampling, Verdict
-from specattn_jax.decoding.state import DecodeState
+from specattn_jax.decoding.sampling import Sampling, Verdict, history_along, is_sound, penalise
+from specattn_jax.decoding.state import DecodeState, note_faults
 from specattn_jax.decoding.work import Scenario, Work
 from specattn_jax.errors import UserError
+from specattn_jax.models.cache import KVCache
 from specattn_jax.models.transformer import LanguageModel
 from specattn_jax.selection.protocol import Seen
 
@@ -119,3 +121,37 @@ def next_keys(state: DecodeState, count: int) -> list[Array]:
 def newest(state: DecodeState) -> Int32[Array, "B 1"]:
     """The last committed token of every sequence, which the target has not read yet."""
     return state.last[:, 1:]
+
+
+def target_logits(
+    models: Models,
+    state: DecodeState,
+    hidden: Float[Array, "B T D"],
+    drafted: Int32[Array, "B W"],
+    sampling: Sampling,
+    draft_sound: Bool[Array, " B"] | None = None,
+) -> tuple[DecodeState, Float[Array, "B T V"]]:
+    """The target's logits by which a window is judged, after the repetition penalty; faults are noted in the state.
+
+    Args:
+        models: with the target.
+        state: before the window is committed.
+        hidden: the target's hidden states of the last committed token and the drafted ones.
+        drafted: the drafted tokens.
+        sampling: with the penalty.
+        draft_sound: whether the draft's logits were sound; None without a draft, or where nobody noted it.
+    """
+    logits = models.target.logits(hidden)
+    state = note_faults(state, jnp.all(is_sound(logits), axis=1), draft_sound)
+    return state, penalise(logits, history_along(state.history, drafted), sampling)
+
+
+def drafting(models: Models, state: DecodeState) -> tuple[LanguageModel, KVCache]:
+    """The draft and its cache.
+
+    Raises:
+        ValueError: there is no draft, or it has no cache.
+    """
+    if models.draft is None or state.draft_cache is None:
+        raise ValueError("models.draft or state.draft_cache is None; a strategy with a draft needs both.")
+    return models.draft, state.draft_cache

@@ -11,12 +11,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Key
 
 from specattn_jax.decoding.drafting import Chooser, Drafted, draft_window
-from specattn_jax.decoding.protocol import DecodeSettings, Models, WindowRecord, check_window, newest, next_keys
-from specattn_jax.decoding.sampling import Sampling, Verdict, choose, history_along, is_sound, penalise, verify
-from specattn_jax.decoding.state import DecodeState, commit, note_faults
+from specattn_jax.decoding.protocol import (
+    DecodeSettings,
+    Models,
+    WindowRecord,
+    check_window,
+    drafting,
+    newest,
+    next_keys,
+    target_logits,
+)
+from specattn_jax.decoding.sampling import Sampling, Verdict, choose, verify
+from specattn_jax.decoding.state import DecodeState, commit
 from specattn_jax.decoding.work import Scenario, Work
 from specattn_jax.models.forward import forward
-from specattn_jax.models.transformer import LanguageModel
 from specattn_jax.selection.protocol import Opening, Seen, Selection
 from specattn_jax.selection.reads import ReadEverything, attend_as_chosen, layer_shares
 
@@ -84,9 +92,9 @@ class Speculative:
 
     def start(self, models: Models, state: DecodeState) -> DecodeState:
         """Lets the selection begin; it may let the draft read its last two tokens."""
-        draft, cache = _drafting(models, state)
+        draft, cache = drafting(models, state)
         past = state.target_cache.lengths
-        own, cache = self.selection.init(
+        own, opened = self.selection.init(
             Opening(
                 target=models.target.config,
                 past=past,
@@ -97,7 +105,7 @@ class Speculative:
                 read=lambda attend: forward(draft, state.last, cache.at(past - 1), attend),
             )
         )
-        return dataclasses.replace(state, draft_cache=None if cache is None else cache.at(past - 1), own=own)
+        return dataclasses.replace(state, draft_cache=None if opened is None else opened.at(past - 1), own=own)
 
     def verify(
         self, models: Models, state: DecodeState, keys: Key[Array, " B"], choose_token: Chooser | None = None
@@ -110,7 +118,7 @@ class Speculative:
             keys: one per sequence, for the draft.
             choose_token: chooses the drafted tokens; None draws them as the settings say.
         """
-        draft, cache = _drafting(models, state)
+        draft, cache = drafting(models, state)
         past = state.target_cache.lengths
         drafted = draft_window(
             draft,
@@ -145,9 +153,7 @@ class Speculative:
         for_draft, for_verdict, later = next_keys(state, 3)
         window = self.verify(models, state, for_draft)
         sampling, drafted = self.settings.sampling, window.drafted
-        logits = models.target.logits(window.hidden)
-        state = note_faults(state, jnp.all(is_sound(logits), axis=1), drafted.sound)
-        logits = penalise(logits, history_along(state.history, drafted.tokens), sampling)
+        state, logits = target_logits(models, state, window.hidden, drafted.tokens, sampling, drafted.sound)
         verdict = self.judge(for_verdict, drafted.tokens, drafted.probs, logits, sampling, state.statistics.windows)
         return self.finish(dataclasses.replace(state, keys=later), window, verdict)
 
@@ -173,14 +179,3 @@ class SpecAttn(Speculative):
                 target_reads=1.0 - scenario.kv_reduction, draft_reads=scenario.draft_share, scores=True, plans=True
             )
         )
-
-
-def _drafting(models: Models, state: DecodeState) -> tuple[LanguageModel, Any]:
-    """The draft and its cache.
-
-    Raises:
-        ValueError: there is no draft, or it has no cache.
-    """
-    if models.draft is None or state.draft_cache is None:
-        raise ValueError("models.draft or state.draft_cache is None; a speculative strategy needs both.")
-    return models.draft, state.draft_cache

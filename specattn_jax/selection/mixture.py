@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from specattn_jax.models.cache import KVCache, Look
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.models.forward import Attend, Attended, Read
 from specattn_jax.selection.alignment import Alignment, NucleusMass, Steering, reduce_heads
+from specattn_jax.selection.looks import attend_and_look, note_look, score_looks, window_looks
 from specattn_jax.selection.policy import LEAST_DRAFT_ENTRIES, SelectionPolicy
 from specattn_jax.selection.protocol import LayerChoice, Opening, Seen
 from specattn_jax.selection.reads import layer_shares
@@ -103,9 +103,9 @@ class Mixture:
         else:
             watched = jnp.zeros((opening.batch, self.alignment.weights.shape[1], opening.num_slots), opening.dtype)
         if self._drafts_sparsely:
-            read = opening.read(_look(None))
+            read = opening.read(attend_and_look(None))
             cache = read.cache
-            scores = _score(read.notes, cache, opening.past)
+            scores = score_looks(read.notes, cache, opening.past)
             draft_plan = self._draft_plan(scores, opening.past, opening.window)
         steering = Steering.start(opening.batch, self.target.num_layers)
         return MixtureState(watched, draft_plan, steering), cache
@@ -114,14 +114,10 @@ class Mixture:
         self, state: MixtureState, read: Callable[[Attend], Read], step: Int32[Array, ""]
     ) -> tuple[Read, MixtureState]:
         """One step of the draft, sparse where the policy says so; notes what its newest token looked at."""
+        watched: Look | Float[Array, "B R S"]
         if isinstance(state.watched, Look):
-            seen = read(_look(state.draft_plan))
-            # One array for all layers, each with the newest token alone.
-            newest = jax.tree.map(lambda *layers: jnp.stack([layer[:, -1] for layer in layers]), *seen.notes)
-            # A plain update: `at[step].set` would first look whether the step is inside, in several kernels of its own.
-            watched = jax.tree.map(
-                lambda steps, one: jax.lax.dynamic_update_index_in_dim(steps, one, step, 0), state.watched, newest
-            )
+            seen = read(attend_and_look(state.draft_plan))
+            watched = note_look(state.watched, seen.notes, step)
         else:
             seen = read(self._observe_sources)
             sources = jnp.concatenate(seen.notes, axis=1).astype(state.watched.dtype)
@@ -143,12 +139,7 @@ class Mixture:
         if isinstance(state.watched, Look):
             if draft_cache is None:
                 raise ValueError("draft_cache is None; a mixture is made of the draft's attention.")
-            # The steps of the window become the tokens of one look.
-            looks = [
-                jax.tree.map(lambda x, i=layer: jnp.swapaxes(x[:, i], 0, 1), state.watched)
-                for layer in range(self.draft.num_layers)
-            ]
-            sources = _score(looks, draft_cache, past)
+            sources = score_looks(window_looks(state.watched), draft_cache, past)
             if self._drafts_sparsely:
                 draft_plan = self._draft_plan(sources, past, state.watched.lse.shape[0])
         else:
@@ -239,32 +230,6 @@ class Mixture:
         call = SelectionCall("select_blocks", rows, shape[-1], policy.block_size, policy.threshold)
         chosen = self.implementation or choose_implementation(call, current_device()).name
         return chosen != "xla"
-
-
-def _look(plan: SelectionPlan | None) -> Attend:
-    """Attends as a plan of all layers says, without one to everything; notes how tokens looked at what they read."""
-
-    def attend(layer: int, q: Float[Array, "B T N H"], cache: KVCache) -> Attended:
-        own = None if plan is None else plan.at_layer(layer)
-        result = cache.attend(layer, q, own, return_lse=True)
-        assert result.lse is not None
-        return Attended(result.out, Look(q, result.lse))
-
-    return attend
-
-
-def _score(looks: Sequence[Any], cache: KVCache, past: Int32[Array, " B"]) -> Float[Array, "B R S"]:
-    """Largest attention of every draft kv head over the tokens of a look per layer, in the cache's dtype.
-
-    Where a draft read sparsely all weights of a query are a little too large, by what it left out, so that a step that
-    left out more counts a little more.
-    """
-    heads = cache.num_kv_heads
-    scores = jnp.zeros((past.shape[0], heads * len(looks), cache.num_slots), cache.dtype)
-    for layer, look in enumerate(looks):
-        # In place, where concatenating so many arrays would be slow.
-        scores = jax.lax.dynamic_update_slice_in_dim(scores, cache.score(layer, look, past), layer * heads, axis=1)
-    return scores
 
 
 def _draft_room(policy: SelectionPolicy, slots: int, recent: int) -> int:

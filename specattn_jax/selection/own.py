@@ -9,25 +9,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Int32
 from specattn_kernels import SelectionPlan, select_blocks
 
 from specattn_jax.errors import UserError
 from specattn_jax.models.cache import KVCache, Look
 from specattn_jax.models.forward import Attend, Attended, Read
+from specattn_jax.selection.looks import attend_and_look, newest_look, note_look, score_looks, window_looks
 from specattn_jax.selection.policy import LEAST_DRAFT_ENTRIES
-from specattn_jax.selection.protocol import LayerSeen, Opening, Seen
-
-
-class Noted(NamedTuple):
-    """What a layer notes: what it saw, as verification tells it, and how its tokens looked at the cache."""
-
-    seen: LayerSeen
-    look: Look
+from specattn_jax.selection.protocol import Opening, Seen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +55,7 @@ class OwnReads:
                 window: they are read as soon as there is something in them.
         """
         slots = cache.num_slots
-        scores = jnp.stack([cache.score(layer, look, past) for layer, look in enumerate(looks)], axis=1)
+        scores = score_looks(looks, cache, past).reshape(past.shape[0], len(looks), cache.num_kv_heads, slots)
         recent = self.num_recent + new
         share = jnp.maximum(self.share, self.least / (past + new))
         # Entries that the share may take, and besides those that are always read.
@@ -76,18 +70,6 @@ class OwnReads:
             capacity=min(slots, room),
             implementation=cache.implementation,
         )
-
-
-def attend_and_look(plan: SelectionPlan | None) -> Attend:
-    """Attends in all layers as a plan says, without one to everything; notes `Noted`."""
-
-    def attend(layer: int, q: Float[Array, "B T N H"], cache: KVCache) -> Attended:
-        own = None if plan is None else plan.at_layer(layer)
-        result = cache.attend(layer, q, own, return_lse=True)
-        assert result.lse is not None
-        return Attended(result.out, Noted(LayerSeen(q, own, None), Look(q, result.lse)))
-
-    return attend
 
 
 def attend_by(plan: SelectionPlan) -> Attend:
@@ -118,10 +100,8 @@ class SparseDraft:
     def init(self, opening: Opening) -> tuple[DraftState, KVCache | None]:
         """The draft's last two tokens read everything, and say what to read first."""
         read = opening.read(attend_and_look(None))
-        looks = [note.look for note in read.notes]
-        plan = self.reads.plan(looks, read.cache, opening.past, 2 * (opening.window + 1))
-        empty = jax.tree.map(lambda *layers: jnp.stack([layer[:, -1] for layer in layers]), *looks)
-        watched = jax.tree.map(lambda x: jnp.zeros((opening.window, *x.shape), x.dtype), empty)
+        plan = self.reads.plan(read.notes, read.cache, opening.past, 2 * (opening.window + 1))
+        watched = jax.tree.map(lambda x: jnp.zeros((opening.window, *x.shape), x.dtype), newest_look(read.notes))
         return DraftState(watched, plan), read.cache
 
     def observe(
@@ -129,23 +109,15 @@ class SparseDraft:
     ) -> tuple[Read, DraftState]:
         """A sparse step; notes what its newest token looked at."""
         seen = read(attend_and_look(state.plan))
-        looks = [note.look for note in seen.notes]
-        newest = jax.tree.map(lambda *layers: jnp.stack([layer[:, -1] for layer in layers]), *looks)
-        watched = jax.tree.map(
-            lambda steps, one: jax.lax.dynamic_update_index_in_dim(steps, one, step, 0), state.watched, newest
-        )
-        return seen, dataclasses.replace(state, watched=watched)
+        return seen, dataclasses.replace(state, watched=note_look(state.watched, seen.notes, step))
 
     def plan(self, state: DraftState, draft_cache: KVCache | None, past: Int32[Array, " B"]) -> tuple[None, DraftState]:
         """Everything for the target; what the draft reads in the next window is chosen anew."""
         if draft_cache is None:
             raise ValueError("draft_cache is None; a sparse draft needs one.")
-        looks = [
-            jax.tree.map(lambda x, i=layer: jnp.swapaxes(x[:, i], 0, 1), state.watched)
-            for layer in range(draft_cache.num_layers)
-        ]
-        window = state.watched.lse.shape[0]
-        return None, dataclasses.replace(state, plan=self.reads.plan(looks, draft_cache, past, 2 * (window + 1)))
+        new = 2 * (state.watched.lse.shape[0] + 1)
+        plan = self.reads.plan(window_looks(state.watched), draft_cache, past, new)
+        return None, dataclasses.replace(state, plan=plan)
 
     def learn(self, state: DraftState, seen: Seen) -> Any:
         """Nothing: the target read everything."""
