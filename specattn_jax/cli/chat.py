@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -32,14 +31,11 @@ def chat_command(
     kv_reduction: Annotated[
         float | None, typer.Option(help="specattn, should it run: share of the cache reads to save.")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this probability.")] = 1.0,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
     seed: options.Seed = 0,
     dtype: options.Dtype = "auto",
-    alignment: Annotated[
-        Path | None,
-        typer.Option(help="specattn: folder written by `specattn calibrate`.", show_default="the preset's"),
-    ] = None,
+    alignment: options.AlignmentFolder = None,
 ) -> None:
     """Talk to a chat model; what was said stays in its cache. Lines come from stdin, answers go to stdout."""
     with importing():
@@ -87,9 +83,13 @@ class _Conversation:
     """Messages so far, how to answer, and what the caches hold."""
 
     def __init__(self, pair: ModelPair, request: Request) -> None:
+        self._pair, self._request = pair, request
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begins anew."""
         from specattn_jax.runtime.session import Memory
 
-        self._pair, self._request = pair, request
         self._messages: list[dict[str, str]] = []
         self._memory = Memory()
         self._last: Generations | None = None
@@ -105,7 +105,7 @@ class _Conversation:
         elif command == "/saved":
             say(self._saved(), style="dim")
         elif command == "/reset":
-            self.__init__(self._pair, self._request)  # type: ignore[misc]
+            self._forget()
         elif line.startswith("/"):
             raise UserError(f"{command} is no command; expected one of {_HELP}.")
         else:
@@ -117,8 +117,8 @@ class _Conversation:
         from specattn_jax.runtime.generate import generate
 
         messages = [*self._messages, {"role": "user", "content": line}]
-        tokenizer, said = self._pair.tokenizer, list[str]()
-        prompt = tokenizer.encode(tokenizer.apply_chat(messages), add_special=False)
+        said = list[str]()
+        prompt = self._pair.tokenizer.encode_chat(messages)
 
         def on_text(_: int, text: str) -> None:
             said.append(text)

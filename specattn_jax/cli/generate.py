@@ -11,13 +11,20 @@ import typer
 
 from specattn_jax.cli import options
 from specattn_jax.cli.process import importing
-from specattn_jax.cli.prompts import DEFAULT_BATCH, Job, Results, answer, read_jobs, read_prompt_files
-from specattn_jax.cli.terminal import print_json, print_table, read_stdin, say, stage_bar
+from specattn_jax.cli.prompts import (
+    DEFAULT_BATCH,
+    Job,
+    Results,
+    answer,
+    describe,
+    read_jobs,
+    read_prompt_file,
+    read_prompt_files,
+)
+from specattn_jax.cli.terminal import print_json, print_table, say, stage_bar
 from specattn_jax.errors import UserError
-from specattn_jax.texts import read_text, without_final_newline
 
 if TYPE_CHECKING:
-    from specattn_jax.loading.tokenizer import Tokenizer
     from specattn_jax.planning.gate import Decision
     from specattn_jax.runtime.results import Generations
 
@@ -83,8 +90,8 @@ def generate_command(
             show_default="default",
         ),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this probability.")] = 1.0,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
     top_k: Annotated[int, typer.Option(help="Draw from this many of the likeliest tokens; 0 is all.")] = 0,
     min_p: Annotated[
         float, typer.Option(help="Draw from tokens with at least this share of the likeliest one's probability.")
@@ -105,10 +112,7 @@ def generate_command(
         ),
     ] = 0,
     dtype: options.Dtype = "auto",
-    alignment: Annotated[
-        Path | None,
-        typer.Option(help="specattn: folder written by `specattn calibrate`.", show_default="the preset's"),
-    ] = None,
+    alignment: options.AlignmentFolder = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Say on stderr why auto decodes as it does, and when it changes its mind.")
     ] = False,
@@ -189,7 +193,7 @@ def generate_command(
         bar.wait("compiling" if request.mode_is_fixed else "measuring the device")
         run = generate(
             pair,
-            [_tokenize(pair.tokenizer, text, chat)],
+            [Job("--prompt", 1, text).encode(pair, chat)],
             request,
             on_text=on_text,
             on_prefill=on_prefill,
@@ -264,8 +268,7 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     if (prompt is None) == (prompt_file is None):
         raise UserError("expected a prompt: give either --prompt TEXT or --prompt-file FILE ('-' for stdin).")
     if prompt_file is not None:
-        prompt = read_stdin() if prompt_file == "-" else read_text(Path(prompt_file))
-        prompt = without_final_newline(prompt)
+        return read_prompt_file(prompt_file)
     assert prompt is not None
     if not prompt.strip():
         raise UserError("the prompt is empty; expected some text.")
@@ -278,26 +281,11 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     return prompt
 
 
-def _tokenize(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
-    """Token ids of the prompt."""
-    if not chat:
-        return tokenizer.encode(text)
-    return tokenizer.encode(tokenizer.apply_chat([{"role": "user", "content": text}]), add_special=False)
-
-
 def _report(run: Generations) -> dict[str, Any]:
     """What the run says, for programs."""
-    result, timing = run.results[0], run.timing
+    timing = run.timing
     return {
-        "text": result.text,
-        "new_tokens": len(result.tokens),
-        "prompt_tokens": result.prompt_tokens,
-        "finish_reason": result.finish_reason,
-        "mode": result.mode,
-        "window": result.window,
-        "windows": result.windows,
-        "accepted_per_window": result.accepted_per_window,
-        "kv_reduction": result.kv_reduction,
+        **describe(run.results[0]),
         "prefill_s": timing.prefill_s,
         "decode_s": timing.decode_s,
         "tokens_per_s": run.tokens_per_s,

@@ -22,6 +22,11 @@ Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16, or auto: bfloat16 on an accelerator, float32 on a CPU.", metavar="DTYPE")
 ]
 Window = Annotated[int, typer.Option(help="Drafted tokens per window.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
+TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens with this probability.")]
+AlignmentFolder = Annotated[
+    Path | None, typer.Option(help="specattn: folder written by `specattn calibrate`.", show_default="the preset's")
+]
 Seed = Annotated[int, typer.Option(help="Of everything random.", min=0, max=2**32 - 1)]
 Out = Annotated[Path, typer.Option(help="Folder to write; it appears complete or not at all.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]

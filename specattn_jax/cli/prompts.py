@@ -56,7 +56,7 @@ class Job:
             if not chat:
                 return pair.tokenizer.encode(self.text)
             messages = ({"role": "user", "content": self.text},)
-        return pair.tokenizer.encode(pair.tokenizer.apply_chat(messages), add_special=False)
+        return pair.tokenizer.encode_chat(messages)
 
 
 def read_prompt_files(names: Sequence[str]) -> list[Job]:
@@ -69,11 +69,20 @@ def read_prompt_files(names: Sequence[str]) -> list[Job]:
         raise UserError("--prompt-file is '-' (stdin) more than once; expected it at most once.")
     jobs = []
     for name in names:
-        text = without_final_newline(read_stdin() if name == "-" else read_text(Path(name)))
-        if not text.strip():
-            raise UserError("the prompt is empty; expected some text.")
-        jobs.append(Job(f"--prompt-file {name}", name, text))
+        jobs.append(Job(f"--prompt-file {name}", name, read_prompt_file(name)))
     return jobs
+
+
+def read_prompt_file(name: str) -> str:
+    """The text of a file, or of stdin where that is named `-`, without a final newline.
+
+    Raises:
+        UserError: it cannot be read, or is empty.
+    """
+    text = without_final_newline(read_stdin() if name == "-" else read_text(Path(name)))
+    if not text.strip():
+        raise UserError("the prompt is empty; expected some text.")
+    return text
 
 
 def read_jobs(path: Path) -> list[Job]:
@@ -261,7 +270,7 @@ def answer(
         now = jobs[start : start + batch]
         seeds = [(first + start + index) % 2**32 if job.seed is None else job.seed for index, job in enumerate(now)]
         run = generate(pair, encoded[start : start + batch], request.change(seed=seeds), **hooks)  # type: ignore[arg-type]
-        results.append([_row(job, one) for job, one in zip(now, run.results, strict=True)])
+        results.append([{"id": job.id, **describe(one)} for job, one in zip(now, run.results, strict=True)])
         tokens += sum(len(one.tokens) for one in run.results)
         seconds += run.timing.prefill_s + run.timing.decode_s
         bar.steps("answering", results.done, len(jobs), f"{tokens / seconds:.1f} tokens/s" if seconds else "")
@@ -274,10 +283,9 @@ def answer(
     }
 
 
-def _row(job: Job, result: Generation) -> dict[str, Any]:
-    """One line of results."""
+def describe(result: Generation) -> dict[str, Any]:
+    """What one prompt gave, for programs."""
     return {
-        "id": job.id,
         "text": result.text,
         "new_tokens": len(result.tokens),
         "prompt_tokens": result.prompt_tokens,

@@ -91,6 +91,14 @@ class Tokenizer:
                 f"messages: the model's chat template refuses them ({error}); expected its roles."
             ) from error
 
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of the prompt that asks the model for the next message of a conversation.
+
+        Raises:
+            UserError: as `apply_chat`.
+        """
+        return self.encode(self.apply_chat(messages), add_special=False)
+
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text that each id completes, special tokens included; joined, they are the decoding of all ids."""
         stream = TextStream(self, skip_special=False)
