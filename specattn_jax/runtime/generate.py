@@ -26,6 +26,7 @@ from specattn_jax.runtime.request import (
     Request,
     check_draft,
     check_lengths,
+    draft_end,
     encode_prompt,
     find_candidates,
     prompt_keys,
@@ -139,16 +140,15 @@ def generate(
     else:
         # Stop texts are looked for where text is shown.
         pace = None if on_text is None and not request.stop else Pace()
-        context = pair.draft.config.max_context
-        full = max(map(len, encoded)) + request.max_new_tokens > context
-        decoding = Decoding(session, by_choice, clock, writer, pace, decide, on_decision, context if full else None)
+        ends = draft_end(pair, encoded, request.max_new_tokens)
+        decoding = Decoding(session, by_choice, clock, writer, pace, decide, on_decision, ends)
         decoded = decoding.run(state, first, prior)
     new = new_tokens(decoded.state)
     check_sound(session.models, decoded.state, [before + after for before, after in zip(encoded, new, strict=True)])
     writer.finish(new)
     if memory is not None:
         memory.keep(decoded.state, [*encoded[0], *new[0]])
-    results = _results(pair, encoded, decoded, by_choice[decoded.choice].lossless, watched, request)
+    results = _results(pair, encoded, new, decoded, by_choice[decoded.choice].lossless, watched, request)
     told = decoded.decisions or ([first] if first.reason else [])
     return Generations(results, Timing(**clock.seconds), told)
 
@@ -189,7 +189,8 @@ def _decode_watched(
         state, kept = session.watch(strategy, state, 1, _KeepReaders())
         windows.append(_Window(**{name: np.asarray(value[0]) for name, value in kept.items()}))
         writer.show(new_tokens(state))
-        state = end(state, writer.stopped)
+        if any(writer.stopped):
+            state = end(state, writer.stopped)
     return state, windows
 
 
@@ -211,6 +212,7 @@ def _record(
 def _results(
     pair: ModelPair,
     encoded: list[list[int]],
+    new: list[list[int]],
     decoded: Decoded,
     lossless: bool,
     watched: Sequence[_Window],
@@ -219,7 +221,7 @@ def _results(
     """What a finished state says, per prompt."""
     counts = jax.device_get(decoded.state.statistics)
     results = []
-    for index, (prompt, tokens) in enumerate(zip(encoded, new_tokens(decoded.state), strict=True)):
+    for index, (prompt, tokens) in enumerate(zip(encoded, new, strict=True)):
         windows = int(counts.windows[index])
         reads = counts.read[index] / max(windows, 1)
         text, tokens, reason = _ending(pair.tokenizer, tokens, request)

@@ -270,6 +270,12 @@ def check_lengths(pair: ModelPair, encoded: list[list[int]], max_new_tokens: int
         )
 
 
+def draft_end(pair: ModelPair, encoded: list[list[int]], max_new_tokens: int) -> int | None:
+    """Where the draft's context ends, if a request may reach beyond it; else None."""
+    context = pair.draft.config.max_context
+    return context if max(map(len, encoded)) + max_new_tokens > context else None
+
+
 def check_draft(
     pair: ModelPair, strategies: Sequence[Strategy], encoded: list[list[int]], max_new_tokens: int
 ) -> tuple[Strategy, ...]:
@@ -278,8 +284,8 @@ def check_draft(
     Raises:
         UserError: the only strategy needs a draft up to the end, and its context is shorter.
     """
-    context, longest = pair.draft.config.max_context, max(len(tokens) for tokens in encoded)
-    if longest + max_new_tokens <= context:
+    context, longest = draft_end(pair, encoded, max_new_tokens), max(map(len, encoded))
+    if context is None:
         return tuple(strategies)
     if len(strategies) == 1 and strategies[0].needs_draft:
         raise UserError(
