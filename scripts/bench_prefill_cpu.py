@@ -9,7 +9,6 @@ slots that the prompt uses: these must not cost anything. Needs torch and transf
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -19,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import torch
 import transformers
 
 from specattn_jax import load_pair
 from specattn_jax.decoding.protocol import Models
+from specattn_jax.files import write_json
 from specattn_jax.loading import save_hf
+from specattn_jax.reporting.provenance import commit, versions
 from specattn_jax.runtime.session import Session
 from specattn_jax.texts import find_text, read_text
 
@@ -77,7 +77,6 @@ def main() -> None:
     """Measures all lengths and writes them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2000, 8000])
-    parser.add_argument("--commit", default="unknown")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     pair = load_pair("smollm2", "self", alignment=None, dtype="float32")
@@ -92,18 +91,13 @@ def main() -> None:
         )
     report = {
         "device": f"{os.cpu_count()} CPU cores",
-        "commit": options.commit,
-        "versions": {
-            "jax": jax.__version__,
-            "numpy": np.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "commit": commit(),
+        "versions": {**versions(), "torch": torch.__version__, "transformers": transformers.__version__},
         "points": points,
     }
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(options.out, report)
 
 
 if __name__ == "__main__":
