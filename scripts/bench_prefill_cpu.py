@@ -29,7 +29,7 @@ from specattn_jax.reporting.provenance import commit, versions
 from specattn_jax.runtime.session import Session
 from specattn_jax.texts import find_text, read_text
 
-BOOK = "northanger-abbey"
+BOOK = "pride_and_prejudice"
 TURNS = 5
 
 
