@@ -6,15 +6,13 @@ attention of many new tokens, for prompts.
 """
 
 from specattn_kernels.api import (
-    compact_blocks,
     decode_attention,
     merge_states,
     prefill_attention,
     score_cache,
-    select_blocks,
     sparse_decode_attention,
-    top_p_threshold,
 )
+from specattn_kernels.api_selection import compact_blocks, select_blocks, top_p_threshold
 from specattn_kernels.backends import (
     ATTENTION_OPS,
     BACKENDS,
@@ -30,6 +28,7 @@ from specattn_kernels.backends import (
 )
 from specattn_kernels.calls import AttentionCall, Call, SelectionCall
 from specattn_kernels.devices import Device, current_device
+from specattn_kernels.split import RULES, Split, lay
 from specattn_kernels.types import AttentionOutput, Scores, SelectionPlan
 from specattn_kernels.xla import plan_slots
 
@@ -40,6 +39,7 @@ __all__ = [
     "BACKENDS",
     "IMPLEMENTATIONS",
     "PREFILL_OPS",
+    "RULES",
     "SCORE_OPS",
     "SELECTION_OPS",
     "AttentionCall",
@@ -52,11 +52,13 @@ __all__ = [
     "Scores",
     "SelectionCall",
     "SelectionPlan",
+    "Split",
     "choose_implementation",
     "compact_blocks",
     "compiled_implementations",
     "current_device",
     "decode_attention",
+    "lay",
     "merge_states",
     "plan_slots",
     "prefill_attention",

@@ -4,21 +4,24 @@ Axes: B batch, T new tokens of this call, S cache slots, N query heads, K kv hea
 Every op is pure, works under `jax.jit` and `jax.vmap`, and takes traced lengths and p. `implementation` names the
 backend, or several in order of preference, of which the first that can serve does; None chooses one. No other backend
 ever takes the place of those that are named.
+`split` says how the arrays lie on several devices: each runs the op on its own sequences and kv heads, or on all of
+them where they do not divide.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, DTypeLike, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from specattn_kernels import checks, xla
 from specattn_kernels.backends import XLA, Backend, Wanted, find_backend
-from specattn_kernels.calls import AttentionCall, SelectionCall
+from specattn_kernels.calls import AttentionCall
+from specattn_kernels.split import Split
 from specattn_kernels.types import ArrayInput, AttentionOutput, Scores, SelectionPlan
 
 
@@ -32,6 +35,7 @@ def decode_attention(
     return_scores: Scores = False,
     return_lse: bool = False,
     implementation: Wanted = None,
+    split: Split | None = None,
 ) -> AttentionOutput:
     """Attention of the T newest tokens over the whole KV cache, causal among themselves.
 
@@ -53,6 +57,7 @@ def decode_attention(
             token alone, [B, 1, N, S].
         return_lse: whether to return the log-sum-exp of the scaled logits, [B, T, N] float32.
         implementation: backend, see the module. Derivatives are those of "xla" in any case.
+        split: how the arrays lie on several devices, see the module; None: on one.
 
     Returns:
         The output in the dtype of `q`, and what else was asked for.
@@ -65,8 +70,11 @@ def decode_attention(
     q, k, v, lengths = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(lengths)
     checks.check_attention(op, q, k, v, lengths)
     checks.check_scores(op, return_scores)
+    parts: dict[str, Any] = {"return_scores": return_scores, "return_lse": return_lse}
+    if split is not None:
+        local = functools.partial(decode_attention, scale=scale, **parts, implementation=implementation)
+        return _split_attention(split, local, (q, k, v, lengths), ("B",), **parts)
     backend = find_backend(_call(op, q, k, scores=bool(return_scores)), implementation)
-    parts = {"return_scores": return_scores, "return_lse": return_lse}
     return _differentiable(
         op,
         lambda attend, q, k, v, scale, lengths: attend(q, k, v, lengths, scale=scale, **parts),
@@ -85,6 +93,7 @@ def prefill_attention(
     scale: float | Float[ArrayInput, ""] | None = None,
     return_lse: bool = False,
     implementation: Wanted = None,
+    split: Split | None = None,
 ) -> AttentionOutput:
     """Attention of T new tokens, up to whole prompts, over the KV cache; causal, aligned at the bottom right.
 
@@ -109,6 +118,7 @@ def prefill_attention(
         return_lse: whether to return the log-sum-exp of the scaled logits, [B, T, N] float32; anything for queries at
             or beyond `lengths`.
         implementation: backend, see the module. Derivatives are those of "xla" in any case.
+        split: how the arrays lie on several devices, see the module; None: on one.
 
     Returns:
         The output in the dtype of `q`, and the lse if it was asked for.
@@ -120,6 +130,15 @@ def prefill_attention(
     op = "prefill_attention"
     q, k, v, starts = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(starts)
     checks.check_attention(op, q, k, v, starts, "starts")
+    if split is not None:
+
+        def local(q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, *valid: jax.Array) -> AttentionOutput:
+            (lengths,) = valid or (None,)
+            options: dict[str, Any] = {"scale": scale, "return_lse": return_lse, "implementation": implementation}
+            return prefill_attention(q, k, v, starts, lengths=lengths, **options)
+
+        rows = (starts,) if lengths is None else (starts, jnp.asarray(lengths))
+        return _split_attention(split, local, (q, k, v, *rows), ("B",) * len(rows), return_lse=return_lse)
     limits = starts.astype(jnp.int32) + q.shape[1]
     if lengths is not None:
         lengths = jnp.asarray(lengths)
@@ -147,6 +166,7 @@ def sparse_decode_attention(
     scale: float | Float[ArrayInput, ""] | None = None,
     return_lse: bool = False,
     implementation: Wanted = None,
+    split: Split | None = None,
 ) -> AttentionOutput:
     """Attention of the T newest tokens over the plan's blocks of the past and over themselves (SpecAttn, step 5).
 
@@ -164,6 +184,7 @@ def sparse_decode_attention(
         scale: factor on the logits; H ** -0.5 if None.
         return_lse: whether to return the log-sum-exp of the scaled logits that were read, [B, T, N] float32.
         implementation: backend, see the module.
+        split: how the arrays lie on several devices, see the module; None: on one.
 
     Returns:
         The output in the dtype of `q`, and the lse if it was asked for.
@@ -176,6 +197,11 @@ def sparse_decode_attention(
     q, k, v, lengths = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(lengths)
     checks.check_attention(op, q, k, v, lengths)
     checks.check_plan(op, plan, k)
+    if split is not None:
+        local = functools.partial(
+            sparse_decode_attention, scale=scale, return_lse=return_lse, implementation=implementation
+        )
+        return _split_attention(split, local, (q, k, v, plan, lengths), (_plan_axes(plan), "B"), return_lse=return_lse)
     backend = find_backend(_call(op, q, k, plan.block_size), implementation)
     plan = jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), plan)
     return _differentiable(
@@ -197,6 +223,7 @@ def score_cache(
     scale: float | Float[ArrayInput, ""] | None = None,
     dtype: DTypeLike = jnp.float32,
     implementation: Wanted = None,
+    split: Split | None = None,
 ) -> Float[Array, "B K S"]:
     """How strongly tokens look at each cache slot: the largest over T tokens of a kv head's mean weight.
 
@@ -213,6 +240,7 @@ def score_cache(
         scale: factor on the logits; H ** -0.5 if None.
         dtype: of the result.
         implementation: backend, see the module.
+        split: how the arrays lie on several devices, see the module; None: on one.
 
     Returns:
         Scores, not negative.
@@ -227,6 +255,11 @@ def score_cache(
     checks.check_shape(op, "lse", lse, q.shape[:-1], "[B, T, N], as in `q`")
     checks.check_floating(op, "lse", lse)
     checks.require(jnp.issubdtype(dtype, jnp.floating), op, "dtype", repr(dtype), "a floating dtype")
+    if split is not None:
+        local = functools.partial(score_cache, scale=scale, dtype=dtype, implementation=implementation)
+        arguments, axes = (q, k, lse, lengths), ("B T N H", "B K S H", "B T N", "B")
+        scores: jax.Array = split.fitting(B=len(q), K=k.shape[1]).run(local, arguments, axes, "B K S")
+        return scores
     backend = find_backend(_call(op, q, k), implementation)
     result: jax.Array = backend.load(op)(
         q,
@@ -237,164 +270,6 @@ def score_cache(
         dtype=jnp.dtype(dtype),
     )
     return result
-
-
-def top_p_threshold(
-    scores: Float[ArrayInput, "*rows S"],
-    p: Float[ArrayInput, ...] | float,
-    *,
-    lengths: Int[ArrayInput, ...] | int | None = None,
-    method: Literal["exact", "linear"] = "exact",
-    steps: int = 10,
-    implementation: Wanted = None,
-) -> Float[Array, "*rows"]:
-    """The threshold whose set `{scores >= threshold}` is the nucleus of each row, found without a sort.
-
-    Relative to the row's own total over its valid slots, so scores need not sum to one. NaN, negative and subnormal
-    scores count as 0; scores above float32 max / 2 / S, +inf included, count as that. A row without mass gives 0, and
-    so does p >= 1: then everything valid is selected, zeros included.
-
-    Args:
-        scores: non-negative scores, any floating dtype; sums and thresholds are float32.
-        p: share of the row's total to reach, above 0; a scalar or broadcastable to the rows. At or below 0 (possible
-            for an array) only the row's largest scores are selected.
-        lengths: valid leading slots of each row, a scalar or broadcastable to the rows; all if None.
-        method: "exact" gives the minimal set that reaches p, ties included: the largest such threshold, which is one
-            of the row's scores, by bisection on the float's bit pattern. "linear" is the published bisection of
-            arXiv 2510.27641, `steps` halvings of [0, max] and then the lower end; it cannot resolve below
-            max / 2 ** steps and keeps far too much on peaked rows. Kept to reproduce the paper.
-        steps: halvings of the linear method; unused by the exact one.
-        implementation: backend, see the module.
-
-    Returns:
-        One float32 threshold a row.
-
-    Raises:
-        ValueError: if an argument has the wrong shape, dtype or value.
-        NotImplementedError: if none of the named backends can serve; it says why.
-    """
-    op = "top_p_threshold"
-    scores = jnp.asarray(scores)
-    checks.check_floating(op, "scores", scores)
-    at_least_one = scores.ndim >= 1 and scores.shape[-1] >= 1
-    checks.require(at_least_one, op, "scores", checks.shape_text(scores.shape), "[..., S] with at least one slot")
-    checks.check_method(op, method, steps)
-    rows = scores.shape[:-1]
-    if lengths is not None:
-        lengths = jnp.asarray(lengths)
-        checks.check_integer(op, "lengths", lengths)
-        checks.check_broadcast(op, "lengths", lengths, rows, "the rows of `scores`")
-        lengths = jnp.broadcast_to(lengths, rows)
-    share = _share(op, p, rows, "the rows of `scores`")
-    backend = find_backend(_selection_call(op, scores, method=method), implementation)
-    result: jax.Array = backend.load(op)(scores, share, lengths=lengths, method=method, steps=steps)
-    return result
-
-
-def select_blocks(
-    scores: Float[ArrayInput, "B *layers K S"],
-    p: Float[ArrayInput, ...] | float,
-    lengths: Int[ArrayInput, " B"],
-    *,
-    block_size: int = 1,
-    num_sink: int = 0,
-    num_recent: int = 0,
-    method: Literal["exact", "linear"] = "exact",
-    steps: int = 10,
-    measure: Literal["mass", "count"] = "mass",
-    capacity: int | None = None,
-    implementation: Wanted = None,
-) -> SelectionPlan:
-    """Selects the blocks that hold share p of each row's score, plus sinks and a recent window.
-
-    A block's score is the sum over its valid slots, and the nucleus is taken over blocks (`top_p_threshold`). Blocks
-    that touch the first `num_sink` or the last `num_recent` valid slots join it. Blocks that start at or beyond
-    `lengths` are never selected.
-
-    If there is less room than that, the plan keeps the recent window and, of the blocks before it, the first ones by
-    id: sinks stay, and the nucleus loses its blocks right before the window. A window that is itself too large loses
-    its first blocks.
-
-    Args:
-        scores: non-negative scores of the cache slots per kv head, of one layer or of L; those at or beyond `lengths`
-            may be anything.
-        p: share of the total to reach, above 0; a scalar or broadcastable to the rows, [B, K] or [B, L, K]. 1 or more
-            selects all that is valid.
-        lengths: valid slots of each sequence.
-        block_size: slots per block, static.
-        num_sink: slots at the beginning to select in any case, static.
-        num_recent: slots before `lengths` to select in any case, static.
-        method: see `top_p_threshold`.
-        steps: see `top_p_threshold`.
-        measure: what p is a share of. "mass": of the row's score. "count": of its valid blocks; the nucleus is then the
-            ceil(p * valid blocks) blocks with the largest scores (that product in float32, at least one), and those
-            that tie with the last of them, but never a block whose score counts as 0. Needs method "exact".
-        capacity: P, room for blocks in the plan, static; all ceil(S / block_size) if None.
-        implementation: backend, see the module.
-
-    Returns:
-        A plan with room for P blocks, with the rows of the scores, selected ids ascending. What lies beyond `counts` is
-        unspecified. `SelectionPlan.at_layer` gives what the attention of one of several layers reads.
-
-    Raises:
-        ValueError: if an argument has the wrong shape, dtype or value.
-        NotImplementedError: if none of the named backends can serve; it says why.
-    """
-    op = "select_blocks"
-    scores, lengths = jnp.asarray(scores), jnp.asarray(lengths)
-    checks.check_floating(op, "scores", scores)
-    checks.check_rows(op, "scores", scores, "S", "slot")
-    checks.check_shape(op, "lengths", lengths, scores.shape[:1], "[B]")
-    checks.check_integer(op, "lengths", lengths)
-    checks.check_block_size(op, "block_size", block_size)
-    checks.check_count(op, "num_sink", num_sink, least=0)
-    checks.check_count(op, "num_recent", num_recent, least=0)
-    checks.check_method(op, method, steps)
-    checks.check_measure(op, measure, method)
-    if capacity is not None:
-        checks.check_capacity(op, capacity, -(-scores.shape[-1] // block_size))
-    share = _share(op, p, scores.shape[:-1], "the rows of `scores`")
-    backend = find_backend(_selection_call(op, scores, block_size, method), implementation)
-    plan: SelectionPlan = backend.load(op)(
-        scores,
-        share,
-        lengths.astype(jnp.int32),
-        block_size=block_size,
-        num_sink=num_sink,
-        num_recent=num_recent,
-        method=method,
-        steps=steps,
-        measure=measure,
-        capacity=capacity,
-    )
-    return plan
-
-
-def compact_blocks(
-    mask: Bool[ArrayInput, "B *layers K P"], *, block_size: int, implementation: Wanted = None
-) -> SelectionPlan:
-    """Turns a mask over the cache's blocks into a plan, on the device.
-
-    Args:
-        mask: True for the blocks to read, for all P = ceil(S / block_size) blocks of the cache, of one layer or of L.
-        block_size: slots per block, static.
-        implementation: backend, see the module.
-
-    Returns:
-        A plan with the rows of the mask, selected ids ascending. What lies beyond `counts` is unspecified.
-
-    Raises:
-        ValueError: if an argument has the wrong shape, dtype or value.
-        NotImplementedError: if none of the named backends can serve; it says why.
-    """
-    op = "compact_blocks"
-    mask = jnp.asarray(mask)
-    checks.require(mask.dtype == jnp.bool_, op, "mask", f"of dtype {mask.dtype}", "boolean")
-    checks.check_rows(op, "mask", mask, "P", "block")
-    checks.check_block_size(op, "block_size", block_size)
-    backend = find_backend(_selection_call(op, mask), implementation)
-    plan: SelectionPlan = backend.load(op)(mask, block_size=block_size)
-    return plan
 
 
 def merge_states(
@@ -433,10 +308,27 @@ def _call(op: str, q: jax.Array, k: jax.Array, block_size: int | None = None, sc
     return AttentionCall(op, k.shape, q.shape[1], q.shape[2] // k.shape[1], k.dtype, q.dtype, block_size, scores)
 
 
-def _selection_call(op: str, rows: jax.Array, block_size: int = 1, method: str = "exact") -> SelectionCall:
-    """What backends are told of a selection call."""
-    slots = rows.shape[-1]
-    return SelectionCall(op, rows.size // slots, slots, block_size, method)
+def _split_attention(
+    split: Split,
+    op: Callable[..., AttentionOutput],
+    arguments: tuple[Any, ...],
+    rest: tuple[Any, ...],
+    *,
+    return_lse: bool,
+    return_scores: Scores = False,
+) -> AttentionOutput:
+    """An attention op on every device; `rest` are the axes of the arguments after queries, keys and values."""
+    result = AttentionOutput("B T N H", "B T N" if return_lse else None, "B T N S" if return_scores else None)  # type: ignore[arg-type]
+    split = split.fitting(B=len(arguments[0]), K=arguments[1].shape[1])
+    attended: AttentionOutput = split.run(op, arguments, ("B T N H", "B K S H", "B K S H", *rest), result)
+    return attended
+
+
+def _plan_axes(plan: SelectionPlan) -> SelectionPlan:
+    """The axes of a plan's arrays."""
+    axes: Any = "B L K" if plan.block_ids.ndim == 4 else "B K"
+    layer: Any = None if plan.layer is None else ""
+    return SelectionPlan(axes, axes, plan.block_size, layer)
 
 
 def _differentiable(
@@ -461,11 +353,3 @@ def _scale(op: str, scale: float | ArrayInput | None, head_dim: int) -> float | 
     scale = jnp.asarray(scale, jnp.float32)
     checks.check_shape(op, "scale", scale, (), "a scalar")
     return scale
-
-
-def _share(op: str, p: float | ArrayInput, rows: tuple[int, ...], meaning: str) -> Float[Array, "*rows"]:
-    """Casts p to one float32 for every row."""
-    checks.check_p(op, p)
-    share = jnp.asarray(p, jnp.float32)
-    checks.check_broadcast(op, "p", share, rows, meaning)
-    return jnp.broadcast_to(share, rows)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Key
+from specattn_kernels import lay
 
 from specattn_jax.decoding.sampling import Sampling, is_sound, match_vocabulary, penalise
 from specattn_jax.models.cache import KVCache
@@ -79,9 +80,10 @@ def draft_window(
     ) -> tuple[_DraftState, tuple[Int32[Array, " B"], Float[Array, "B V"] | None]]:
         (cache, last, state, sound, history), (index, key) = carry, inputs
         read, state = selection.observe(state, lambda attend: forward(draft, last, cache, attend), index)
-        logits = match_vocabulary(draft.logits(read.hidden[:, -1]), vocab_size)
+        logits = lay(draft.split, match_vocabulary(draft.logits(read.hidden[:, -1]), vocab_size), "B V")
         sound &= is_sound(logits)
-        token, probs = choose(index, key, penalise(logits, history, sampling))
+        # A draft of which every device has all waits for nobody, nor for the vocabulary of the target.
+        token, probs = lay(draft.split, choose(index, key, penalise(logits, history, sampling)), "B V")
         if history is not None:
             history = history.at[jnp.arange(len(token)), token].set(True)
         last = jnp.stack([last[:, 1], token], axis=1)

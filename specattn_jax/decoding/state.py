@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Key
+from specattn_kernels import lay
 
 from specattn_jax.decoding.sampling import Verdict
 from specattn_jax.models.cache import KVCache
@@ -106,19 +107,19 @@ def begin(
     """
     batch = limit.shape[0]
     fault = jnp.zeros((batch,), jnp.int32) if sound is None else jnp.where(sound, 0, TARGET_FAULT)
-    return DecodeState(
-        target_cache=target_cache,
-        draft_cache=draft_cache,
-        last=last,
-        output=jnp.zeros((batch, room), jnp.int32).at[:, 0].set(last[:, 1]),
-        emitted=jnp.ones((batch,), jnp.int32),
-        limit=limit,
-        done=(limit <= 1) | is_stop(last[:, 1], stop_tokens) | (fault > 0),
-        keys=keys,
-        statistics=Statistics.start(batch, target_cache.num_layers),
-        fault=fault,
-        history=None if history is None else history.at[jnp.arange(batch), last[:, 1]].set(True),
-    )
+    small = {
+        "last": last,
+        "output": jnp.zeros((batch, room), jnp.int32).at[:, 0].set(last[:, 1]),
+        "emitted": jnp.ones((batch,), jnp.int32),
+        "limit": limit,
+        "done": (limit <= 1) | is_stop(last[:, 1], stop_tokens) | (fault > 0),
+        "keys": keys,
+        "statistics": Statistics.start(batch, target_cache.num_layers),
+        "fault": fault,
+        "history": None if history is None else history.at[jnp.arange(batch), last[:, 1]].set(True),
+    }
+    # From the beginning as every window leaves them, so that all calls are one program.
+    return DecodeState(target_cache=target_cache, draft_cache=draft_cache, **lay(target_cache.split, small, "B"))
 
 
 def note_faults(state: DecodeState, target: Bool[Array, " B"], draft: Bool[Array, " B"] | None = None) -> DecodeState:

@@ -7,7 +7,7 @@ layout (quantised, paged, sharded) is another class with the same methods.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from specattn_kernels import (
     Implementation,
     Scores,
     SelectionPlan,
+    Split,
     decode_attention,
     prefill_attention,
     score_cache,
@@ -27,6 +28,8 @@ from specattn_jax.models.config import ModelConfig
 
 # From so many new tokens on, arithmetic takes the time of attention, and no longer reading the cache.
 MANY_TOKENS = 64
+# Axes of the keys, or the values, of a layer.
+_ENTRIES = "B K S H"
 
 
 class Look(NamedTuple):
@@ -49,12 +52,14 @@ class KVCache:
         v: values, likewise.
         lengths: valid slots per sequence. Slots beyond hold leftovers of rejected tokens and are never attended.
         implementation: backend of the attention ops; None lets the library choose.
+        split: how sequences and kv heads are split over a mesh; None: one device has all.
     """
 
     k: tuple[Float[Array, "B K S H"], ...]
     v: tuple[Float[Array, "B K S H"], ...]
     lengths: Int32[Array, " B"]
     implementation: Implementation | None = dataclasses.field(default=None, metadata={"static": True})
+    split: Split | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def empty(
@@ -64,11 +69,15 @@ class KVCache:
         num_slots: int,
         dtype: DTypeLike,
         implementation: Implementation | None = None,
+        split: Split | None = None,
     ) -> KVCache:
         """A cache of `num_slots` slots per sequence in which nothing was written."""
         shape = (batch, config.num_kv_heads, num_slots, config.head_dim)
-        k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)) for _ in range(2))
-        return cls(k, v, jnp.zeros((batch,), jnp.int32), implementation)
+        split = None if split is None else split.fitting(B=batch, K=config.num_kv_heads)
+        lies = None if split is None else split.sharding(_ENTRIES)
+        k, v = (tuple(jnp.zeros(shape, dtype, device=lies) for _ in range(config.num_layers)) for _ in range(2))
+        lengths = jnp.zeros((batch,), jnp.int32, device=None if split is None else split.sharding("B"))
+        return cls(k, v, lengths, implementation, split)
 
     @property
     def num_slots(self) -> int:
@@ -113,8 +122,8 @@ class KVCache:
         The caller guarantees `lengths + T <= S`: a start beyond that would be moved back and overwrite valid entries.
         """
         keys, values = list(self.k), list(self.v)
-        keys[layer] = _write(keys[layer], k, self.lengths)
-        values[layer] = _write(values[layer], v, self.lengths)
+        keys[layer] = _write(keys[layer], k, self.lengths, self.split)
+        values[layer] = _write(values[layer], v, self.lengths, self.split)
         return dataclasses.replace(self, k=tuple(keys), v=tuple(values))
 
     def attend(
@@ -140,19 +149,14 @@ class KVCache:
         """
         lengths = self.lengths + q.shape[1]
         k, v = self.k[layer], self.v[layer]
+        lies: dict[str, Any] = {"implementation": self.implementation, "split": self.split}
         if plan is None and not return_scores and q.shape[1] >= MANY_TOKENS:
-            return prefill_attention(
-                q, k, v, self.lengths, lengths=valid, return_lse=return_lse, implementation=self.implementation
-            )
+            return prefill_attention(q, k, v, self.lengths, lengths=valid, return_lse=return_lse, **lies)
         if plan is None:
-            return decode_attention(
-                q, k, v, lengths, return_scores=return_scores, return_lse=return_lse, implementation=self.implementation
-            )
+            return decode_attention(q, k, v, lengths, return_scores=return_scores, return_lse=return_lse, **lies)
         if return_scores:
             raise ValueError("return_scores is set, but where a plan is read there are no weights of all slots.")
-        return sparse_decode_attention(
-            q, k, v, plan, lengths, return_lse=return_lse, implementation=self.implementation
-        )
+        return sparse_decode_attention(q, k, v, plan, lengths, return_lse=return_lse, **lies)
 
     def score(self, layer: int, look: Look, past: Int32[Array, " B"]) -> Float[Array, "B K S"]:
         """How strongly the tokens of a look want each of the first `past` slots, in the cache's dtype.
@@ -160,7 +164,9 @@ class KVCache:
         The largest weight over the tokens, which is the mean over the query heads of a kv head; see `score_cache`.
         """
         k = self.k[layer]
-        return score_cache(look.q, k, look.lse, past, dtype=k.dtype, implementation=self.implementation)
+        return score_cache(
+            look.q, k, look.lse, past, dtype=k.dtype, implementation=self.implementation, split=self.split
+        )
 
     def keys(self, layer: int) -> Float[Array, "B K S H"]:
         """The keys of a layer, for those who choose by them; what lies beyond the written slots may be anything."""
@@ -172,9 +178,12 @@ class KVCache:
 
 
 def _write(
-    slots: Float[Array, "B K S H"], new: Float[Array, "B T K H"], starts: Int32[Array, " B"]
+    slots: Float[Array, "B K S H"], new: Float[Array, "B T K H"], starts: Int32[Array, " B"], split: Split | None = None
 ) -> Float[Array, "B K S H"]:
-    """Writes T new entries at each sequence's own start."""
+    """Writes T new entries at each sequence's own start; every device those of its sequences and heads."""
+    if split is not None:
+        written: Float[Array, "B K S H"] = split.run(_write, (slots, new, starts), (_ENTRIES, "B T K H", "B"), _ENTRIES)
+        return written
     rows = jnp.swapaxes(new, 1, 2).astype(slots.dtype)
     write = jax.vmap(lambda slot, row, start: jax.lax.dynamic_update_slice(slot, row, (0, start, 0)))
     return write(slots, rows, starts)

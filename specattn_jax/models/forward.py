@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
+from specattn_kernels import lay
 
 from specattn_jax.models.cache import KVCache
 from specattn_jax.models.layers import rotation
@@ -145,7 +146,7 @@ def prefill(
             f"tokens: padded to {padded} positions; expected a multiple of chunk={chunk} of at most "
             f"{cache.num_slots} slots."
         )
-    last = jnp.zeros((batch, model.config.embed_dim), model.dtype)
+    last = lay(cache.split, jnp.zeros((batch, model.config.embed_dim), model.dtype), "B D")
     count = padded // chunk
     # Without someone to tell, one call reads everything; with, an empty call first separates compiling from reading.
     steps = [(0, count)] if progress is None else [(0, 0), *((index, index + 1) for index in range(count))]

@@ -1,7 +1,7 @@
 """Building blocks of the decoder: RMS norm, rotary embedding, grouped-query attention projections, gated MLP.
 
 Weights that are read together lie together: q, k and v of one kv group in one array (so that a mesh can split them
-along K), the gate and up projections in another.
+along K), the gate and up projections in another. Each says its axes beside its shape; `sharding.py` places it by them.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last axis, computed in float32."""
 
     def __init__(self, width: int, eps: float, *, dtype: DTypeLike) -> None:
-        self.scale = nnx.Param(jnp.ones((width,), dtype))
+        self.scale = nnx.Param(jnp.ones((width,), dtype), axes="width")
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
@@ -99,10 +99,10 @@ class Attention(nnx.Module):
         d, k, g, h = config.embed_dim, config.num_kv_heads, config.group_size, config.head_dim
         self.group_size = g
         # Per kv group: its G query heads, then its key, then its value.
-        self.qkv = nnx.Param(_INIT(rngs.params(), (d, k, g + 2, h), dtype))
-        self.qkv_bias = nnx.Param(jnp.zeros((k, g + 2, h), dtype)) if config.qkv_bias else None
-        self.out = nnx.Param(_INIT(rngs.params(), (k, g, h, d), dtype))
-        self.out_bias = nnx.Param(jnp.zeros((d,), dtype)) if config.out_bias else None
+        self.qkv = nnx.Param(_INIT(rngs.params(), (d, k, g + 2, h), dtype), axes="D K G+2 H")
+        self.qkv_bias = nnx.Param(jnp.zeros((k, g + 2, h), dtype), axes="K G+2 H") if config.qkv_bias else None
+        self.out = nnx.Param(_INIT(rngs.params(), (k, g, h, d), dtype), axes="K G H D")
+        self.out_bias = nnx.Param(jnp.zeros((d,), dtype), axes="D") if config.out_bias else None
         self.q_norm = RMSNorm(h, config.norm_eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(h, config.norm_eps, dtype=dtype) if config.qk_norm else None
 
@@ -133,15 +133,14 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         d, f = config.embed_dim, config.mlp_dim
-        self.gate_up = nnx.Param(_INIT(rngs.params(), (d, 2, f), dtype))
-        self.down = nnx.Param(_INIT(rngs.params(), (f, d), dtype))
+        self.gate_up = nnx.Param(_INIT(rngs.params(), (d, 2, f), dtype), axes="D 2 F")
+        self.down = nnx.Param(_INIT(rngs.params(), (f, d), dtype), axes="F D")
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """`down(silu(gate(x)) * up(x))`."""
-        weight = self.gate_up[...]
-        mixed = x @ weight.reshape(weight.shape[0], -1)
-        gate, up = jnp.split(mixed, 2, axis=-1)
-        return (jax.nn.silu(gate) * up) @ self.down[...]
+        # Not as one matrix: a mesh that splits F could not tell which of its columns are where.
+        mixed = jnp.einsum("btd,dif->btif", x, self.gate_up[...])
+        return (jax.nn.silu(mixed[:, :, 0]) * mixed[:, :, 1]) @ self.down[...]
 
 
 class Block(nnx.Module):

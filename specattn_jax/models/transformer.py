@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32, PRNGKeyArray
+from specattn_kernels import Split
 
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.models.layers import Block, RMSNorm, Rotation
@@ -28,14 +29,14 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         init = nnx.initializers.normal(stddev=0.02)
-        self.embedding = nnx.Param(init(rngs.params(), (config.vocab_size, config.embed_dim), dtype))
+        self.embedding = nnx.Param(init(rngs.params(), (config.vocab_size, config.embed_dim), dtype), axes="V D")
         self.layers = nnx.List([Block(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
         self.final_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype=dtype)
         # Laid out like the embedding, [V, D], so that tied and untied outputs are read alike.
         self.output = (
             None
             if config.tie_embeddings
-            else nnx.Param(init(rngs.params(), (config.vocab_size, config.embed_dim), dtype))
+            else nnx.Param(init(rngs.params(), (config.vocab_size, config.embed_dim), dtype), axes="V D")
         )
 
     def __call__(self, tokens: Int32[Array, "B T"], by: Rotation, attend: Attend) -> Float[Array, "B T D"]:
@@ -64,11 +65,13 @@ class LanguageModel:
         params: the weights.
         graphdef: the module without its weights.
         config: shape and variant.
+        split: how the weights are split over a mesh, and so the caches and states made for them; None: one device.
     """
 
     params: nnx.State[Any, Any]
     graphdef: nnx.GraphDef[Transformer] = dataclasses.field(metadata={"static": True})
     config: ModelConfig = dataclasses.field(metadata={"static": True})
+    split: Split | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def dtype(self) -> jnp.dtype:

@@ -113,7 +113,7 @@ class Session:
             if role in kept:
                 read[role] = _read_on(model, kept[role], prompts[0], slots, chunk, progress)
                 continue
-            cache = KVCache.empty(model.config, batch, slots, model.dtype, self.implementation)
+            cache = KVCache.empty(model.config, batch, slots, model.dtype, self.implementation, model.split)
             read[role] = prefill(
                 model, jnp.asarray(tokens), jnp.asarray(lengths), cache, chunk=chunk, progress=progress
             )

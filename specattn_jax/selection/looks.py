@@ -47,15 +47,14 @@ def window_looks(watched: Look) -> list[Look]:
     return [jax.tree.map(lambda x, i=layer: jnp.swapaxes(x[:, i], 0, 1), watched) for layer in range(num_layers)]
 
 
-def score_looks(looks: Sequence[Any], cache: KVCache, past: Int32[Array, " B"]) -> Float[Array, "B R S"]:
+def score_looks(looks: Sequence[Any], cache: KVCache, past: Int32[Array, " B"]) -> Float[Array, "B M K S"]:
     """Largest attention of every kv head over the tokens of a look per layer, in the cache's dtype.
 
     Where a draft read sparsely all weights of a query are a little too large, by what it left out, so that a step that
     left out more counts a little more.
     """
-    heads = cache.num_kv_heads
-    scores = jnp.zeros((past.shape[0], heads * len(looks), cache.num_slots), cache.dtype)
+    scores = jnp.zeros((past.shape[0], len(looks), cache.num_kv_heads, cache.num_slots), cache.dtype)
     for layer, look in enumerate(looks):
-        # In place, where concatenating so many arrays would be slow.
-        scores = jax.lax.dynamic_update_slice_in_dim(scores, cache.score(layer, look, past), layer * heads, axis=1)
+        # In place, where stacking so many arrays would be slow.
+        scores = jax.lax.dynamic_update_index_in_dim(scores, cache.score(layer, look, past), layer, axis=1)
     return scores

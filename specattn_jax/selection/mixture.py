@@ -13,8 +13,10 @@ from specattn_kernels import (
     Implementation,
     SelectionCall,
     SelectionPlan,
+    Split,
     choose_implementation,
     current_device,
+    lay,
     select_blocks,
 )
 
@@ -22,6 +24,7 @@ from specattn_jax.errors import UserError
 from specattn_jax.models.cache import KVCache, Look
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.models.forward import Attend, Attended, Read
+from specattn_jax.models.sharding import replicated, target_split
 from specattn_jax.selection.alignment import Alignment, NucleusMass, Steering, reduce_heads
 from specattn_jax.selection.looks import attend_and_look, note_look, score_looks, window_looks
 from specattn_jax.selection.policy import LEAST_DRAFT_ENTRIES, SelectionPolicy
@@ -100,14 +103,16 @@ class Mixture:
             watched = Look(
                 jnp.zeros((*shape, self.draft.head_dim), opening.dtype), jnp.full(shape, -jnp.inf, jnp.float32)
             )
+            watched = lay(opening.split, watched, "W M B N")
         else:
             watched = jnp.zeros((opening.batch, self.alignment.weights.shape[1], opening.num_slots), opening.dtype)
+            watched = lay(opening.split, watched, "B R S")
         if self._drafts_sparsely:
             read = opening.read(attend_and_look(None))
             cache = read.cache
             scores = score_looks(read.notes, cache, opening.past)
-            draft_plan = self._draft_plan(scores, opening.past, opening.window)
-        steering = Steering.start(opening.batch, self.target.num_layers)
+            draft_plan = self._draft_plan(scores, opening.past, opening.window, cache.split)
+        steering = lay(opening.split, Steering.start(opening.batch, self.target.num_layers), "B")
         return MixtureState(watched, draft_plan, steering), cache
 
     def observe(
@@ -139,12 +144,16 @@ class Mixture:
         if isinstance(state.watched, Look):
             if draft_cache is None:
                 raise ValueError("draft_cache is None; a mixture is made of the draft's attention.")
-            sources = score_looks(window_looks(state.watched), draft_cache, past)
+            scores = score_looks(window_looks(state.watched), draft_cache, past)
             if self._drafts_sparsely:
-                draft_plan = self._draft_plan(sources, past, state.watched.lse.shape[0])
+                draft_plan = self._draft_plan(scores, past, state.watched.lse.shape[0], draft_cache.split)
+            # Every head of the target is a mixture of all of the draft's.
+            scores = lay(replicated(draft_cache.split), scores, "B M K S")
+            sources = scores.reshape(past.shape[0], -1, scores.shape[-1])
         else:
             sources, watched = state.watched, jnp.zeros_like(state.watched)
-        plans = self._select(sources, self._row_p(past, state.steering), past)
+        split = None if draft_cache is None else target_split(draft_cache.split)
+        plans = self._select(sources, self._row_p(past, state.steering), past, split)
         choices = tuple(None if layer < self.policy.dense_layers else plan for layer, plan in enumerate(plans))
         return choices, MixtureState(watched, draft_plan, state.steering)
 
@@ -153,7 +162,9 @@ class Mixture:
         steering = state.steering.add(layer_shares(seen), seen.active)
         return dataclasses.replace(state, steering=steering)
 
-    def _draft_plan(self, scores: Float[Array, "B R S"], past: Int32[Array, " B"], window: int) -> SelectionPlan:
+    def _draft_plan(
+        self, scores: Float[Array, "B M K S"], past: Int32[Array, " B"], window: int, split: Split | None
+    ) -> SelectionPlan:
         """What the draft reads in the next window: for each of its kv heads what this window looked at most.
 
         The slots of all tokens that may be written until the end of that window belong to the recent window, whatever
@@ -163,13 +174,14 @@ class Mixture:
             scores: of this window.
             past: slots that were scored.
             window: W.
+            split: of the draft's cache.
         """
         policy, slots = self.policy, scores.shape[-1]
         new = 2 * (window + 1)
         share = jnp.maximum(policy.draft_reads, LEAST_DRAFT_ENTRIES / (past + new))
         recent = policy.num_recent + new
         return select_blocks(
-            scores.reshape(past.shape[0], self.draft.num_layers, self.draft.num_kv_heads, slots),
+            scores,
             share[:, None, None],
             jnp.minimum(past + new, slots),
             block_size=policy.block_size,
@@ -178,6 +190,7 @@ class Mixture:
             measure="count",
             capacity=_draft_room(policy, slots, recent),
             implementation=self.implementation,
+            split=split,
         )
 
     def _row_p(self, past: Int32[Array, " B"], steering: Steering) -> Float[Array, "B rows"]:
@@ -186,7 +199,11 @@ class Mixture:
         return jnp.repeat(masses, self.alignment.weights.shape[0] // masses.shape[1], axis=1)
 
     def _select(
-        self, sources: Float[Array, "B R S"], p: Float[Array, "B rows"], past: Int32[Array, " B"]
+        self,
+        sources: Float[Array, "B R S"],
+        p: Float[Array, "B rows"],
+        past: Int32[Array, " B"],
+        split: Split | None,
     ) -> list[SelectionPlan]:
         """Plans of all layers, some layers at a time.
 
@@ -196,13 +213,14 @@ class Mixture:
         heads, layers = self.target.num_kv_heads, self.target.num_layers
         most = layers if self._has_kernels(sources.shape) else min(_LAYERS_AT_ONCE, layers)
         size = max(count for count in range(1, most + 1) if layers % count == 0)
-        rows, (batch, _, slots) = size * heads, sources.shape
+        rows, batch = size * heads, sources.shape[0]
 
         def select(first: Int32[Array, ""] | int) -> SelectionPlan:
             weights = jax.lax.dynamic_slice_in_dim(self.alignment.weights, first, rows)
-            scores = jnp.einsum("ar,brs->bas", weights.astype(sources.dtype), sources)
+            weights = weights.astype(sources.dtype).reshape(size, heads, -1)
             return select_blocks(
-                scores.reshape(batch, size, heads, slots),
+                # With an axis of heads, along which devices that hold some of them mix those alone.
+                jnp.einsum("lkr,brs->blks", weights, sources),
                 jax.lax.dynamic_slice_in_dim(p, first, rows, axis=1).reshape(batch, size, heads),
                 past,
                 block_size=self.policy.block_size,
@@ -211,6 +229,7 @@ class Mixture:
                 method=self.policy.threshold,
                 steps=self.policy.steps,
                 implementation=self.implementation,
+                split=split,
             )
 
         if size == layers:

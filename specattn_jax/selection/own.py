@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
-from specattn_kernels import SelectionPlan, select_blocks
+from specattn_kernels import SelectionPlan, lay, select_blocks
 
 from specattn_jax.errors import UserError
 from specattn_jax.models.cache import KVCache, Look
@@ -55,7 +55,7 @@ class OwnReads:
                 window: they are read as soon as there is something in them.
         """
         slots = cache.num_slots
-        scores = score_looks(looks, cache, past).reshape(past.shape[0], len(looks), cache.num_kv_heads, slots)
+        scores = score_looks(looks, cache, past)
         recent = self.num_recent + new
         share = jnp.maximum(self.share, self.least / (past + new))
         # Entries that the share may take, and besides those that are always read.
@@ -69,6 +69,7 @@ class OwnReads:
             measure="count",
             capacity=min(slots, room),
             implementation=cache.implementation,
+            split=cache.split,
         )
 
 
@@ -102,6 +103,7 @@ class SparseDraft:
         read = opening.read(attend_and_look(None))
         plan = self.reads.plan(read.notes, read.cache, opening.past, 2 * (opening.window + 1))
         watched = jax.tree.map(lambda x: jnp.zeros((opening.window, *x.shape), x.dtype), newest_look(read.notes))
+        watched = lay(opening.split, watched, "W M B N")
         return DraftState(watched, plan), read.cache
 
     def observe(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from jaxtyping import Array, Bool, DTypeLike, Float, Int32
-from specattn_kernels import SelectionPlan
+from specattn_kernels import SelectionPlan, Split
 
 from specattn_jax.models.cache import KVCache
 from specattn_jax.models.config import ModelConfig
@@ -92,6 +92,11 @@ class Opening(NamedTuple):
     def batch(self) -> int:
         """B."""
         return self.past.shape[0]
+
+    @property
+    def split(self) -> Split | None:
+        """How the draft is split over a mesh."""
+        return None if self.draft_cache is None else self.draft_cache.split
 
 
 @runtime_checkable

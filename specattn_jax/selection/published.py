@@ -8,11 +8,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
-from specattn_kernels import Implementation, SelectionPlan, compact_blocks, top_p_threshold
+from specattn_kernels import Implementation, SelectionPlan, compact_blocks, lay, top_p_threshold
 
 from specattn_jax.models.cache import KVCache
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.models.forward import Attend, Attended, Read
+from specattn_jax.models.sharding import replicated
 from specattn_jax.selection.alignment import Alignment, NucleusMass, reduce_heads
 from specattn_jax.selection.policy import SelectionPolicy
 from specattn_jax.selection.protocol import LayerChoice, Opening, Seen
@@ -54,7 +55,7 @@ class Published:
     def init(self, opening: Opening) -> tuple[Bool[Array, "B rows S"], KVCache | None]:
         """No slot is in a nucleus yet."""
         shape = (opening.batch, len(self._watched_layers), opening.num_slots)
-        return jnp.zeros(shape, jnp.bool_), opening.draft_cache
+        return lay(opening.split, jnp.zeros(shape, jnp.bool_), "B rows S"), opening.draft_cache
 
     def observe(
         self, state: Bool[Array, "B rows S"], read: Callable[[Attend], Read], step: Int32[Array, ""]
@@ -80,6 +81,7 @@ class Published:
             method=self.policy.threshold,
             steps=self.policy.steps,
             implementation=self.implementation,
+            split=seen.cache.split,
         )
         return seen, state | (rows >= threshold[..., None])
 
@@ -90,7 +92,11 @@ class Published:
         if not self._sparse_layers:
             return (None,) * self.target.num_layers, state
         united = compact_blocks(
-            self._forced(state, past), block_size=self.policy.block_size, implementation=self.implementation
+            self._forced(state, past),
+            block_size=self.policy.block_size,
+            implementation=self.implementation,
+            # The rows are layers, of which every device has all.
+            split=None if draft_cache is None else replicated(draft_cache.split),
         )
         rows = {layer: self._watched_layers.index(source) for layer, source in self._sparse_layers}
         heads = self.target.num_kv_heads
