@@ -48,9 +48,10 @@ class Split:
         return PartitionSpec(*(self._over(letter) for letter in axes.split()))
 
     def sharding(self, axes: str, shape: tuple[int, ...] | None = None) -> NamedSharding:
-        """Likewise, with the devices; of a shape whose axes may not divide, and then stay whole."""
-        known = {} if shape is None else {a: size for a, size in zip(axes.split(), shape, strict=False) if a in RULES}
-        return NamedSharding(self.mesh, self.fitting(**known).spec(axes))
+        """Likewise, with the devices; of a shape whose axes may be fewer, or not divide and then stay whole."""
+        letters = axes.split()[: None if shape is None else len(shape)]
+        sizes = {} if shape is None else {a: size for a, size in zip(letters, shape, strict=False) if a in RULES}
+        return NamedSharding(self.mesh, self.fitting(**sizes).spec(" ".join(letters)))
 
     def _over(self, letter: str) -> str | None:
         rule = RULES.get(letter)
@@ -78,7 +79,7 @@ def lay(split: Split | None, tree: Any, axes: str) -> Any:
     Args:
         split: how.
         tree: arrays, or trees of them.
-        axes: the first axes of each of them; those that follow stay whole.
+        axes: the first axes of each of them, as far as it has so many; those that follow stay whole.
     """
     if split is None:
         return tree
