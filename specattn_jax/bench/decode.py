@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specattn_jax.bench.decode_auto import auto_choices
-from specattn_jax.bench.decode_cases import DecodeCase, DecodeGrid, decode_grid
+from specattn_jax.bench.decode_cases import DecodeCase, DecodeGrid, decode_grid, on_mesh
 from specattn_jax.bench.decode_hlo import loop_facts
 from specattn_jax.bench.decode_methods import Method, methods
 from specattn_jax.bench.decode_parts import time_parts
@@ -39,11 +39,15 @@ _MAX_PROBES = 16
 _PROBE_WINDOWS = 2
 
 
-def decode_benchmark(grid: DecodeGrid = "small") -> Benchmark:
+def decode_benchmark(grid: DecodeGrid = "small", mesh: str | None = None) -> Benchmark:
     """What `specattn bench decode` measures: the points of a grid whose methods exist on this platform.
 
     Besides points there is `auto` in decode.json: what the library would choose. A file hf.json that
     scripts/bench_decode_hf.py wrote into the folder becomes part of the table.
+
+    Args:
+        grid: which points.
+        mesh: devices that share the work, such as heads=2; None: one.
     """
     # The tiny grid only shows that everything runs.
     timing = TimingSettings(seconds=0.01, repeats=2) if grid == "tiny" else TimingSettings(0.3, 5)
@@ -51,7 +55,9 @@ def decode_benchmark(grid: DecodeGrid = "small") -> Benchmark:
     return Benchmark(
         file="decode",
         compared="method",
-        points=[point for point in decode_grid(grid) if point.case.real or known[point.name].platform in here],
+        points=[
+            point for point in on_mesh(decode_grid(grid), mesh) if point.case.real or known[point.name].platform in here
+        ],
         open=lambda report: _Bench(timing, report["copy_bytes_per_second"]).measure,
         conclude=_conclude,
         files=_files,

@@ -45,6 +45,7 @@ class DecodeCase:
         accepted: drafted tokens that count as accepted, window by window; empty: those that are.
         density: share of the target's cache that sparse methods read.
         dtype: of weights and caches.
+        mesh: devices that share the work, such as heads=2; empty: one.
     """
 
     target: str
@@ -56,6 +57,7 @@ class DecodeCase:
     accepted: tuple[int, ...] = (4, 3)
     density: float = 0.12
     dtype: str = "bfloat16"
+    mesh: str = ""
 
     @property
     def context(self) -> int:
@@ -75,7 +77,15 @@ class DecodeCase:
     @property
     def title(self) -> str:
         """The case for people, in few words."""
-        return f"{self.target} B{self.batch} S{self.slots}"
+        return f"{self.target} B{self.batch} S{self.slots}" + (f" on {self.mesh}" if self.mesh else "")
+
+
+def on_mesh(points: Sequence[Point], mesh: str | None) -> list[Point]:
+    """The points on a mesh: those with random weights, as a real pair is measured on one device."""
+    if mesh is None:
+        return list(points)
+    cases = [(point, dataclasses.replace(point.case, mesh=mesh)) for point in points if not point.case.real]
+    return [point._replace(case=case, title=f"{point.title} on {mesh}") for point, case in cases]
 
 
 def case_of(point: dict[str, Any]) -> DecodeCase:

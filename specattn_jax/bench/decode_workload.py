@@ -7,8 +7,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 from jaxtyping import Array, PRNGKeyArray
-from specattn_kernels import Implementation
+from specattn_kernels import Implementation, Split, lay
 
 from specattn_jax.bench.decode_cases import DecodeCase, shape
 from specattn_jax.bench.decode_methods import BEST, ImposedAcceptance, Method
@@ -17,6 +18,14 @@ from specattn_jax.decoding.state import DecodeState, begin
 from specattn_jax.loading.memory import check_memory
 from specattn_jax.models.cache import KVCache
 from specattn_jax.models.config import ModelConfig
+from specattn_jax.models.sharding import (
+    MeshShape,
+    device_bytes,
+    make_mesh,
+    split_draft,
+    split_target,
+    weight_shardings,
+)
 from specattn_jax.models.transformer import LanguageModel, abstract_model
 from specattn_jax.runtime.session import Session
 from specattn_jax.selection.alignment import Alignment, NucleusMass
@@ -31,30 +40,56 @@ _MIXTURE_SCALE = 2.0
 _NO_LIMIT = 2**30
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-def _normal(key: PRNGKeyArray, scale: float, *, shape: tuple[int, ...], dtype: str) -> Array:
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "lies"))
+def _normal(
+    key: PRNGKeyArray, scale: float, *, shape: tuple[int, ...], dtype: str, lies: Sharding | None = None
+) -> Array:
     """Normal numbers; with the conversion inside, nothing wider than `dtype` outlives the call."""
-    return (scale * jax.random.normal(key, shape, jnp.dtype(dtype))).astype(dtype)
+    made = (scale * jax.random.normal(key, shape, jnp.dtype(dtype))).astype(dtype)
+    return made if lies is None else jax.lax.with_sharding_constraint(made, lies)
 
 
-def random_model(config: ModelConfig, key: PRNGKeyArray, dtype: str) -> LanguageModel:
+def random_model(config: ModelConfig, key: PRNGKeyArray, dtype: str, split: Split | None = None) -> LanguageModel:
     """A model with random weights, leaf by leaf, so that it takes little more than its own memory."""
     empty = abstract_model(config, jnp.dtype(dtype))
     leaves, structure = jax.tree.flatten(empty.params)
+    lies = [None] * len(leaves) if split is None else jax.tree.leaves(weight_shardings(empty, split))
     made = [
-        _normal(jax.random.fold_in(key, index), _WEIGHT_SCALE, shape=leaf.shape, dtype=dtype)
+        _normal(jax.random.fold_in(key, index), _WEIGHT_SCALE, shape=leaf.shape, dtype=dtype, lies=lies[index])
         if leaf.ndim > 1
-        else jnp.ones(leaf.shape, dtype)
+        else jnp.ones(leaf.shape, dtype, device=lies[index])
         for index, leaf in enumerate(leaves)
     ]
-    return dataclasses.replace(empty, params=jax.tree.unflatten(structure, made))
+    return dataclasses.replace(empty, params=jax.tree.unflatten(structure, made), split=split)
 
 
-def random_cache(config: ModelConfig, batch: int, slots: int, key: PRNGKeyArray, dtype: str) -> KVCache:
+def random_models(case: DecodeCase) -> Models:
+    """The models of a case, on its mesh.
+
+    Raises:
+        UserError: the mesh does not fit the target or this machine.
+    """
+    configs = shape(case.target), shape(case.draft)
+    splits: tuple[Split | None, Split | None] = None, None
+    if case.mesh:
+        mesh, itemsize = make_mesh(case.mesh), jnp.dtype(case.dtype).itemsize
+        splits = split_target(mesh, configs[0]), split_draft(mesh, configs[1], itemsize)
+    keys = jax.random.split(jax.random.key(1))
+    made = zip(configs, keys, splits, strict=True)
+    return Models(*(random_model(config, key, case.dtype, split) for config, key, split in made))
+
+
+def random_cache(
+    config: ModelConfig, batch: int, slots: int, key: PRNGKeyArray, dtype: str, split: Split | None = None
+) -> KVCache:
     """A cache that looks full of tokens, layer by layer."""
     size = (batch, config.num_kv_heads, slots, config.head_dim)
-    arrays = [_normal(jax.random.fold_in(key, n), 1.0, shape=size, dtype=dtype) for n in range(2 * config.num_layers)]
-    return KVCache(tuple(arrays[::2]), tuple(arrays[1::2]), jnp.zeros((batch,), jnp.int32))
+    split = None if split is None else split.fitting(B=batch, K=config.num_kv_heads)
+    lies = None if split is None else split.sharding("B K S H")
+    make = functools.partial(_normal, scale=1.0, shape=size, dtype=dtype, lies=lies)
+    arrays = [make(jax.random.fold_in(key, n)) for n in range(2 * config.num_layers)]
+    lengths = lay(split, jnp.zeros((batch,), jnp.int32), "B")
+    return KVCache(tuple(arrays[::2]), tuple(arrays[1::2]), lengths, split=split)
 
 
 def random_alignment(target: ModelConfig, draft: ModelConfig) -> Alignment:
@@ -93,27 +128,29 @@ class Workload:
         item = jnp.dtype(case.dtype).itemsize
         self.cache_bytes = sum(config.cache_bytes(case.batch, case.slots, item) for config in configs)
         self.weight_bytes = sum(config.parameter_count() * item for config in configs)
-        check_memory({"weights": 0 if models else self.weight_bytes, "caches": self.cache_bytes})
-        keys = jax.random.split(jax.random.key(1))
-        made = (random_model(config, key, case.dtype) for config, key in zip(configs, keys, strict=True))
-        self.session = Session(Models(*made) if models is None else models)
+        devices = MeshShape.parse(case.mesh).devices if case.mesh else 1
+        needed = {"weights": 0 if models else self.weight_bytes, "caches": self.cache_bytes}
+        check_memory({name: size // devices for name, size in needed.items()})
+        self.session = Session(random_models(case) if models is None else models)
+        both = self.session.models.target, self.session.models.draft
+        splits = [None if model is None else model.split for model in both]
         keys = jax.random.split(jax.random.key(2))
         self._target_cache, self._draft_cache = (
-            random_cache(config, case.batch, case.slots, key, case.dtype)
-            for config, key in zip(configs, keys, strict=True)
+            random_cache(config, case.batch, case.slots, key, case.dtype, split)
+            for config, key, split in zip(configs, keys, splits, strict=True)
         )
         jax.block_until_ready((self._target_cache, self._draft_cache))
 
     def models_for(self, case: DecodeCase) -> Models | None:
         """The models of this workload if they are those of another case too."""
         mine = self.case
-        same = (mine.target, mine.draft, mine.dtype) == (case.target, case.draft, case.dtype)
+        same = (mine.target, mine.draft, mine.dtype, mine.mesh) == (case.target, case.draft, case.dtype, case.mesh)
         return self.session.models if same else None
 
     @property
     def layer_cache_bytes(self) -> int:
-        """Bytes of the smallest array of the caches."""
-        return min(self._target_cache.layer_bytes, self._draft_cache.layer_bytes)
+        """Bytes that a device holds of the smallest array of the caches."""
+        return min(device_bytes(cache.k[0]) for cache in (self._target_cache, self._draft_cache))
 
     def start(self, strategy: Strategy, implementation: Implementation | None) -> DecodeState:
         """A started state at the case's context, with the caches; `give_back` a state before the next."""

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from specattn_jax.bench.decode_auto import report_profile
-from specattn_jax.bench.decode_cases import REAL, TINY, DecodeCase, by_case, shape
+from specattn_jax.bench.decode_cases import REAL, TINY, DecodeCase, by_case, on_mesh, shape
 from specattn_jax.bench.decode_methods import AUTO, CHOICES, SPECATTN, ImposedAcceptance, methods
 from specattn_jax.bench.decode_real import measure_real
 from specattn_jax.bench.decode_roofline import predict
-from specattn_jax.bench.decode_workload import random_alignment, random_model
+from specattn_jax.bench.decode_workload import random_alignment, random_models
 from specattn_jax.bench.request_report import draw_requests, request_table
 from specattn_jax.bench.runner import Benchmark, Point, Report
 from specattn_jax.decoding.protocol import Models, Strategy
@@ -44,16 +44,20 @@ _PRODUCT = {"cpu": 512}
 _PROBES, _PROBE_WINDOWS, _CLOSE = 8, 2, 0.05
 
 
-def request_benchmark(grid: RequestGrid = "small") -> Benchmark:
+def request_benchmark(grid: RequestGrid = "small", mesh: str | None = None) -> Benchmark:
     """What `specattn bench request` measures: whole requests with random weights and with a real pair.
 
     A file hf.json that scripts/bench_request_hf.py wrote into the folder becomes part of the table.
+
+    Args:
+        grid: which points.
+        mesh: devices that share the work, such as heads=2; None: one.
     """
     repeats = 1 if grid == "tiny" else 2
     return Benchmark(
         file="request",
         compared="method",
-        points=_points(grid),
+        points=on_mesh(_points(grid), mesh),
         open=lambda _: _Bench(repeats).measure,
         conclude=_conclude,
         files=_files,
@@ -107,7 +111,7 @@ class _Bench:
 
     def __init__(self, repeats: int) -> None:
         self._repeats = repeats
-        self._models: tuple[tuple[str, str, str], Models] | None = None
+        self._models: tuple[tuple[str, ...], Models] | None = None
 
     def measure(self, point: Point, beside: Sequence[str]) -> dict[str, Any]:
         """One point, of whose case the methods `beside` are wanted."""
@@ -141,13 +145,11 @@ class _Bench:
 
     def _session(self, case: DecodeCase) -> Session:
         """The case's models, random ones."""
-        names = case.target, case.draft, case.dtype
+        names = case.target, case.draft, case.dtype, case.mesh
         if self._models is None or self._models[0] != names:
             self._models = None
             gc.collect()
-            keys = jax.random.split(jax.random.key(1))
-            made = (random_model(shape(name), key, case.dtype) for name, key in zip(names[:2], keys, strict=True))
-            self._models = names, Models(*made)
+            self._models = names, random_models(case)
         return Session(self._models[1])
 
 

@@ -63,6 +63,7 @@ def bench_decode_command(
         list[str] | None, typer.Option(help="A method to measure; may be repeated.", metavar="METHOD")
     ] = None,
     cases: Cases = None,
+    mesh: options.Mesh = None,
     as_json: options.Json = False,
 ) -> None:
     """Time whole windows of decoding, with random weights and with a real pair; writes decode.json, .md and plots."""
@@ -71,7 +72,7 @@ def bench_decode_command(
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.96")
     with importing():
         from specattn_jax.bench.decode import decode_benchmark
-    _run(out, decode_benchmark(grid), (minutes, only, cases), as_json)  # type: ignore[arg-type]
+    _run(out, decode_benchmark(grid, mesh), (minutes, only, cases), as_json)  # type: ignore[arg-type]
 
 
 @bench.command("request")
@@ -83,6 +84,7 @@ def bench_request_command(
         list[str] | None, typer.Option(help="A method to measure; may be repeated.", metavar="METHOD")
     ] = None,
     cases: Cases = None,
+    mesh: options.Mesh = None,
     as_json: options.Json = False,
 ) -> None:
     """Time whole requests, from the prompt to the last new token; writes request.json, .md and a plot."""
@@ -90,7 +92,7 @@ def bench_request_command(
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.96")
     with importing():
         from specattn_jax.bench.request import request_benchmark
-    _run(out, request_benchmark(grid), (minutes, only, cases), as_json)  # type: ignore[arg-type]
+    _run(out, request_benchmark(grid, mesh), (minutes, only, cases), as_json)  # type: ignore[arg-type]
 
 
 def _check(grid: str, grids: tuple[str, ...], minutes: float | None) -> None:

@@ -113,6 +113,7 @@ def generate_command(
     ] = 0,
     dtype: options.Dtype = "auto",
     alignment: options.AlignmentFolder = None,
+    mesh: options.Mesh = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Say on stderr why auto decodes as it does, and when it changes its mind.")
     ] = False,
@@ -128,6 +129,7 @@ def generate_command(
 
     with importing():
         from specattn_jax.loading.pair import load_pair
+        from specattn_jax.models.sharding import describe_split
         from specattn_jax.runtime.generate import generate
         from specattn_jax.runtime.request import Request
         from specattn_jax.selection.policy import load_policy
@@ -162,8 +164,12 @@ def generate_command(
             draft if request.may_draft else "self",
             alignment=(alignment or "default") if request.may_be_sparse else None,
             dtype=dtype,
+            mesh=mesh,
             progress=bar.bytes,
         )
+        if verbose and mesh is not None:
+            bar.hide()
+            print(describe_split(pair.target, pair.draft), file=sys.stderr)
         shown = sys.stderr if as_json else sys.stdout
 
         def on_prefill(done: int, total: int) -> None:

@@ -21,6 +21,14 @@ Reference = Annotated[str, typer.Argument(help=f"The model: {_REFERENCE}.", meta
 Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16, or auto: bfloat16 on an accelerator, float32 on a CPU.", metavar="DTYPE")
 ]
+Mesh = Annotated[
+    str | None,
+    typer.Option(
+        help="Devices that share the work, such as data=2,heads=4: sequences along data, kv heads along heads.",
+        metavar="MESH",
+        show_default="one device",
+    ),
+]
 Window = Annotated[int, typer.Option(help="Drafted tokens per window.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens with this probability.")]

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import DTypeLike
+from specattn_kernels import Split
 
 from specattn_jax.errors import UserError
 from specattn_jax.files import atomic_folder, first_line, read_json, sha256, write_json
@@ -16,6 +17,7 @@ from specattn_jax.loading.memory import weight_bytes
 from specattn_jax.loading.tensors import all_finite, array_path
 from specattn_jax.loading.tokenizer import Tokenizer
 from specattn_jax.models.config import ModelConfig
+from specattn_jax.models.sharding import weight_shardings
 from specattn_jax.models.transformer import LanguageModel, abstract_model
 
 MARKER = "specattn_model.json"
@@ -68,15 +70,16 @@ def save_checkpoint(model: LanguageModel, tokenizer: Tokenizer, out_dir: Path) -
         write_json(work / MARKER, marker)
 
 
-def load_checkpoint(folder: Path, dtype: DTypeLike) -> LanguageModel:
+def load_checkpoint(folder: Path, dtype: DTypeLike, split: Split | None = None) -> LanguageModel:
     """Reads a folder written by `save_checkpoint`.
 
     Args:
         folder: the folder.
         dtype: weights are cast to it while they are read.
+        split: how they are split over a mesh; each device reads its parts.
 
     Returns:
-        The model, on the default device.
+        The model, without a split on the default device.
 
     Raises:
         UserError: the folder is incomplete, damaged or of another version.
@@ -86,14 +89,15 @@ def load_checkpoint(folder: Path, dtype: DTypeLike) -> LanguageModel:
     empty = abstract_model(read_config(folder), dtype)
     _check_files(folder)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    wanted = {name: leaf.update(sharding=here) for name, leaf in _named(empty.params).items()}
+    lies = {} if split is None else _named(weight_shardings(empty, split))
+    wanted = {name: leaf.update(sharding=lies.get(name, here)) for name, leaf in _named(empty.params).items()}
     try:
         with ocp.StandardCheckpointer() as reader:
             weights = reader.restore((folder / _WEIGHTS).absolute(), wanted)
     except Exception as error:  # Orbax and TensorStore raise errors of many kinds for damaged files
         raise UserError(f"{folder}: weights cannot be read ({first_line(error)}); convert the model again.") from error
     params = jax.tree_util.tree_map_with_path(lambda path, _: weights[_name(path)], empty.params)
-    model = dataclasses.replace(empty, params=params)
+    model = dataclasses.replace(empty, params=params, split=split)
     _check_finite(model, str(folder))
     return model
 

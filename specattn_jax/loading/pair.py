@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from specattn_jax.calibration.calibrate import CalibrationSettings, calibrate, save_calibration
 from specattn_jax.errors import UserError
@@ -18,6 +19,7 @@ from specattn_jax.loading.presets import get_preset, preset_names
 from specattn_jax.loading.resolve import draft_reference, load_model, resolve
 from specattn_jax.loading.tensors import Progress
 from specattn_jax.loading.tokenizer import Tokenizer, check_compatible
+from specattn_jax.models.sharding import device_weight_bytes, make_mesh, place, split_draft, split_target
 from specattn_jax.models.transformer import LanguageModel
 from specattn_jax.selection.alignment import Alignment, load_alignment
 from specattn_jax.selection.policy import load_policy
@@ -132,6 +134,7 @@ def load_pair(
     *,
     alignment: str | Path | None = "default",
     dtype: str = "auto",
+    mesh: str | Mesh | None = None,
     progress: Progress | None = None,
 ) -> ModelPair:
     """Loads a model pair.
@@ -141,10 +144,12 @@ def load_pair(
         draft: likewise; `default` is the preset's own draft, `self` drafts with the target's weights (a diagnosis).
         alignment: folder made by `specattn calibrate`; `default` is the one shipped with a preset, or none.
         dtype: `auto`, `float32` or `bfloat16`.
+        mesh: devices that share the work, such as "data=2,heads=4" or a `jax.sharding.Mesh` with these axes; each gets
+            its part of the weights while they are read. Without it the first device does everything.
         progress: told about downloads and loading.
 
     Raises:
-        UserError: a reference cannot be resolved or loaded, or the two tokenizers differ.
+        UserError: a reference cannot be resolved or loaded, the two tokenizers differ, or the mesh does not fit.
 
     Example:
         >>> pair = load_pair("smollm2")  # the first time it downloads the target
@@ -155,19 +160,27 @@ def load_pair(
     target_files = resolve(target, progress)
     draft_files = resolve(draft_reference(draft, target), progress)
     shared = draft_files.path == target_files.path
-    unknown = None
+    unknown = split = draft_split = None
+    if mesh is not None:
+        devices = make_mesh(mesh) if isinstance(mesh, str) else mesh
+        split = split_target(devices, target_files.config, target)
+        draft_split = split if shared else split_draft(devices, draft_files.config, kind.itemsize)
     if not shared:
         if draft_files.target is None or draft_files.target.path != target_files.path:
             unknown = check_compatible(draft_files.tokenizer(), target_files.tokenizer())
         check_memory(
-            {"target weights": target_files.weight_bytes(kind), "draft weights": draft_files.weight_bytes(kind)}
+            {
+                "target weights": device_weight_bytes(target_files.config, kind, split),
+                "draft weights": device_weight_bytes(draft_files.config, kind, draft_split),
+            }
         )
-    target_model, tokenizer = load_model(target_files, dtype=kind, progress=progress)
+    target_model, tokenizer = load_model(target_files, dtype=kind, progress=progress, split=split)
     draft_model = target_model
     if not shared:
-        draft_model = share_embedding(load_model(draft_files, dtype=kind, progress=progress)[0], target_model)
+        draft_model = load_model(draft_files, dtype=kind, progress=progress, split=draft_split)[0]
+        draft_model = place(share_embedding(draft_model, target_model), draft_split)
     if unknown is not None:
-        draft_model = limit_vocabulary(draft_model, unknown)
+        draft_model = place(limit_vocabulary(draft_model, unknown), draft_split)
     folder = shipped_alignment(target, shared) if alignment == "default" else alignment
     loaded = None if folder is None else load_alignment(Path(folder))
     if loaded is not None:

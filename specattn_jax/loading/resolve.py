@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxtyping import DTypeLike
+from specattn_kernels import Split
 
 from specattn_jax.errors import UserError
 from specattn_jax.files import exists, sensible
@@ -25,6 +26,7 @@ from specattn_jax.loading.presets import HubRepository, Origin, PackagedModel, P
 from specattn_jax.loading.tensors import AnyTensor, Progress, build_model, checked_dtype, hf_tensors
 from specattn_jax.loading.tokenizer import Tokenizer
 from specattn_jax.models.config import ModelConfig
+from specattn_jax.models.sharding import device_weight_bytes
 from specattn_jax.models.transformer import LanguageModel
 
 Kind = Literal["gguf", "hf", "orbax", "draft"]
@@ -117,7 +119,7 @@ def _user_path(reference: str) -> Path:
 
 
 def load_model(
-    reference: str | ModelFiles, *, dtype: DTypeLike, progress: Progress | None = None
+    reference: str | ModelFiles, *, dtype: DTypeLike, progress: Progress | None = None, split: Split | None = None
 ) -> tuple[LanguageModel, Tokenizer]:
     """Loads a model and its tokenizer.
 
@@ -125,19 +127,20 @@ def load_model(
         reference: as for `resolve`, or what it returned.
         dtype: float32, bfloat16 or float16, for weights and cache.
         progress: told about downloads and loading.
+        split: how the weights are split over a mesh.
 
     Returns:
-        The model, on the default device, and its tokenizer.
+        The model, without a split on the default device, and its tokenizer.
 
     Raises:
         UserError: as for `resolve`; or the weights are damaged, or do not fit the memory.
     """
     wanted = checked_dtype(dtype)
     files = reference if isinstance(reference, ModelFiles) else resolve(reference, progress)
-    check_memory({"weights": files.weight_bytes(wanted)})
+    check_memory({"weights": device_weight_bytes(files.config, wanted, split)})
     if files.kind == "orbax":
-        return checkpoint.load_checkpoint(files.path, wanted), files.tokenizer()
-    return build_model(files.source or _open_hub(files), wanted, progress), files.tokenizer()
+        return checkpoint.load_checkpoint(files.path, wanted, split), files.tokenizer()
+    return build_model(files.source or _open_hub(files), wanted, progress, split), files.tokenizer()
 
 
 def fetch_preset(name: str, progress: Progress | None = None) -> dict[str, Path]:

@@ -16,10 +16,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jaxtyping import DTypeLike, Shaped
+from specattn_kernels import Split
 
 from specattn_jax.errors import UserError
 from specattn_jax.files import sensible
 from specattn_jax.models.config import ModelConfig
+from specattn_jax.models.sharding import placer
 from specattn_jax.models.transformer import LanguageModel, abstract_model
 
 # What is being done, how many bytes are done, how many there are (0 when nobody knows).
@@ -164,16 +166,19 @@ def checked_dtype(dtype: DTypeLike) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
-def build_model(source: TensorSource, dtype: DTypeLike, progress: Progress | None = None) -> LanguageModel:
+def build_model(
+    source: TensorSource, dtype: DTypeLike, progress: Progress | None = None, split: Split | None = None
+) -> LanguageModel:
     """Reads a checkpoint, tensor by tensor, into a model.
 
     Args:
         source: an opened checkpoint.
         dtype: float32, bfloat16 or float16.
         progress: told after every array how many bytes of weights are loaded.
+        split: how the weights are split over a mesh; the host holds one array at a time, and a device its parts.
 
     Returns:
-        The model with its weights on the default device.
+        The model with its weights in place, without a split on the default device.
 
     Raises:
         UserError: a tensor is missing, unknown, of another shape, or not finite.
@@ -182,6 +187,7 @@ def build_model(source: TensorSource, dtype: DTypeLike, progress: Progress | Non
     table = packings(source.config)
     _check_names(source, {name for packing in table.values() for name in packing.shapes})
     empty = abstract_model(source.config, wanted)
+    put = placer(source.config, split)
     total, done = source.config.parameter_count() * wanted.itemsize, 0
 
     def fill(path: tuple[object, ...], _: jax.ShapeDtypeStruct) -> jax.Array:
@@ -192,10 +198,9 @@ def build_model(source: TensorSource, dtype: DTypeLike, progress: Progress | Non
         done += packed.nbytes
         if progress is not None:
             progress("loading weights", done, total)
-        placed: jax.Array = jax.device_put(packed)
-        return placed
+        return put(path, packed)
 
-    return dataclasses.replace(empty, params=jax.tree_util.tree_map_with_path(fill, empty.params))
+    return dataclasses.replace(empty, split=split, params=jax.tree_util.tree_map_with_path(fill, empty.params))
 
 
 def hf_tensors(model: LanguageModel) -> Iterator[tuple[str, AnyTensor]]:

@@ -99,11 +99,6 @@ class KVCache:
         """Dtype of keys and values."""
         return self.k[0].dtype
 
-    @property
-    def layer_bytes(self) -> int:
-        """Bytes of the keys, or the values, of one layer."""
-        return int(self.k[0].nbytes)
-
     def at(self, lengths: Int32[Array, " B"]) -> KVCache:
         """The same cache, rolled back (or extended over slots already written) to `lengths`. Nothing is copied."""
         return dataclasses.replace(self, lengths=lengths)

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh
+from jaxtyping import DTypeLike
 from specattn_kernels import Split
 
 from specattn_jax.errors import UserError
@@ -141,6 +142,40 @@ def place(model: LanguageModel, split: Split | None) -> LanguageModel:
         return model
     params = jax.tree.map(jax.device_put, model.params, weight_shardings(model, split))
     return dataclasses.replace(model, params=params, split=split)
+
+
+def describe_split(target: LanguageModel, draft: LanguageModel | None) -> str:
+    """How a pair shares the work, in a sentence."""
+    if target.split is None:
+        return "One device does everything."
+    sizes = MeshShape(*(target.split.mesh.shape[name] for name in (DATA, HEADS)))
+    said = f"The mesh is {sizes}: each device has {target.config.num_kv_heads // sizes.heads} kv heads of the target"
+    if draft is None or draft.split is None:
+        return f"{said}."
+    if draft.split.heads is None:
+        return f"{said} and all of the draft, which so waits for nobody."
+    heads = draft.config.num_kv_heads // sizes.heads
+    return f"{said} and {heads} of the draft, whose scores are gathered once a window."
+
+
+def device_weight_bytes(config: ModelConfig, dtype: DTypeLike, split: Split | None) -> int:
+    """Bytes that each device holds of a model's weights."""
+    empty = abstract_model(config, dtype)
+    if split is None:
+        return empty.nbytes
+    parts = jax.tree.map(
+        lambda leaf, lies: math.prod(lies.shard_shape(leaf.shape)), empty.params, weight_shardings(empty, split)
+    )
+    return sum(jax.tree.leaves(parts)) * empty.dtype.itemsize
+
+
+def device_cache_bytes(config: ModelConfig, batch: int, slots: int, itemsize: int, split: Split | None) -> int:
+    """Bytes that each device holds of a cache."""
+    whole = config.cache_bytes(batch, slots, itemsize)
+    if split is None:
+        return whole
+    fits = split.fitting(B=batch, K=config.num_kv_heads)
+    return whole // (fits.parts("B") * fits.parts("K"))
 
 
 def device_bytes(tree: Any) -> int:

@@ -20,6 +20,7 @@ from specattn_jax.decoding.state import DecodeState, begin
 from specattn_jax.loading.memory import check_memory
 from specattn_jax.models.cache import KVCache
 from specattn_jax.models.forward import prefill
+from specattn_jax.models.sharding import device_cache_bytes
 from specattn_jax.models.transformer import LanguageModel
 from specattn_jax.runtime.clock import Clock
 
@@ -97,7 +98,9 @@ class Session:
             row[: len(prompt)] = prompt
         check_memory(
             {
-                f"the KV cache of the {role}": model.config.cache_bytes(batch, slots, model.dtype.itemsize)
+                f"the KV cache of the {role}": device_cache_bytes(
+                    model.config, batch, slots, model.dtype.itemsize, model.split
+                )
                 for role, model in models.items()
                 if role not in kept
             }
