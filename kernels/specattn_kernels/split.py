@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 # The rule table: letters of the glossary that a mesh can split, and the part of a `Split` that says over which of its
 # axes. All other axes are whole on every device.
@@ -23,13 +23,13 @@ class Split:
     """How arrays are split over a mesh; static under jit.
 
     Attributes:
-        mesh: the devices.
+        mesh: the devices, or their number alone to ask about shapes.
         sequences: axis of the mesh over which sequences (B) are split; None: each device has all of them.
         heads: axis over which kv heads (K), their query heads (N), the MLP's width (F) and the vocabulary (V) are
             split; None likewise.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     sequences: str | None = "data"
     heads: str | None = "heads"
 

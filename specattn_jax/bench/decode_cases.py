@@ -84,8 +84,8 @@ def on_mesh(points: Sequence[Point], mesh: str | None) -> list[Point]:
     """The points on a mesh: those with random weights, as a real pair is measured on one device."""
     if mesh is None:
         return list(points)
-    cases = [(point, dataclasses.replace(point.case, mesh=mesh)) for point in points if not point.case.real]
-    return [point._replace(case=case, title=f"{point.title} on {mesh}") for point, case in cases]
+    moved = [(point, dataclasses.replace(point.case, mesh=mesh)) for point in points if not point.case.real]
+    return [Point(case, point.name, f"{point.title} on {mesh}", point.parts) for point, case in moved]
 
 
 def case_of(point: dict[str, Any]) -> DecodeCase:

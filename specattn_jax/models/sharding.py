@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from jaxtyping import DTypeLike
 from specattn_kernels import Split
 
@@ -79,7 +79,7 @@ def make_mesh(shape: MeshShape | str, devices: Sequence[jax.Device] | None = Non
     return Mesh(grid, (DATA, HEADS), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def split_target(mesh: Mesh, config: ModelConfig, name: str = "the target") -> Split:
+def split_target(mesh: Mesh | AbstractMesh, config: ModelConfig, name: str = "the target") -> Split:
     """How a target is split: sequences over `data`, heads over `heads`.
 
     Raises:
@@ -95,7 +95,7 @@ def split_target(mesh: Mesh, config: ModelConfig, name: str = "the target") -> S
     return Split(mesh, DATA, HEADS)
 
 
-def split_draft(mesh: Mesh, config: ModelConfig, itemsize: int) -> Split:
+def split_draft(mesh: Mesh | AbstractMesh, config: ModelConfig, itemsize: int) -> Split:
     """How a draft is split: like the target where that pays, else every device has all of its heads.
 
     A draft of which every device has all never waits for another; split, each step takes two collectives a layer, and

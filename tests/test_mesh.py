@@ -1,0 +1,88 @@
+"""Many devices give what one gives: meshes of eight virtual CPU devices, which meshes are refused, and what moves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import mesh_runs
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from specattn_jax.errors import UserError
+from specattn_jax.models.sharding import MeshShape, device_cache_bytes, device_weight_bytes, make_mesh, split_target
+
+
+def run_in_a_process(which):
+    command = [sys.executable, mesh_runs.__file__, which]
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3000, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check(found):
+    for run in found["runs"]:
+        case, window = run["case"], run["window"]
+        assert len({token for row in run["want"] for token in row}) > 4, case
+        assert run["got"] == run["want"], case
+        assert window["host"] == 0, case
+        # The scores of all the draft's heads are gathered, but never a cache.
+        assert window["largest_moved"] < window["cache_part"], case
+
+
+def test_a_mesh_gives_the_same_tokens():
+    found = run_in_a_process("few")
+    check(found)
+    window = found["runs"][0]["window"]
+    assert window["cache_spec"] == "P('data', 'heads')"
+    assert window["moved"] > 0
+
+
+@pytest.mark.slow
+def test_every_strategy_gives_the_same_tokens_on_every_mesh():
+    found = run_in_a_process("all")
+    assert len(found["runs"]) == 2 * 6 * len(mesh_runs.MESHES) * 2
+    check(found)
+    np.testing.assert_allclose(found["perplexity"], found["perplexity"][0], rtol=1e-4)
+
+
+def test_what_people_write_is_read():
+    assert MeshShape.parse("data=2,heads=4") == (2, 4)
+    assert MeshShape.parse("heads=8") == (1, 8)
+    assert str(MeshShape(2, 4)) == "data=2,heads=4"
+
+
+@pytest.mark.parametrize("text", ["", "8", "heads", "heads=0", "model=2", "data=2;heads=2", "data=2,heads=x"])
+def test_what_cannot_be_read_is_refused(text):
+    with pytest.raises(UserError, match=r"^mesh is .*; expected .* data=2,heads=4\.$"):
+        MeshShape.parse(text)
+
+
+def test_too_few_devices_are_refused():
+    with pytest.raises(UserError, match=r"^mesh is data=1,heads=64, which takes 64 devices, but \d+ are here; "):
+        make_mesh("heads=64")
+
+
+def test_heads_that_cannot_be_shared_are_refused():
+    mesh = jax.sharding.AbstractMesh((1, 4), ("data", "heads"))
+    with pytest.raises(UserError, match=r"heads is 4, but the target has 6 kv heads.* expected heads to be 1 or 2 or"):
+        split_target(mesh, tiny_config(num_heads=6, num_kv_heads=6))
+
+
+def test_bytes_of_a_device():
+    config = tiny_config(num_kv_heads=4, num_layers=2)
+    split = split_target(jax.sharding.AbstractMesh((2, 4), ("data", "heads")), config)
+    whole = device_weight_bytes(config, np.float32, None)
+    assert whole == config.parameter_count() * 4
+    # Norms are whole everywhere.
+    norms = (2 * config.num_layers + 1) * config.embed_dim * 4
+    assert device_weight_bytes(config, np.float32, split) == (whole - norms) // 4 + norms
+    assert device_cache_bytes(config, 2, 128, 4, split) == config.cache_bytes(2, 128, 4) // 8
+    # A batch that cannot be shared is everywhere.
+    assert device_cache_bytes(config, 3, 128, 4, split) == config.cache_bytes(3, 128, 4) // 4
