@@ -398,6 +398,18 @@ class TestModels:
         )
         assert same.stdout == original.stdout
 
+    def test_info_of_a_mesh(self, tiny_folders):
+        report = json.loads(
+            run("info", tiny_folders.target, "--context", 128, "--mesh", "data=3,heads=2", "--json").stdout
+        )
+        mesh = report["mesh"]
+        assert mesh["devices"] == 6
+        assert report["weight_bytes"] / 2 < mesh["weight_bytes"] < 0.8 * report["weight_bytes"]
+        # A sequence for each of data. The vocabulary of 257 is whole on every device.
+        assert mesh["cache_bytes"] == report["cache_bytes"] / 2
+        assert "on 6 devices" in run("info", tiny_folders.target, "--mesh", "data=3,heads=2").stderr
+        assert "heads is 4, but" in mistake("info", tiny_folders.target, "--mesh", "heads=4")
+
     def test_info(self, tiny_folders):
         report = json.loads(run("info", tiny_folders.target, "--context", 100, "--dtype", "bfloat16", "--json").stdout)
         assert report["format"] == "hf"

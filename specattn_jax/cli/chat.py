@@ -35,6 +35,7 @@ def chat_command(
     top_p: options.TopP = 1.0,
     seed: options.Seed = 0,
     dtype: options.Dtype = "auto",
+    mesh: options.Mesh = None,
     alignment: options.AlignmentFolder = None,
 ) -> None:
     """Talk to a chat model; what was said stays in its cache. Lines come from stdin, answers go to stdout."""
@@ -51,7 +52,7 @@ def chat_command(
         seed=seed,
     )
     with stage_bar() as bar:
-        pair = load_pair(target, draft, alignment=alignment or "default", dtype=dtype, progress=bar.bytes)
+        pair = load_pair(target, draft, alignment=alignment or "default", dtype=dtype, mesh=mesh, progress=bar.bytes)
     say(_HELP, style="dim")
     conversation = _Conversation(pair, request)
     for line in _lines():

@@ -69,12 +69,14 @@ def info_command(
         int | None, typer.Option(help="Tokens in the cache.", show_default="the model's own limit")
     ] = None,
     dtype: options.Dtype = "auto",
+    mesh: options.Mesh = None,
     as_json: options.Json = False,
 ) -> None:
     """Describe a model: shape, memory, tokenizer, devices, kernels, alignment. Weights are not read."""
     with importing():
         from specattn_jax.loading import resolve
         from specattn_jax.loading.pair import choose_dtype
+        from specattn_jax.models.sharding import describe_mesh
         from specattn_jax.notebook.devices import describe_devices, describe_kernels
 
     kind = choose_dtype(dtype)
@@ -99,6 +101,8 @@ def info_command(
         "kernels": describe_kernels(files.config, context, kind.name),
         **_describe_pair(reference),
     }
+    if mesh is not None:
+        report["mesh"] = describe_mesh(mesh, files.config, context, kind, reference)
     if as_json:
         print_json(report)
     else:
@@ -155,6 +159,10 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
             f"fingerprint {tokenizer['fingerprint']}",
         ),
     ]
+    if "mesh" in report:
+        mesh = report["mesh"]
+        held = f"{size(mesh['weight_bytes'])} of weights, {size(mesh['cache_bytes'])} of cache for {mesh['sequences']}"
+        rows.append(("each of a mesh", f"{held} x {report['context']:,} tokens on {mesh['devices']} devices"))
     rows += [("device", f"{d['kind']}, {size(d['available_bytes'])} available") for d in report["devices"]]
     reasons: dict[tuple[str, str], list[str]] = {}
     for op, choice in report["kernels"].items():

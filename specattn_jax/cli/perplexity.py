@@ -82,6 +82,7 @@ def perplexity_command(
     ] = 0,
     seed: options.Seed = 0,
     dtype: options.Dtype = "auto",
+    mesh: options.Mesh = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure quality against cache reads saved, for several methods: perplexity, KL and top-1 fidelity.
@@ -113,7 +114,7 @@ def perplexity_command(
         say(f"Left out, because they read a given share and know no p: {', '.join(without_p(names))}.")
     with stage_bar() as bar:
         bar.wait("starting")
-        pair = load_pair(target, draft, alignment=alignment or "default", dtype=dtype, progress=bar.bytes)
+        pair = load_pair(target, draft, alignment=alignment or "default", dtype=dtype, mesh=mesh, progress=bar.bytes)
         if dataset is None:
             chosen = cut_documents(bar.read_documents(paths, pair.tokenizer), context, documents)
         else:

@@ -158,6 +158,24 @@ def describe_split(target: LanguageModel, draft: LanguageModel | None) -> str:
     return f"{said} and {heads} of the draft, whose scores are gathered once a window."
 
 
+def describe_mesh(text: str, config: ModelConfig, context: int, dtype: DTypeLike, name: str) -> dict[str, Any]:
+    """What each device of a mesh, which need not be here, holds of a model and of a full cache for each of `data`.
+
+    Raises:
+        UserError: the mesh cannot be read, or does not fit the model.
+    """
+    shape = MeshShape.parse(text)
+    split = split_target(AbstractMesh(tuple(shape), (DATA, HEADS)), config, name)
+    itemsize = np.dtype(dtype).itemsize
+    return {
+        **shape._asdict(),
+        "devices": shape.devices,
+        "sequences": shape.data,
+        "weight_bytes": device_weight_bytes(config, dtype, split),
+        "cache_bytes": device_cache_bytes(config, shape.data, context, itemsize, split),
+    }
+
+
 def device_weight_bytes(config: ModelConfig, dtype: DTypeLike, split: Split | None) -> int:
     """Bytes that each device holds of a model's weights."""
     empty = abstract_model(config, dtype)
