@@ -205,6 +205,15 @@ def device_bytes(tree: Any) -> int:
     return sum(held(leaf) for leaf in jax.tree.leaves(tree))
 
 
+def fetch(tree: Any) -> Any:
+    """Arrays on the host, with the parts that other processes hold; every process has to ask at the same point."""
+    if all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in jax.tree.leaves(tree)):
+        return jax.device_get(tree)
+    from jax.experimental.multihost_utils import process_allgather
+
+    return process_allgather(tree, tiled=True)
+
+
 def placer(config: ModelConfig, split: Split | None) -> Callable[[tuple[Any, ...], Any], jax.Array]:
     """What puts a weight, by its path in the parameters, where it belongs: on the default device without a split."""
     if split is None:

@@ -13,6 +13,7 @@ from specattn_jax.decoding.protocol import Models
 from specattn_jax.decoding.state import DRAFT_FAULT, DecodeState
 from specattn_jax.errors import UserError
 from specattn_jax.models.forward import causal_attention, read_sequence
+from specattn_jax.models.sharding import fetch
 from specattn_jax.models.transformer import LanguageModel
 
 # How much of a text is read again to find the layer.
@@ -30,7 +31,7 @@ def check_sound(models: Models, state: DecodeState, texts: Sequence[Sequence[int
     Raises:
         UserError: the target or the draft computed no numbers; says which, and the first bad layer.
     """
-    faults = np.asarray(state.fault)
+    faults = fetch(state.fault)
     if not faults.any():
         return
     index = int(np.argmax(faults > 0))

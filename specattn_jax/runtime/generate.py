@@ -18,6 +18,7 @@ from specattn_jax.decoding.state import DecodeState
 from specattn_jax.errors import UserError
 from specattn_jax.loading.pair import ModelPair
 from specattn_jax.loading.tokenizer import Tokenizer
+from specattn_jax.models.sharding import fetch
 from specattn_jax.planning.gate import Choice, Decide, Decision, Situation, make_gate, prior_acceptance
 from specattn_jax.reporting.shading import SelectionRecord
 from specattn_jax.runtime.clock import Clock
@@ -185,9 +186,9 @@ def _decode_watched(
     """Decodes window by window, keeping what each of them read."""
     windows = []
     state = session.start(strategy, state)
-    while not bool(jnp.all(state.done)):
+    while not fetch(state.done).all():
         state, kept = session.watch(strategy, state, 1, _KeepReaders())
-        windows.append(_Window(**{name: np.asarray(value[0]) for name, value in kept.items()}))
+        windows.append(_Window(**{name: value[0] for name, value in fetch(kept).items()}))
         writer.show(new_tokens(state))
         if any(writer.stopped):
             state = end(state, writer.stopped)
@@ -219,7 +220,7 @@ def _results(
     request: Request,
 ) -> list[Generation]:
     """What a finished state says, per prompt."""
-    counts = jax.device_get(decoded.state.statistics)
+    counts = fetch(decoded.state.statistics)
     results = []
     for index, (prompt, tokens) in enumerate(zip(encoded, new, strict=True)):
         windows = int(counts.windows[index])

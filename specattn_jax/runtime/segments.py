@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from specattn_jax.decoding import loop
 from specattn_jax.decoding.protocol import Strategy
 from specattn_jax.decoding.state import DecodeState, Statistics
+from specattn_jax.models.sharding import fetch
 from specattn_jax.planning.acceptance import Acceptance
 from specattn_jax.planning.gate import Choice, Decide, Decision, Situation
 from specattn_jax.runtime.clock import Clock
@@ -27,7 +27,7 @@ TRIAL_WINDOWS = 8
 
 def new_tokens(state: DecodeState) -> list[list[int]]:
     """The new tokens of every sequence so far."""
-    output, emitted = jax.device_get((state.output, state.emitted))
+    output, emitted = fetch((state.output, state.emitted))
     return [row[:count].tolist() for row, count in zip(output, emitted, strict=True)]
 
 
@@ -213,7 +213,7 @@ class _Seen(NamedTuple):
     @classmethod
     def of(cls, state: DecodeState) -> _Seen:
         arrays = state.target_cache.lengths, state.emitted, state.limit, state.done, state.statistics
-        return cls(*jax.device_get(arrays))
+        return cls(*fetch(arrays))
 
     @property
     def finished(self) -> bool:

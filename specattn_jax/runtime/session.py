@@ -20,7 +20,7 @@ from specattn_jax.decoding.state import DecodeState, begin
 from specattn_jax.loading.memory import check_memory
 from specattn_jax.models.cache import KVCache
 from specattn_jax.models.forward import prefill
-from specattn_jax.models.sharding import device_cache_bytes
+from specattn_jax.models.sharding import device_cache_bytes, fetch
 from specattn_jax.models.transformer import LanguageModel
 from specattn_jax.runtime.clock import Clock
 
@@ -184,9 +184,9 @@ class Memory:
         taken = {}
         for role, cache in self.caches.items():
             # The prompt's last token is always read: what comes next is chosen by it.
-            length = min(shared, int(cache.lengths[0]), len(prompt) - 1)
+            length = min(shared, int(fetch(cache.lengths)[0]), len(prompt) - 1)
             taken[role] = cache.at(jnp.full((1,), length, jnp.int32))
-        self.prefilled = {role: len(prompt) - int(cache.lengths[0]) for role, cache in taken.items()}
+        self.prefilled = {role: len(prompt) - int(fetch(cache.lengths)[0]) for role, cache in taken.items()}
         self.caches, self.tokens = {}, []
         return taken
 
@@ -212,7 +212,7 @@ def _read_on(
     progress: Callable[[int], None],
 ) -> tuple[Float[Array, "B D"], KVCache]:
     """Reads what a cache does not yet hold of a prompt."""
-    begun = int(cache.lengths[0])
+    begun = int(fetch(cache.lengths)[0])
     rest = np.asarray(prompt[begun:], np.int32)
     chunk = min(chunk, _round_up(len(rest), _CHUNK_STEP))
     padded = np.zeros((1, _round_up(len(rest), chunk)), np.int32)
