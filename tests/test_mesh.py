@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 
 import jax
+import mesh_processes
 import mesh_runs
 import numpy as np
 import pytest
@@ -17,13 +20,23 @@ from specattn_jax.errors import UserError
 from specattn_jax.models.sharding import MeshShape, device_cache_bytes, device_weight_bytes, make_mesh, split_target
 
 
-def run_in_a_process(which):
-    command = [sys.executable, mesh_runs.__file__, which]
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+def start(file, *arguments, devices=8):
+    """A process with so many virtual devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=3000, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    command = [sys.executable, file, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def result_of(process):
+    """What it printed last."""
+    out, err = process.communicate(timeout=3000)
+    assert process.returncode == 0, err[-4000:]
+    return out.splitlines()[-1]
+
+
+def run_in_a_process(which):
+    return json.loads(result_of(start(mesh_runs.__file__, which)))
 
 
 def check(found):
@@ -86,3 +99,37 @@ def test_bytes_of_a_device():
     assert device_cache_bytes(config, 2, 128, 4, split) == config.cache_bytes(2, 128, 4) // 8
     # A batch that cannot be shared is everywhere.
     assert device_cache_bytes(config, 3, 128, 4, split) == config.cache_bytes(3, 128, 4) // 4
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
+
+
+def start_together(count, new_tokens):
+    """So many processes with eight devices in all."""
+    port = free_port()
+    return [
+        start(mesh_processes.__file__, port, count, index, new_tokens, devices=8 // count) for index in range(count)
+    ]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_tokens_of_one():
+    one, two = start_together(1, 12), start_together(2, 12)
+    want, *others = [result_of(process) for process in (*one, *two)]
+    assert want.startswith("tokens [[")
+    assert others == [want, want]
+
+
+@pytest.mark.slow
+def test_a_process_whose_partner_is_gone_ends():
+    first, second = start_together(2, 900)
+    # Long enough to be at work, as the first says when it meets the others.
+    time.sleep(60)
+    second.kill()
+    second.communicate()
+    _, err = first.communicate(timeout=60)
+    assert first.returncode != 0
+    assert err

@@ -15,7 +15,8 @@ from specattn_jax.cli.estimate import estimate_command
 from specattn_jax.cli.generate import generate_command
 from specattn_jax.cli.models import convert_command, fetch_command, info_command
 from specattn_jax.cli.perplexity import perplexity_command
-from specattn_jax.cli.terminal import mendable_errors, writable_output
+from specattn_jax.cli.process import join_processes
+from specattn_jax.cli.terminal import mendable_errors, print_errors_alone, writable_output
 from specattn_jax.cli.train_draft import train_draft_command
 
 
@@ -53,8 +54,20 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(
+            help="Several processes share a mesh: HOST:PORT of process 0, or auto where the cluster tells.",
+            metavar="HOST:PORT",
+            show_default=False,
+        ),
+    ] = None,
+    process_id: Annotated[int | None, typer.Option(help="Which of them this is; only 0 prints.", min=0)] = None,
+    processes: Annotated[int | None, typer.Option(help="How many there are.", min=1)] = None,
 ) -> None:
     """SpecAttn: a draft model's attention decides which cache entries the target reads while it verifies."""
+    if not join_processes(coordinator, process_id, processes):
+        print_errors_alone()
 
 
 app.command("generate")(generate_command)

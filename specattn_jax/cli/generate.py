@@ -169,7 +169,7 @@ def generate_command(
         )
         if verbose and mesh is not None:
             bar.hide()
-            print(describe_split(pair.target, pair.draft), file=sys.stderr)
+            say(describe_split(pair.target, pair.draft))
         shown = sys.stderr if as_json else sys.stdout
 
         def on_prefill(done: int, total: int) -> None:

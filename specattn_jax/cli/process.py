@@ -13,6 +13,12 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from specattn_jax.errors import UserError
+from specattn_jax.files import first_line
+
+# How long the processes of several hosts wait for each other at the start, and for a sign of life later.
+_SECONDS_TO_COME, _SECONDS_OF_SILENCE = 300, 30
+
 
 def prepare_process() -> None:
     """Keeps compiled programs from run to run, and the libraries underneath quiet; call before JAX is imported."""
@@ -33,6 +39,47 @@ def prepare_process() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+
+
+def join_processes(coordinator: str | None, process_id: int | None, processes: int | None) -> bool:
+    """Joins the processes of several hosts, whose devices are then one mesh; only process 0 prints.
+
+    Args:
+        coordinator: address of process 0; `auto` where JAX finds out by itself (a TPU pod, Slurm, Open MPI); None where
+            there is one process.
+        process_id: which of them this is.
+        processes: how many there are.
+
+    Returns:
+        Whether this process prints.
+
+    Raises:
+        UserError: some of the three are missing, or the others do not come.
+    """
+    alone = coordinator is None and process_id is None and processes is None
+    told = coordinator is not None and process_id is not None and processes is not None
+    if alone:
+        return True
+    if not told and coordinator != "auto":
+        raise UserError(
+            f"--coordinator is {coordinator}, --process-id {process_id} and --processes {processes}; expected all "
+            "three, or --coordinator auto."
+        )
+    with importing():
+        import jax
+    try:
+        jax.distributed.initialize(
+            None if coordinator == "auto" else coordinator,
+            processes,
+            process_id,
+            initialization_timeout=_SECONDS_TO_COME,
+            heartbeat_timeout_seconds=_SECONDS_OF_SILENCE,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"--coordinator is {coordinator}, but the processes cannot join ({first_line(error)})."
+        ) from error
+    return jax.process_index() == 0
 
 
 def _hide_tpu_library(devices: Path = Path("/sys/bus/pci/devices")) -> None:

@@ -45,8 +45,15 @@ def say(message: str, style: str = "") -> None:
     console.print(Text(message, style=style), soft_wrap=True)
 
 
+def print_errors_alone() -> None:
+    """Lets another process say all the rest."""
+    console.quiet = True
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for as long as the process lives
+
+
 def say_error(message: str) -> None:
     """One line that says what went wrong."""
+    console.quiet = False
     console.print(Text.assemble(("Error: ", "bold red"), message), soft_wrap=True)
 
 
@@ -65,10 +72,24 @@ def mendable_errors() -> Iterator[None]:
         if problem := _missing_platform():
             say_error(problem)
             raise SystemExit(1) from error
+        if _joined():
+            say_error(f"a process of several failed, or another one has gone ({first_line(error)[:300]}).")
+            # Not in the usual way, which waits for the others.
+            sys.stderr.flush()
+            os._exit(1)
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         say_error("the device ran out of memory; use a smaller model, a shorter context or --dtype bfloat16.")
         raise SystemExit(1) from error
+
+
+def _joined() -> bool:
+    """Whether this is one of several processes that share a mesh."""
+    if "jax" not in sys.modules:
+        return False
+    import jax
+
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def _missing_platform() -> str | None:

@@ -38,6 +38,9 @@ from specattn_jax.runtime.session import Memory, Session
 from specattn_jax.runtime.writer import Pace, Writer, find_stop
 from specattn_jax.selection.reads import past_mask
 
+# Windows between two looks at the text where several processes have to look at the same time.
+_WINDOWS_TOGETHER = 8
+
 
 def generate(
     pair: ModelPair,
@@ -104,6 +107,11 @@ def generate(
     keys = prompt_keys(request, len(encoded))
     possible = check_draft(pair, strategies, encoded, request.max_new_tokens)
     prior = prior_acceptance(pair)
+    if len(possible) > 1 and decide is None and _together():
+        raise UserError(
+            "mode is auto, but several processes, whose measurements differ, have to choose the same; give mode and "
+            "window."
+        )
     if len(possible) > 1:
         decide = decide or make_gate(pair, len(encoded), possible, selection)
         first = decide(Situation(sum(map(len, encoded)) // len(encoded), request.max_new_tokens, prior))
@@ -140,7 +148,7 @@ def generate(
         decoded = Decoded(state, first.choice, [])
     else:
         # Stop texts are looked for where text is shown.
-        pace = None if on_text is None and not request.stop else Pace()
+        pace = None if on_text is None and not request.stop else Pace(_WINDOWS_TOGETHER if _together() else None)
         ends = draft_end(pair, encoded, request.max_new_tokens)
         decoding = Decoding(session, by_choice, clock, writer, pace, decide, on_decision, ends)
         decoded = decoding.run(state, first, prior)
@@ -152,6 +160,11 @@ def generate(
     results = _results(pair, encoded, new, decoded, by_choice[decoded.choice].lossless, watched, request)
     told = decoded.decisions or ([first] if first.reason else [])
     return Generations(results, Timing(**clock.seconds), told)
+
+
+def _together() -> bool:
+    """Whether several processes decode together, which then have to do the same whatever their clocks say."""
+    return jax.process_count() > 1
 
 
 def _too_long_for_draft(pair: ModelPair, choice: Choice) -> str:
