@@ -20,6 +20,7 @@ from specattn_jax.decoding.sampling import Sampling
 from specattn_jax.decoding.speculative import SpecAttn
 
 TOPOLOGIES = ["v5e:2x2", "v6e:2x2"]
+MESHES = ["v5e:2x4/data=2,heads=4", "v6e:2x2/heads=4"]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,11 @@ def programs():
     """What tpu_window.py prints, by topology and program."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu, which compiles for TPUs, is not installed; it comes with the extra `test` on x86-64 Linux")
-    command = [sys.executable, tpu_window.__file__, *TOPOLOGIES]
+    return compile_for(*TOPOLOGIES)
+
+
+def compile_for(*topologies):
+    command = [sys.executable, tpu_window.__file__, *topologies]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -65,6 +70,21 @@ def test_caches_are_updated_where_they_lie(programs, topology, name):
     program = programs[topology][name]
     assert program["aliased_bytes"] >= program["cache_bytes"]
     assert program["cache_copies"] == 0
+
+
+@pytest.mark.slow
+def test_a_mesh_of_chips_runs_the_same_kernels(programs):
+    for name, found in compile_for(*MESHES).items():
+        chips = 8 if name.startswith("v5e") else 4
+        assert found["kernels"] == programs["v5e:2x2"]["decode"]["kernels"], name
+        assert found["callbacks"] == found["host_arrays"] == 0, name
+        # Each chip has its part of weights and caches, whose place is that of the new ones, and norms besides.
+        held = found["cache_bytes"] / chips + found["weight_bytes"] / 4
+        assert held <= found["argument_bytes"] < 1.1 * held, name
+        assert found["aliased_bytes"] >= found["cache_bytes"] / chips, name
+        assert found["temporary_bytes"] < 0.2 * held, name
+        # The draft's scores are gathered; a layer's keys would be more.
+        assert found["largest_moved"] < tpu_window.SLOTS * tpu_window.TARGET.head_dim, name
 
 
 def decode_with(implementation):

@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from specattn_kernels import Implementation
 
 from specattn_jax.decoding import loop
@@ -139,7 +140,7 @@ def trace_decoding(
 
     def prefilled(models: Models) -> DecodeState:
         target, draft = (
-            KVCache.empty(model.config, batch, slots, model.dtype, implementation)
+            KVCache.empty(model.config, batch, slots, model.dtype, implementation, model.split)
             for model in (models.target, models.draft)
         )
         last, limit = jnp.zeros((batch, 2), jnp.int32), jnp.ones((batch,), jnp.int32)
@@ -149,9 +150,24 @@ def trace_decoding(
     def start_and_decode(strategy: Strategy, models: Models, state: DecodeState, windows: jax.Array) -> DecodeState:
         return loop.decode(strategy, models, loop.start(strategy, models, state), windows)
 
-    arguments = strategy, models, jax.eval_shape(prefilled, models), jnp.int32(0)
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), arguments)
-    return start_and_decode.trace(*shapes)
+    def on_mesh(cache: KVCache) -> KVCache:
+        """Shapes forget where they lie."""
+        split = cache.split
+        if split is None:
+            return cache
+        k, v = jax.tree.map(lambda leaf: leaf.update(sharding=split.sharding("B K S H")), (cache.k, cache.v))
+        return dataclasses.replace(cache, k=k, v=v)
+
+    state = jax.eval_shape(prefilled, models)
+    assert state.draft_cache is not None
+    caches = {"target_cache": on_mesh(state.target_cache), "draft_cache": on_mesh(state.draft_cache)}
+    arguments = strategy, models, dataclasses.replace(state, **caches), jnp.int32(0)
+
+    def lies(leaf: jax.ShapeDtypeStruct | jax.Array) -> jax.ShapeDtypeStruct:
+        sharding = leaf.sharding if isinstance(leaf.sharding, NamedSharding) else device
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return start_and_decode.trace(*jax.tree.map(lies, arguments))
 
 
 def outputs(state: DecodeState) -> list[list[int]]:

@@ -1,6 +1,6 @@
 """Compiles decoding and prefill with the Pallas TPU kernels for chips that need not be there; prints what came out.
 
-    python tests/tpu_window.py v5e:2x2 v6e:2x2
+    python tests/tpu_window.py v5e:2x2 v6e:2x2 v5e:2x4/data=2,heads=4
 
 A process of its own: libtpu reads the environment when it is loaded.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import sys
@@ -18,7 +19,7 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from tiny import selection_for, trace_decoding
 
 from specattn_jax.decoding.protocol import Models
@@ -26,7 +27,8 @@ from specattn_jax.decoding.speculative import SpecAttn
 from specattn_jax.models.cache import KVCache
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.models.forward import prefill
-from specattn_jax.models.transformer import abstract_model
+from specattn_jax.models.sharding import make_mesh, split_target, weight_shardings
+from specattn_jax.models.transformer import LanguageModel, abstract_model
 
 BATCH, SLOTS, PROMPT = 2, 4096, 2048
 # The attention of Llama-3.1-8B, few layers and a narrow rest.
@@ -75,6 +77,45 @@ def lower_decode(topology: str) -> jax.stages.Lowered:
     return traced.lower()
 
 
+def lower_on_mesh(topology: str, text: str) -> jax.stages.Lowered:
+    """The same for a mesh of the chips of `topology`, such as data=2,heads=4."""
+    chips = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    split = split_target(make_mesh(text, chips), TARGET)
+
+    def on_mesh(config: ModelConfig) -> LanguageModel:
+        model = abstract_model(config, jnp.bfloat16)
+        lies = weight_shardings(model, split)
+        params = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), model.params, lies)
+        return dataclasses.replace(model, params=params, split=split)
+
+    strategy = SpecAttn(selection_for(TARGET, DRAFT, "default", 0.9, block_size=32, implementation="pallas_tpu"))
+    whole = NamedSharding(split.mesh, PartitionSpec())
+    models = Models(on_mesh(TARGET), on_mesh(DRAFT))
+    return trace_decoding(strategy, models, batch=BATCH, slots=SLOTS, implementation="pallas_tpu", device=whole).lower()
+
+
+def describe_mesh(topology: str, text: str) -> dict[str, object]:
+    """What each chip of a mesh holds and runs, and what moves between them."""
+    compiled = lower_on_mesh(topology, text).compile()
+    program, memory = compiled.as_text(), compiled.memory_analysis()
+    moved = re.findall(
+        r" = \(?([a-z]+\d*)\[([\d,]*)\][^=]* (all-gather|all-to-all|collective-permute)(?:-start)?\(", program
+    )
+    return {
+        "kernels": Counter(re.findall(r"%([a-z_]+)[\w.]* = .*custom_call_target=\"tpu_custom_call\"", program)),
+        "callbacks": program.count("callback"),
+        "host_arrays": program.count("S(5)"),
+        "largest_moved": max(
+            (math.prod(int(size) for size in sizes.split(",") if size) for _, sizes, _ in moved), default=0
+        ),
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "aliased_bytes": memory.alias_size_in_bytes,
+        "weight_bytes": sum(config.parameter_count() * 2 for config in (TARGET, DRAFT)),
+        "cache_bytes": sum(config.cache_bytes(BATCH, SLOTS, 2) for config in (TARGET, DRAFT)),
+    }
+
+
 def describe(lowered: jax.stages.Lowered, configs: tuple[ModelConfig, ...]) -> dict[str, object]:
     """The kernels that were compiled, and what would tell of the host or of copies of the first model's cache."""
     compiled = lowered.compile()
@@ -113,4 +154,12 @@ if __name__ == "__main__":
         TPU_WORKER_HOSTNAMES="localhost",
         TPU_WORKER_ID="0",
     )
-    print(json.dumps({topology: programs(topology) for topology in sys.argv[1:]}))
+    asked = [argument.partition("/") for argument in sys.argv[1:]]
+    print(
+        json.dumps(
+            {
+                topology + slash + mesh: describe_mesh(topology, mesh) if slash else programs(topology)
+                for topology, slash, mesh in asked
+            }
+        )
+    )
