@@ -16,7 +16,7 @@ from command import mistake, run
 from specattn_jax.bench import decode as bench
 from specattn_jax.bench.decode import decode_benchmark
 from specattn_jax.bench.decode_auto import auto_choices
-from specattn_jax.bench.decode_cases import DecodeCase, decode_grid, shape
+from specattn_jax.bench.decode_cases import DecodeCase, decode_grid, mesh_grid, on_mesh, shape
 from specattn_jax.bench.decode_fit import FITTED, fit_profile, fit_terms
 from specattn_jax.bench.decode_hlo import loop_facts
 from specattn_jax.bench.decode_methods import (
@@ -30,7 +30,7 @@ from specattn_jax.bench.decode_methods import (
     ImposedAcceptance,
     methods,
 )
-from specattn_jax.bench.decode_report import decode_table
+from specattn_jax.bench.decode_report import decode_table, mesh_table
 from specattn_jax.bench.decode_roofline import predict, roofline
 from specattn_jax.bench.decode_workload import Workload, bench_strategy
 from specattn_jax.bench.runner import Limits, rewrite_report, run_benchmark
@@ -331,3 +331,25 @@ def test_compiled_text_is_understood():
     compiled = jax.jit(lambda x, n: jax.lax.fori_loop(0, n, lambda _, x: jnp.sin(x) + 1, x))
     text = compiled.lower(jnp.zeros((64, 256)), jnp.int32(3)).compile().as_text()
     assert loop_facts(text, 64 * 256 * 4).launches > 0
+
+
+def test_what_a_mesh_gains_is_told():
+    def point(mesh, seconds):
+        case = dataclasses.asdict(DecodeCase("llama-3.1-8b", "llama-3.2-1b", 8, 32768, mesh=mesh))
+        speed = {"window_seconds": seconds, "tokens_per_second": 36 / seconds, "share_of_copy_bandwidth": 0.5}
+        return {"case": case, "method": "specattn", "failure": None, **speed}
+
+    table = mesh_table({"points": [point("", 0.018), point("heads=2", 0.010), point("data=4", 0.005)]})
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[-3:]]
+    assert [row[2] for row in rows] == ["one device", "heads=2", "data=4"]
+    assert [row[5:7] for row in rows] == [["1.00", "100%"], ["1.80", "90%"], ["3.60", "90%"]]
+
+
+def test_the_grid_of_meshes():
+    points = mesh_grid(("heads=2", "data=2"))
+    assert {point.case.mesh for point in points if point.case.batch == 8} == {"", "heads=2", "data=2"}
+    # One sequence cannot be split.
+    assert {point.case.mesh for point in points if point.case.batch == 1} == {"", "heads=2"}
+    moved = on_mesh(decode_grid("tiny"), "heads=2")
+    assert all(point.case.mesh == "heads=2" and not point.case.real for point in moved)
+    assert {point.case.devices for point in moved} == {2}

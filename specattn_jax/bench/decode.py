@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import time
@@ -14,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from specattn_jax.bench.decode_auto import auto_choices
-from specattn_jax.bench.decode_cases import DecodeCase, DecodeGrid, decode_grid, on_mesh
+from specattn_jax.bench.decode_cases import DecodeCase, DecodeGrid, decode_grid, mesh_grid, on_mesh
 from specattn_jax.bench.decode_hlo import loop_facts
 from specattn_jax.bench.decode_methods import Method, methods
 from specattn_jax.bench.decode_parts import time_parts
 from specattn_jax.bench.decode_real import measure_real
-from specattn_jax.bench.decode_report import decode_table, draw_decode
+from specattn_jax.bench.decode_report import decode_table, draw_decode, mesh_table
 from specattn_jax.bench.decode_roofline import compare, roofline
 from specattn_jax.bench.decode_workload import Workload, backend_of, bench_strategy
 from specattn_jax.bench.runner import Benchmark, Point, Report
@@ -76,6 +77,20 @@ def _files(report: Report, folder: Path) -> dict[str, bytes]:
     """The table, and speed and parts as plots."""
     peers = read_json(folder / HF_RESULTS) if (folder / HF_RESULTS).exists() else None
     return {"decode.md": decode_table(report, peers).encode(), **draw_decode(report["points"])}
+
+
+def mesh_benchmark(meshes: Sequence[str]) -> Benchmark:
+    """The decode benchmark of two long contexts, on one device and on meshes such as heads=2 and data=2.
+
+    Writes mesh.json, and mesh.md with what the devices gain.
+    """
+    return dataclasses.replace(
+        decode_benchmark(),
+        file="mesh",
+        points=mesh_grid(meshes),
+        conclude=lambda report: compare(report["points"]),
+        files=lambda report, _: {"mesh.md": (mesh_table(report) + "\n" + decode_table(report)).encode()},
+    )
 
 
 class _Bench:

@@ -32,7 +32,8 @@ def auto_choices(report: dict[str, Any]) -> list[dict[str, Any]]:
     for case, points in by_case(report["points"]).items():
         good = {point["method"]: point for point in points if point["failure"] is None}
         speeds = {name: good[name]["tokens_per_second"] for name in CHOICES if name in good}
-        if not speeds:
+        # What devices gain together is not predicted yet.
+        if not speeds or case.mesh:
             continue
         best = max(speeds, key=lambda name: speeds[name])
         if not case.real:

@@ -21,6 +21,7 @@ from specattn_jax.bench.decode_methods import (
 )
 from specattn_jax.bench.runner import Point
 from specattn_jax.models.config import ModelConfig
+from specattn_jax.models.sharding import MeshShape
 from specattn_jax.planning.cost import load_shape
 
 DecodeGrid: TypeAlias = Literal["tiny", "small", "full"]
@@ -75,6 +76,11 @@ class DecodeCase:
         return sum(self.accepted) / len(self.accepted)
 
     @property
+    def devices(self) -> int:
+        """How many share the work."""
+        return MeshShape.parse(self.mesh).devices if self.mesh else 1
+
+    @property
     def title(self) -> str:
         """The case for people, in few words."""
         return f"{self.target} B{self.batch} S{self.slots}" + (f" on {self.mesh}" if self.mesh else "")
@@ -86,6 +92,14 @@ def on_mesh(points: Sequence[Point], mesh: str | None) -> list[Point]:
         return list(points)
     moved = [(point, dataclasses.replace(point.case, mesh=mesh)) for point in points if not point.case.real]
     return [Point(case, point.name, f"{point.title} on {mesh}", point.parts) for point, case in moved]
+
+
+def mesh_grid(meshes: Sequence[str]) -> list[Point]:
+    """Long contexts on one device and on meshes, the more telling first; `data` splits no batch of one."""
+    large, long = DecodeCase(*_LLAMA3, 8, 32768), DecodeCase(*_LLAMA3, 1, 131072)
+    pairs = [(case, mesh) for case in (large, long) for mesh in ("", *meshes) if case.batch > 1 or "data" not in mesh]
+    cases = [dataclasses.replace(case, mesh=mesh) for case, mesh in pairs]
+    return [point for case in cases for point in _points(case, (SPECATTN, SPECULATIVE))]
 
 
 def case_of(point: dict[str, Any]) -> DecodeCase:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from specattn_jax.bench.decode_cases import DecodeCase, by_case, case_of
@@ -43,8 +44,27 @@ def decode_table(report: dict[str, Any], peers: dict[str, Any] | None = None) ->
     return "\n".join(parts)
 
 
+def mesh_table(report: dict[str, Any]) -> str:
+    """What meshes gain over one device of the same run, as Markdown."""
+    good = [point for point in report["points"] if point["failure"] is None]
+    alone = {(case_of(point), point["method"]): point for point in good if not point["case"]["mesh"]}
+    rows = []
+    for point in good:
+        case = case_of(point)
+        one = alone.get((dataclasses.replace(case, mesh=""), point["method"]))
+        if one is None:
+            continue
+        gain = one["window_seconds"] / point["window_seconds"]
+        shares = f"{gain:.2f}", f"{gain / case.devices:.0%}", f"{point['share_of_copy_bandwidth']:.0%}"
+        what = f"{case.batch} x {case.slots:,}", point["method"], case.mesh or "one device"
+        rows.append((*what, *_speeds(point), *shares))
+    columns = ("caches", "method", "mesh", "tokens/s", "ms/window", "over one device", "of as many", "of copy")
+    return f"### Devices together\n\n{markdown(columns, rows)}"
+
+
 def _heading(case: DecodeCase) -> str:
-    return f"{case.target} drafted by {case.draft}, {case.batch} x {case.slots:,} slots"
+    where = f" on {case.mesh}" if case.mesh else ""
+    return f"{case.target} drafted by {case.draft}, {case.batch} x {case.slots:,} slots{where}"
 
 
 def _section(case: DecodeCase, points: list[dict[str, Any]]) -> str:

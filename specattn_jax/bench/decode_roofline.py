@@ -53,7 +53,7 @@ def predict(case: DecodeCase, method: Method, density: float | None = None) -> P
 
 
 def roofline(case: DecodeCase, method: Method, found: dict[str, Any], copy: float) -> dict[str, Any]:
-    """The bytes that a window has to move, and how near to the copy bandwidth it came.
+    """The bytes that a window has to move, and how near to the copy bandwidth of its devices it came.
 
     Args:
         case: what was decoded.
@@ -63,7 +63,8 @@ def roofline(case: DecodeCase, method: Method, found: dict[str, Any], copy: floa
     """
     _, scenario, work = predict(case, method, found["density"])
     moved = window_bytes(scenario, work)
-    return {"bytes": moved._asdict(), "share_of_copy_bandwidth": moved.total / found["window_seconds"] / copy}
+    share = moved.total / case.devices / found["window_seconds"] / copy
+    return {"bytes": moved._asdict(), "share_of_copy_bandwidth": share}
 
 
 def compare(points: list[dict[str, Any]]) -> None:

@@ -19,7 +19,6 @@ from specattn_jax.loading.memory import check_memory
 from specattn_jax.models.cache import KVCache
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.models.sharding import (
-    MeshShape,
     device_bytes,
     make_mesh,
     split_draft,
@@ -128,9 +127,8 @@ class Workload:
         item = jnp.dtype(case.dtype).itemsize
         self.cache_bytes = sum(config.cache_bytes(case.batch, case.slots, item) for config in configs)
         self.weight_bytes = sum(config.parameter_count() * item for config in configs)
-        devices = MeshShape.parse(case.mesh).devices if case.mesh else 1
         needed = {"weights": 0 if models else self.weight_bytes, "caches": self.cache_bytes}
-        check_memory({name: size // devices for name, size in needed.items()})
+        check_memory({name: size // case.devices for name, size in needed.items()})
         self.session = Session(random_models(case) if models is None else models)
         both = self.session.models.target, self.session.models.draft
         splits = [None if model is None else model.split for model in both]

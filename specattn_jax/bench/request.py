@@ -246,7 +246,7 @@ def _conclude(report: Report) -> None:
     for case, points in by_case(good).items():
         times = {point["method"]: point["request_seconds"] for point in points}
         fixed = {name: seconds for name, seconds in times.items() if name in CHOICES}
-        if len(fixed) < len(CHOICES):
+        if len(fixed) < len(CHOICES) or case.mesh:
             continue
         if case.real:
             chosen, reason = AUTO, " ".join(next(one for one in points if one["method"] == AUTO)["decisions"])

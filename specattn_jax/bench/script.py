@@ -24,7 +24,7 @@ def run_script(describe: str | None, grids: Sequence[str], make: Callable[[Any],
         results: holds the folders of results, one for each device.
     """
     parser = argparse.ArgumentParser(description=describe, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", choices=grids, default="small")
+    parser.add_argument("--grid", choices=grids, default="small" if "small" in grids else grids[0])
     parser.add_argument("--minutes", type=float, help="stop after so long; the same command goes on")
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="measure these alone of what is compared")
     parser.add_argument("--cases", nargs="+", default=(), metavar="PART", help='these cases alone, such as "B8 S32768"')
