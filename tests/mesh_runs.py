@@ -119,7 +119,8 @@ def run(which: str) -> dict[str, Any]:
                 continue
             want, _ = decode(strategy, models_on(None, whole_draft=False), batch)
             for mesh in meshes:
-                for whole in (False,) if few else (False, True):
+                # Where the draft is does not depend on the mesh.
+                for whole in (False, True) if strategy.needs_draft and mesh == MESHES[1] and not few else (False,):
                     got, facts = decode(strategy, models_on(mesh, whole_draft=whole), batch)
                     case = {"strategy": name, "temperature": temperature, "mesh": mesh, "whole_draft": whole}
                     found["runs"].append({"case": case, "got": got, "want": want, "window": facts})

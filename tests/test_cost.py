@@ -1,5 +1,6 @@
 """The cost model against counts by hand, and the table of the README against the cost model."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -14,8 +15,11 @@ from specattn_jax.decoding.speculative import SpecAttn, Speculative
 from specattn_jax.decoding.work import Scenario
 from specattn_jax.errors import UserError
 from specattn_jax.loading import draft_reference, resolve
+from specattn_jax.models.sharding import MeshShape
 from specattn_jax.models.transformer import abstract_model
 from specattn_jax.planning.cost import WindowBytes, load_shape, shape_names, speedup, weights_read, window_bytes
+from specattn_jax.planning.device import load_profile
+from specattn_jax.planning.mesh import H100_COPY, predict_mesh, share
 from specattn_jax.selection.policy import load_policy
 
 LLAMA = Scenario(load_shape("llama-3.1-8b"), load_shape("llama-3.2-1b"), batch=8)
@@ -39,6 +43,7 @@ def test_shapes_have_the_weights_that_the_model_has(name):
     leaves = jax.tree.leaves(abstract_model(config, "bfloat16").params)
     assert sum(leaf.size for leaf in leaves) == config.parameter_count()
     wanted = {
+        "llama-3.1-70b": 70.55,
         "llama-3.1-8b": 8.03,
         "llama-3.2-1b": 1.236,
         "llama-2-7b": 6.738,
@@ -135,3 +140,50 @@ def test_command():
     assert dense["specattn_over_speculative"] == pytest.approx(speedup(LLAMA, SPARSE, over=DENSE))
     assert "whole numbers" in mistake(*given, "--context", "8k")
     assert "accepted is 9" in mistake(*given, "--accepted", "9")
+
+
+class TestMesh:
+    SCENARIO = Scenario(load_shape("llama-3.1-70b"), load_shape("llama-3.1-8b"), batch=8, draft_reads=0.1)
+
+    def test_one_device_waits_for_nobody(self):
+        profile = load_profile("gpu", bandwidth=H100_COPY)
+        assert share(self.SCENARIO, profile, MeshShape(), whole_draft=True) == (self.SCENARIO, profile)
+
+    def test_sequences_share_caches_and_heads_share_all(self):
+        profile = dataclasses.replace(load_profile("gpu", bandwidth=H100_COPY), link_latency_s=0.0, link_bandwidth=1e30)
+        work = SpecAttn().cost(self.SCENARIO)
+        whole = window_bytes(self.SCENARIO, work)
+        data, heads = (
+            share(self.SCENARIO, profile, shape, whole_draft=False).scenario
+            for shape in (MeshShape(data=2), MeshShape(heads=2))
+        )
+        halves = window_bytes(data, work)
+        assert halves.target_cache == whole.target_cache / 2
+        assert halves.target_weights == whole.target_weights
+        halves = window_bytes(heads, work)
+        assert halves.target_cache == whole.target_cache / 2
+        assert halves.draft_cache == whole.draft_cache / 2
+        # Norms are whole everywhere.
+        assert halves.target_weights == pytest.approx(whole.target_weights / 2, rel=1e-3)
+
+    def test_devices_that_meet_slowly_gain_little(self):
+        fast, slow = (
+            dataclasses.replace(load_profile("gpu", bandwidth=H100_COPY), link_latency_s=seconds)
+            for seconds in (1e-6, 1e-3)
+        )
+        times = [
+            predict_mesh(self.SCENARIO, "heads=8", profile)["window_seconds"]["specattn"] for profile in (fast, slow)
+        ]
+        assert times[1] > times[0] + 2 * 80 * 0.9e-3
+
+    def test_the_table_of_the_documentation(self):
+        page = (Path(__file__).parents[1] / "docs" / "devices.md").read_text(encoding="utf-8")
+        for mesh in ("heads=4", "data=2,heads=4", "heads=8"):
+            found = predict_mesh(self.SCENARIO, mesh)
+            held = [f"{found[name] / 2**30:.1f}" for name in ("weight_bytes", "cache_bytes")]
+            times = [
+                f"{found['window_seconds'][name] * 1e3:.1f}" for name in ("autoregressive", "speculative", "specattn")
+            ]
+            speeds = [f"{found['tokens_per_second'][name]:.0f}" for name in ("speculative", "specattn")]
+            cells = [f"`{mesh}`", str(found["devices"]), *held, *times, *speeds]
+            assert f"| {' | '.join(cells)} |" in page, cells

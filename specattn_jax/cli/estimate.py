@@ -31,6 +31,7 @@ def estimate_command(
         typer.Option(help="Share of its own cache that the draft reads.", show_default="that of the default policy"),
     ] = None,
     window: options.Window = 5,
+    mesh: options.Mesh = None,
     as_json: options.Json = False,
 ) -> None:
     """Estimate, from the bytes that decoding in bfloat16 has to read and write, how the three modes compare.
@@ -40,6 +41,7 @@ def estimate_command(
     with importing():
         from specattn_jax.decoding.work import Scenario
         from specattn_jax.planning.cost import estimate
+        from specattn_jax.planning.mesh import predict_mesh
         from specattn_jax.selection.policy import load_policy
 
     contexts = [_whole_number(part) for part in context.split(",") if part.strip()]
@@ -55,7 +57,10 @@ def estimate_command(
         kv_reduction=kv_reduction,
         draft_reads=load_policy("default").draft_reads if draft_reads is None else draft_reads,
     )
-    rows = [estimate(scenario._replace(context=entries)) for entries in contexts]
+    rows: list[dict[str, Any]] = [estimate(scenario._replace(context=entries)) for entries in contexts]
+    if mesh is not None:
+        for row, entries in zip(rows, contexts, strict=True):
+            row["mesh"] = predict_mesh(scenario._replace(context=entries), mesh)
     if as_json:
         print_json({"target": target, "draft": draft, **_plain(scenario), "rows": rows})
         return
@@ -67,8 +72,20 @@ def estimate_command(
                 ("speculative", f"{row['speculative_over_autoregressive']:.2f} x autoregressive"),
                 ("specattn", f"{row['specattn_over_autoregressive']:.2f} x autoregressive"),
                 ("", f"{row['specattn_over_speculative']:.2f} x speculative"),
+                *(_mesh_rows(row["mesh"]) if "mesh" in row else ()),
             ]
         )
+
+
+def _mesh_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is predicted of a mesh of H100s."""
+    draft = "all of the draft" if found["whole_draft"] else "a part of the draft"
+    held = f"{size(found['weight_bytes'])} of weights ({draft}), {size(found['cache_bytes'])} of cache"
+    windows = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in found["window_seconds"].items())
+    return [
+        ("each device", held),
+        ("predicted", f"a window on {found['devices']} H100: {windows}; nothing of it is measured"),
+    ]
 
 
 def _whole_number(part: str) -> int:

@@ -144,11 +144,16 @@ def place(model: LanguageModel, split: Split | None) -> LanguageModel:
     return dataclasses.replace(model, params=params, split=split)
 
 
+def mesh_shape(split: Split) -> MeshShape:
+    """How many devices share the work along each axis."""
+    return MeshShape(*(split.mesh.shape[name] for name in (DATA, HEADS)))
+
+
 def describe_split(target: LanguageModel, draft: LanguageModel | None) -> str:
     """How a pair shares the work, in a sentence."""
     if target.split is None:
         return "One device does everything."
-    sizes = MeshShape(*(target.split.mesh.shape[name] for name in (DATA, HEADS)))
+    sizes = mesh_shape(target.split)
     said = f"The mesh is {sizes}: each device has {target.config.num_kv_heads // sizes.heads} kv heads of the target"
     if draft is None or draft.split is None:
         return f"{said}."

@@ -56,6 +56,8 @@ class DeviceProfile:
         prefill_share: share of `flops` at which the weights meet the many tokens of a prompt; may be above 1.
         prefill_attention_share: likewise, at which the tokens of a prompt attend to each other.
         prefill_layer_s: fixed seconds of a layer in a prefill.
+        link_bandwidth: bytes per second that a device sends to the others of its mesh.
+        link_latency_s: seconds of a collective that moves hardly anything.
     """
 
     bandwidth: float
@@ -75,6 +77,8 @@ class DeviceProfile:
     prefill_share: float = 1.0
     prefill_attention_share: float = 1.0
     prefill_layer_s: float = 0.0
+    link_bandwidth: float = 1e11
+    link_latency_s: float = 1e-5
 
 
 class WindowSeconds(NamedTuple):

@@ -13,8 +13,10 @@ from specattn_jax.decoding.protocol import Strategy
 from specattn_jax.decoding.work import Scenario
 from specattn_jax.loading.pair import ModelPair
 from specattn_jax.loading.presets import get_preset, preset_names
+from specattn_jax.models.sharding import mesh_shape
 from specattn_jax.planning.acceptance import Acceptance
 from specattn_jax.planning.device import DeviceProfile, measure_profile, prefill_seconds, seconds_per_token
+from specattn_jax.planning.mesh import share
 from specattn_jax.selection.make import DraftedSelection
 
 # Drafted tokens per window that `auto` considers; longer ones pay for drafts that accept nearly everything only.
@@ -297,7 +299,11 @@ def make_gate(
         policy = selection.policy
         scenario = scenario._replace(kv_reduction=expected_saving(selection), draft_reads=policy.draft_reads)
         always_read = policy.num_sink + policy.num_recent
-    return Gate(scenario, profile or measure_profile(), tuple(strategies), always_read)
+    profile = profile or measure_profile()
+    if pair.target.split is not None:
+        whole = pair.draft.split is None or pair.draft.split.heads is None
+        scenario, profile = share(scenario, profile, mesh_shape(pair.target.split), whole_draft=whole)
+    return Gate(scenario, profile, tuple(strategies), always_read)
 
 
 def expected_saving(selection: DraftedSelection) -> float:
