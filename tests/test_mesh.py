@@ -9,15 +9,24 @@ import subprocess
 import sys
 import time
 
-import jax
 import mesh_processes
 import mesh_runs
 import numpy as np
 import pytest
+from command import mistake
 from tiny import tiny_config
 
 from specattn_jax.errors import UserError
-from specattn_jax.models.sharding import MeshShape, device_cache_bytes, device_weight_bytes, make_mesh, split_target
+from specattn_jax.models.sharding import (
+    MeshShape,
+    abstract_mesh,
+    device_cache_bytes,
+    device_weight_bytes,
+    make_mesh,
+    split_draft,
+    split_target,
+)
+from specattn_jax.planning.cost import load_shape
 
 
 def start(file, *arguments, devices=8):
@@ -84,14 +93,14 @@ def test_too_few_devices_are_refused():
 
 
 def test_heads_that_cannot_be_shared_are_refused():
-    mesh = jax.sharding.AbstractMesh((1, 4), ("data", "heads"))
+    mesh = abstract_mesh(MeshShape(1, 4))
     with pytest.raises(UserError, match=r"heads is 4, but the target has 6 kv heads.* expected heads to be 1 or 2 or"):
         split_target(mesh, tiny_config(num_heads=6, num_kv_heads=6))
 
 
 def test_bytes_of_a_device():
     config = tiny_config(num_kv_heads=4, num_layers=2)
-    split = split_target(jax.sharding.AbstractMesh((2, 4), ("data", "heads")), config)
+    split = split_target(abstract_mesh(MeshShape(2, 4)), config)
     whole = device_weight_bytes(config, np.float32, None)
     assert whole == config.parameter_count() * 4
     # Norms are whole everywhere.
@@ -100,6 +109,19 @@ def test_bytes_of_a_device():
     assert device_cache_bytes(config, 2, 128, 4, split) == config.cache_bytes(2, 128, 4) // 8
     # A batch that cannot be shared is everywhere.
     assert device_cache_bytes(config, 3, 128, 4, split) == config.cache_bytes(3, 128, 4) // 4
+
+
+def test_a_small_draft_is_whole_and_a_large_one_split():
+    mesh = abstract_mesh(MeshShape(heads=2))
+    assert split_draft(mesh, load_shape("smollm2-draft"), 2).heads is None
+    assert split_draft(mesh, load_shape("llama-3.2-1b"), 2).heads == "heads"
+    # Its heads cannot be shared, whatever it pays.
+    assert split_draft(abstract_mesh(MeshShape(heads=3)), load_shape("llama-3.1-8b"), 2).heads is None
+
+
+@pytest.mark.parametrize("options", [["--processes", 2], ["--coordinator", "host:1", "--process-id", 0]])
+def test_processes_say_all_or_nothing(options):
+    assert "expected all three, or --coordinator auto" in mistake(*options, "info", "smollm2")
 
 
 def free_port():

@@ -79,6 +79,11 @@ def make_mesh(shape: MeshShape | str, devices: Sequence[jax.Device] | None = Non
     return Mesh(grid, (DATA, HEADS), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
+def abstract_mesh(shape: MeshShape) -> AbstractMesh:
+    """A mesh of devices that need not be here, to ask about shapes."""
+    return AbstractMesh(tuple(shape), (DATA, HEADS), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
 def split_target(mesh: Mesh | AbstractMesh, config: ModelConfig, name: str = "the target") -> Split:
     """How a target is split: sequences over `data`, heads over `heads`.
 
@@ -170,7 +175,7 @@ def describe_mesh(text: str, config: ModelConfig, context: int, dtype: DTypeLike
         UserError: the mesh cannot be read, or does not fit the model.
     """
     shape = MeshShape.parse(text)
-    split = split_target(AbstractMesh(tuple(shape), (DATA, HEADS)), config, name)
+    split = split_target(abstract_mesh(shape), config, name)
     itemsize = np.dtype(dtype).itemsize
     return {
         **shape._asdict(),

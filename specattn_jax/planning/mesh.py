@@ -12,7 +12,6 @@ import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
 
 from specattn_jax.decoding.autoregressive import Autoregressive
 from specattn_jax.decoding.protocol import Strategy
@@ -20,9 +19,8 @@ from specattn_jax.decoding.speculative import SpecAttn, Speculative
 from specattn_jax.decoding.work import Scenario
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.models.sharding import (
-    DATA,
-    HEADS,
     MeshShape,
+    abstract_mesh,
     device_cache_bytes,
     device_weight_bytes,
     split_draft,
@@ -108,7 +106,7 @@ def predict_mesh(scenario: Scenario, text: str, profile: DeviceProfile | None = 
         UserError: the mesh cannot be read, or does not fit the target.
     """
     shape, profile = MeshShape.parse(text), profile or load_profile("gpu", bandwidth=H100_COPY)
-    mesh, size = AbstractMesh(tuple(shape), (DATA, HEADS)), scenario.itemsize
+    mesh, size = abstract_mesh(shape), scenario.itemsize
     splits = split_target(mesh, scenario.target), split_draft(mesh, scenario.draft, size)
     both = list(zip((scenario.target, scenario.draft), splits, strict=True))
     dtype = jnp.bfloat16 if size == 2 else jnp.float32
