@@ -36,6 +36,18 @@ class Look(NamedTuple):
     lse: Float[Array, "*batch T N"]
 
 
+class Reach(NamedTuple):
+    """How far back tokens see that do not see everything: the first entries of the cache, and the last ones.
+
+    Attributes:
+        recent: entries before the oldest of the tokens that are read at a time, at least 1.
+        sinks: entries at the beginning.
+    """
+
+    recent: int
+    sinks: int = 64
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
@@ -154,6 +166,30 @@ class KVCache:
             q, k, v, plan, lengths, return_lse=return_lse, implementation=self.implementation
         )
 
+    def attend_within(
+        self, layer: int, q: Float[Array, "B T N H"], reach: Reach, *, valid: Int32[Array, " B"] | None = None
+    ) -> AttentionOutput:
+        """Attention of the T tokens just appended, as `attend`, but of the past only what is in reach.
+
+        All T see the same past: the sinks, and `reach.recent` entries before the first of them. What is copied for it
+        is as long as that and the T tokens together. Where the cache is no longer than this, everything is read.
+
+        Args:
+            layer: which layer.
+            q: their queries.
+            reach: what is read of the past.
+            valid: as in `attend`.
+        """
+        sinks, near = reach.sinks, reach.recent + q.shape[1]
+        if sinks + near >= self.num_slots:
+            return self.attend(layer, q, valid=valid)
+        # From here on entries are near: right behind the sinks where the past is short, and then nothing is left out.
+        first = jnp.maximum(self.lengths - reach.recent, sinks)
+        k, v = (_join(layers[layer], first, sinks, near) for layers in (self.k, self.v))
+        skipped = first - sinks
+        lengths = None if valid is None else jnp.maximum(valid - skipped, 0)
+        return prefill_attention(q, k, v, self.lengths - skipped, lengths=lengths, implementation=self.implementation)
+
     def score(self, layer: int, look: Look, past: Int32[Array, " B"]) -> Float[Array, "B K S"]:
         """How strongly the tokens of a look want each of the first `past` slots, in the cache's dtype.
 
@@ -178,3 +214,9 @@ def _write(
     rows = jnp.swapaxes(new, 1, 2).astype(slots.dtype)
     write = jax.vmap(lambda slot, row, start: jax.lax.dynamic_update_slice(slot, row, (0, start, 0)))
     return write(slots, rows, starts)
+
+
+def _join(slots: Float[Array, "B K S H"], first: Int32[Array, " B"], sinks: int, near: int) -> Float[Array, "B K n H"]:
+    """The first `sinks` slots, then `near` slots from each sequence's own `first` on."""
+    take = jax.vmap(lambda slot, start: jax.lax.dynamic_slice_in_dim(slot, start, near, axis=1))
+    return jnp.concatenate([slots[:, :, :sinks], take(slots, first)], axis=2)

@@ -18,6 +18,7 @@ from specattn_jax.decoding.state import DecodeState
 from specattn_jax.errors import UserError
 from specattn_jax.loading.pair import ModelPair
 from specattn_jax.loading.tokenizer import Tokenizer
+from specattn_jax.models.cache import Reach
 from specattn_jax.planning.gate import Choice, Decide, Decision, Situation, make_gate, prior_acceptance
 from specattn_jax.reporting.shading import SelectionRecord
 from specattn_jax.runtime.clock import Clock
@@ -118,7 +119,8 @@ def generate(
     strategy = chosen(by_choice, first.choice)
 
     clock = Clock()
-    session = Session(Models(pair.target, pair.draft))
+    reach = None if request.draft_reach is None else Reach(request.draft_reach)
+    session = Session(Models(pair.target, pair.draft), draft_reach=reach)
     state = session.prefill(
         encoded,
         request.max_new_tokens,

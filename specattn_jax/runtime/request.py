@@ -28,6 +28,7 @@ AUTO = "auto"
 DEFAULT_KV_REDUCTION = 0.75
 DEFAULT_P = 0.95
 DEFAULT_WINDOW = 5
+LEAST_REACH = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,9 @@ class Request:
         keep_selection: whether to keep which tokens each window read, for `Generation.plot_selection`; the host then
             sees every window, which costs time.
         lossless: whether `auto` leaves `specattn` out.
+        draft_reach: how many tokens back, besides the first 64, the draft sees while it reads the prompt, at least 64;
+            everything without it. Less makes the draft's prefill of a long prompt cheaper; what it proposes and points
+            to may get worse, and the output of the lossless modes does not change.
     """
 
     max_new_tokens: int = 128
@@ -74,12 +78,15 @@ class Request:
     stop_at_eos: bool = True
     keep_selection: bool = False
     lossless: bool = False
+    draft_reach: int | None = None
 
     def __post_init__(self) -> None:
         if self.window is not None:
             check_window(self.window)
         if isinstance(self.mode, str):
             check_mode(self.mode)
+        if self.draft_reach is not None and self.draft_reach < LEAST_REACH:
+            raise UserError(f"draft_reach is {self.draft_reach}; expected at least {LEAST_REACH} tokens.")
         # Refuses what is out of range.
         _ = self.sampling
         if isinstance(self.stop, str):

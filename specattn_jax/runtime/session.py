@@ -18,14 +18,14 @@ from specattn_jax.decoding.protocol import DecodeSettings, Models, Strategy
 from specattn_jax.decoding.sampling import choose, is_sound, penalise
 from specattn_jax.decoding.state import DecodeState, begin
 from specattn_jax.loading.memory import check_memory
-from specattn_jax.models.cache import KVCache
+from specattn_jax.models.cache import KVCache, Reach
 from specattn_jax.models.forward import prefill
 from specattn_jax.models.transformer import LanguageModel
 from specattn_jax.runtime.clock import Clock
 
 # What the activations of a prefill may take. More tokens at a time make products no faster; on a CPU they would leave
 # the caches.
-_ACTIVATION_BYTES, _ACTIVATION_BYTES_ON_CPU = 2 << 30, 64 << 20
+_ACTIVATION_BYTES, _ACTIVATION_BYTES_ON_CPU = 2 << 30, 16 << 20
 # A chunk is a multiple of so many tokens.
 _CHUNK_STEP = 64
 
@@ -37,10 +37,13 @@ class Session:
     Attributes:
         models: target, and the draft if there is one.
         implementation: backend of the attention ops of both; None lets the library choose.
+        draft_reach: how far back the draft's tokens see in a prefill; None is everything. It is there to point, not to
+            be right, and its attention over a long prompt is a large part of the bill.
     """
 
     models: Models
     implementation: Implementation | None = None
+    draft_reach: Reach | None = None
 
     def of(self, strategy: Strategy) -> Models:
         """The models that a strategy works with."""
@@ -88,13 +91,17 @@ class Session:
         if with_draft and self.models.draft is not None:
             models["draft"] = self.models.draft
         kept = {} if memory is None else memory.take(prompts)
-        chunk = min(chunk or _largest_chunk(models.values(), batch, longest), _round_up(longest, _CHUNK_STEP))
-        padded = _round_up(longest, chunk)
+        most = min(chunk or _largest_chunk(models.values(), batch, longest), _round_up(longest, _CHUNK_STEP))
+        reaches = {"target": None, "draft": self.draft_reach}
+        # What is in reach is read anew with every chunk: chunks that are longer than it cost more than they save.
+        chunks = {
+            role: most if reach is None else min(most, _round_up(reach.recent, _CHUNK_STEP))
+            for role, reach in reaches.items()
+        }
+        padded = {role: _pad(prompts, chunks[role]) for role in models}
+        positions = {role: tokens.shape[1] for role, tokens in padded.items()}
         # A window may write W + 1 entries beyond the last token that is kept.
-        slots = _round_up(max(padded, longest + new_tokens + window + 1), 128)
-        tokens = np.zeros((batch, padded), np.int32)
-        for row, prompt in zip(tokens, prompts, strict=True):
-            row[: len(prompt)] = prompt
+        slots = _round_up(max(*positions.values(), longest + new_tokens + window + 1), 128)
         check_memory(
             {
                 f"the KV cache of the {role}": model.config.cache_bytes(batch, slots, model.dtype.itemsize)
@@ -102,20 +109,25 @@ class Session:
                 if role not in kept
             }
         )
-        read = {}
-        for index, (role, model) in enumerate(models.items()):
+        read: dict[str, tuple[Float[Array, "B D"], KVCache]] = {}
+        for role, model in models.items():
 
-            def progress(position: int, before: int = index * padded) -> None:
+            def progress(position: int, before: int = sum(positions[done] for done in read)) -> None:
                 clock.lap("compile" if position == 0 else "prefill")
                 if on_prefill is not None:
-                    on_prefill(before + position, padded * len(models))
+                    on_prefill(before + position, sum(positions.values()))
 
             if role in kept:
-                read[role] = _read_on(model, kept[role], prompts[0], slots, chunk, progress)
+                read[role] = _read_on(model, kept[role], prompts[0], slots, chunks[role], reaches[role], progress)
                 continue
-            cache = KVCache.empty(model.config, batch, slots, model.dtype, self.implementation)
             read[role] = prefill(
-                model, jnp.asarray(tokens), jnp.asarray(lengths), cache, chunk=chunk, progress=progress
+                model,
+                jnp.asarray(padded[role]),
+                jnp.asarray(lengths),
+                KVCache.empty(model.config, batch, slots, model.dtype, self.implementation),
+                chunk=chunks[role],
+                reach=reaches[role],
+                progress=progress,
             )
         hidden, target_cache = read["target"]
         state = _begin(
@@ -206,22 +218,31 @@ def _read_on(
     prompt: Sequence[int],
     slots: int,
     chunk: int,
+    reach: Reach | None,
     progress: Callable[[int], None],
 ) -> tuple[Float[Array, "B D"], KVCache]:
     """Reads what a cache does not yet hold of a prompt."""
     begun = int(cache.lengths[0])
-    rest = np.asarray(prompt[begun:], np.int32)
+    rest = prompt[begun:]
     chunk = min(chunk, _round_up(len(rest), _CHUNK_STEP))
-    padded = np.zeros((1, _round_up(len(rest), chunk)), np.int32)
-    padded[0, : len(rest)] = rest
+    padded = _pad([rest], chunk)
     return prefill(
         model,
         jnp.asarray(padded),
         jnp.asarray([len(rest)], jnp.int32),
         cache.with_room(_round_up(max(slots, begun + padded.shape[1]), 128)),
         chunk=chunk,
+        reach=reach,
         progress=progress,
     )
+
+
+def _pad(prompts: Sequence[Sequence[int]], chunk: int) -> Int32[np.ndarray, "B padded"]:
+    """The prompts, padded on the right to whole chunks."""
+    padded = np.zeros((len(prompts), _round_up(max(map(len, prompts)), chunk)), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return padded
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "room"), donate_argnames=("target_cache", "draft_cache"))
