@@ -44,6 +44,7 @@ class Lookup:
     window: int = 4
     name: ClassVar[str] = "lookup"
     needs_draft: ClassVar[bool] = False
+    needs_prompt: ClassVar[bool] = False
     lossless: ClassVar[bool] = True
 
     def start(self, models: Models, state: DecodeState) -> DecodeState:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import outputs, run, tiny_model
@@ -13,6 +16,7 @@ from tiny import outputs, run, tiny_model
 from specattn_jax.decoding.autoregressive import Autoregressive
 from specattn_jax.decoding.hierarchical import Hierarchical
 from specattn_jax.decoding.itself import SelfSpeculative
+from specattn_jax.decoding.lookup import PromptLookup, look_up
 from specattn_jax.decoding.protocol import DecodeSettings
 from specattn_jax.decoding.sampling import Sampling
 from specattn_jax.decoding.speculative import Speculative
@@ -26,6 +30,7 @@ FEW = OwnReads(0.1, num_sink=0, num_recent=1, least=1)
 KINDS: dict[str, Callable[..., Any]] = {
     "self": lambda **settings: SelfSpeculative(window=4, reads=FEW, **settings),
     "sparse draft": lambda **settings: Speculative(SparseDraft(FEW), window=4, **settings),
+    "lookup": lambda **settings: PromptLookup(window=4, **settings),
     "hierarchical": lambda **settings: Hierarchical(window=7, inner=2, reads=FEW, **settings),
 }
 
@@ -94,6 +99,31 @@ class TestEach:
         chi2 = float(np.sum((rows[0] - rows[1]) ** 2 / np.maximum(total, 1)))
         freedom = len(total) - 1
         assert chi2 < freedom + 4.5 * np.sqrt(2 * freedom)
+
+
+def followed(text: list[int], longest: int, window: int) -> list[int]:
+    """What stands behind the last place before which most of the newest tokens stand, as a person would look it up."""
+    best, begun = 0, len(text) - 1
+    for place in range(1, len(text)):
+        same = next((i for i in range(min(longest, place)) if text[place - 1 - i] != text[-1 - i]), min(longest, place))
+        if same >= max(best, 1):
+            best, begun = same, place
+    known = list(text)
+    while len(known) < begun + window:
+        known.append(known[len(known) - len(text) + begun])
+    return known[begun : begun + window]
+
+
+@hypothesis.settings(deadline=None, max_examples=30)
+@hypothesis.given(
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=3, max_size=3), st.integers(1, 3)
+)
+def test_looks_up_what_followed_the_newest_tokens(texts, longest):
+    lengths = jnp.array([len(text) for text in texts], jnp.int32)
+    # What lies beyond a text is meaningless.
+    padded = jnp.array([text + [1] * (16 - len(text)) for text in texts], jnp.int32)
+    found = jax.jit(look_up, static_argnames=("longest", "window"))(padded, lengths, longest=longest, window=5)
+    assert found.tolist() == [followed(text, longest, 5) for text in texts]
 
 
 def test_inner_windows_that_leave_nothing_to_verify_are_refused():

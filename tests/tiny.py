@@ -106,6 +106,7 @@ def start(
         settings=strategy.settings,
         window=strategy.window,
         with_draft=strategy.needs_draft,
+        with_prompt=strategy.needs_prompt,
         keys=keys,
         chunk=8,
     )

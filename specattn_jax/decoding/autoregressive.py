@@ -31,6 +31,7 @@ class Autoregressive:
     name: ClassVar[str] = "autoregressive"
     window: ClassVar[int] = 0
     needs_draft: ClassVar[bool] = False
+    needs_prompt: ClassVar[bool] = False
     lossless: ClassVar[bool] = True
 
     def start(self, models: Models, state: DecodeState) -> DecodeState:

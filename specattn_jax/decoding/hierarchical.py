@@ -68,6 +68,7 @@ class Hierarchical:
 
     name: ClassVar[str] = "hierarchical"
     needs_draft: ClassVar[bool] = True
+    needs_prompt: ClassVar[bool] = False
     lossless: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

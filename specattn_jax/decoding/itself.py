@@ -48,6 +48,7 @@ class SelfSpeculative:
 
     name: ClassVar[str] = "self"
     needs_draft: ClassVar[bool] = False
+    needs_prompt: ClassVar[bool] = False
     lossless: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

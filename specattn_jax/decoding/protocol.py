@@ -89,6 +89,11 @@ class Strategy(Protocol):
         ...
 
     @property
+    def needs_prompt(self) -> bool:
+        """Whether it looks at the tokens of the prompts."""
+        ...
+
+    @property
     def lossless(self) -> bool:
         """Whether the output is distributed as the target's own."""
         ...

@@ -85,6 +85,7 @@ class Speculative:
 
     name: ClassVar[str] = "speculative"
     needs_draft: ClassVar[bool] = True
+    needs_prompt: ClassVar[bool] = False
     lossless: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -86,6 +86,7 @@ class Forced:
     window: int = dataclasses.field(default=5, metadata={"static": True})
 
     name: ClassVar[str] = "forced"
+    needs_prompt: ClassVar[bool] = False
     lossless: ClassVar[bool] = False
     settings: ClassVar[DecodeSettings] = DecodeSettings()
 

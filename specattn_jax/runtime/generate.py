@@ -126,6 +126,7 @@ def generate(
         # Where nothing longer comes this is the program of the fixed mode, to the shape.
         window=strategy.window if first.is_final else max(one.window for one in possible),
         with_draft=strategy.needs_draft,
+        with_prompt=any(one.needs_prompt for one in ([strategy] if first.is_final else possible)),
         keys=keys,
         clock=clock,
         on_prefill=on_prefill,

@@ -54,6 +54,7 @@ class Session:
         settings: DecodeSettings | None = None,
         window: int = 0,
         with_draft: bool = True,
+        with_prompt: bool = False,
         keys: Key[Array, " B"] | None = None,
         chunk: int | None = None,
         clock: Clock | None = None,
@@ -71,6 +72,7 @@ class Session:
             settings: how the first token is drawn, and where sequences end.
             window: drafted tokens of the longest window for which there has to be room.
             with_draft: whether the draft, if there is one, reads the prompts too.
+            with_prompt: whether the state holds the prompts' tokens.
             keys: one random key per sequence; those of seed 0 by default.
             chunk: prompt tokens read at a time; without it whole prompts where activations fit, else the largest equal
                 parts that do.
@@ -92,9 +94,7 @@ class Session:
         padded = _round_up(longest, chunk)
         # A window may write W + 1 entries beyond the last token that is kept.
         slots = _round_up(max(padded, longest + new_tokens + window + 1), 128)
-        tokens = np.zeros((batch, padded), np.int32)
-        for row, prompt in zip(tokens, prompts, strict=True):
-            row[: len(prompt)] = prompt
+        tokens = _padded(prompts, padded)
         check_memory(
             {
                 f"the KV cache of the {role}": model.config.cache_bytes(batch, slots, model.dtype.itemsize)
@@ -114,9 +114,7 @@ class Session:
                 read[role] = _read_on(model, kept[role], prompts[0], slots, chunk, progress)
                 continue
             cache = KVCache.empty(model.config, batch, slots, model.dtype, self.implementation)
-            read[role] = prefill(
-                model, jnp.asarray(tokens), jnp.asarray(lengths), cache, chunk=chunk, progress=progress
-            )
+            read[role] = prefill(model, tokens, jnp.asarray(lengths), cache, chunk=chunk, progress=progress)
         hidden, target_cache = read["target"]
         state = _begin(
             self.models.target,
@@ -127,6 +125,7 @@ class Session:
             jnp.full((batch,), new_tokens, jnp.int32),
             seed_keys(0, batch) if keys is None else keys,
             self._history(prompts) if settings.sampling.minds_history else None,
+            _padded(prompts, target_cache.num_slots) if with_prompt else None,
             settings=settings,
             room=new_tokens + window + 1,
         )
@@ -200,6 +199,14 @@ class Memory:
             self.caches["draft"] = state.draft_cache
 
 
+def _padded(prompts: Sequence[Sequence[int]], width: int) -> Int32[Array, "B width"]:
+    """Prompts of any lengths in one array, padded on the right."""
+    tokens = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return jnp.asarray(tokens)
+
+
 def _read_on(
     model: LanguageModel,
     cache: KVCache,
@@ -234,6 +241,7 @@ def _begin(
     limit: Int32[Array, " B"],
     keys: Key[Array, " B"],
     history: Bool[Array, "B V"] | None,
+    prompt: Int32[Array, "B S"] | None,
     *,
     settings: DecodeSettings,
     room: int,
@@ -252,6 +260,7 @@ def _begin(
         stop_tokens=settings.stop_tokens,
         sound=is_sound(logits),
         history=history,
+        prompt=prompt,
     )
 
 
