@@ -33,7 +33,7 @@ from specattn_jax.planning.gate import (
 from specattn_jax.runtime import generate as generation
 from specattn_jax.runtime.clock import Clock
 from specattn_jax.runtime.generate import generate
-from specattn_jax.runtime.request import MODES, Request, choose_reading, find_candidates
+from specattn_jax.runtime.request import Request, choose_reading, find_candidates
 from specattn_jax.runtime.segments import TRIAL_WINDOWS
 from specattn_jax.selection.policy import load_policy
 
@@ -45,6 +45,7 @@ CONTEXTS = [2**power for power in range(9, 18)]
 PROMPTS = ("Call me Ishmael.", "Once upon a time there was a cache")
 
 
+MODES = ("autoregressive", "speculative", "specattn")
 STRATEGIES = (
     Autoregressive(),
     *(Speculative(window=window) for window in WINDOWS),

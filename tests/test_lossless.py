@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command import mistake
+from command import run as run_command
 from tiny import outputs, run, tiny_model
 
 from specattn_jax.decoding.autoregressive import Autoregressive
@@ -19,8 +23,10 @@ from specattn_jax.decoding.itself import SelfSpeculative
 from specattn_jax.decoding.lookup import PromptLookup, look_up
 from specattn_jax.decoding.protocol import DecodeSettings
 from specattn_jax.decoding.sampling import Sampling
-from specattn_jax.decoding.speculative import Speculative
+from specattn_jax.decoding.speculative import SparselyDrafted
 from specattn_jax.errors import UserError
+from specattn_jax.runtime.generate import generate
+from specattn_jax.runtime.request import UNDRAFTED, Request, find_candidates
 from specattn_jax.selection.own import OwnReads, SparseDraft
 
 RAGGED = [[1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 1, 4], [5], [2, 2, 7, 1, 1, 3, 6], [3, 1]]
@@ -29,7 +35,7 @@ LIMIT = 40
 FEW = OwnReads(0.1, num_sink=0, num_recent=1, least=1)
 KINDS: dict[str, Callable[..., Any]] = {
     "self": lambda **settings: SelfSpeculative(window=4, reads=FEW, **settings),
-    "sparse draft": lambda **settings: Speculative(SparseDraft(FEW), window=4, **settings),
+    "sparse draft": lambda **settings: SparselyDrafted(SparseDraft(FEW), window=4, **settings),
     "lookup": lambda **settings: PromptLookup(window=4, **settings),
     "hierarchical": lambda **settings: Hierarchical(window=7, inner=2, reads=FEW, **settings),
 }
@@ -52,6 +58,7 @@ class TestEach:
         assert outputs(state) == alone
         assert state.statistics.accepted.sum() > 0
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("limit", [2])
     def test_limits_inside_a_window(self, kind, models, alone, limit):
         assert outputs(run(KINDS[kind](), models[0], models[1], RAGGED, limit)) == [row[:limit] for row in alone]
@@ -101,6 +108,81 @@ class TestEach:
         assert chi2 < freedom + 4.5 * np.sqrt(2 * freedom)
 
 
+TEXTS = ["Call me Ishmael. Call me", "a", "Once upon a time there was a cache", "to be, or not to be"]
+BY_NAME: dict[str, dict[str, Any]] = {
+    "lookup": {"mode": "lookup"},
+    "self": {"mode": "self", "window": 3},
+    "sparse draft": {"mode": "speculative", "draft_reads": 0.3},
+    "hierarchical": {"mode": "hierarchical", "window": 6},
+}
+
+
+@pytest.fixture(scope="module")
+def written(tiny_pair):
+    found = generate(tiny_pair, TEXTS, mode="autoregressive", max_new_tokens=20, stop_at_eos=False)
+    return [result.tokens for result in found.results]
+
+
+class TestByName:
+    @pytest.mark.parametrize("kind", BY_NAME)
+    def test_writes_what_the_target_writes(self, kind, tiny_pair, written):
+        how = BY_NAME[kind]
+        # Without its draft where the mode can do without.
+        pair = dataclasses.replace(tiny_pair, draft=None) if how["mode"] in UNDRAFTED else tiny_pair
+        for texts, expected in ((TEXTS, written), (TEXTS[:1], written[:1])):
+            run = generate(pair, texts, max_new_tokens=20, stop_at_eos=False, **how)
+            assert [result.tokens for result in run.results] == expected
+        result = run.results[0]
+        assert (result.mode, result.lossless, result.kv_reduction) == (how["mode"], True, 0.0)
+
+    def test_strategies_are_what_was_asked_for(self, tiny_pair):
+        def only(**how):
+            (strategy,) = find_candidates(tiny_pair, Request(**how)).strategies
+            return strategy
+
+        assert only(mode="speculative", draft_reads=0.2).selection.reads.share == 0.2
+        assert only(mode="speculative", draft_reads=1.0) == only(mode="speculative")
+        assert (only(mode="hierarchical").window, only(mode="self").window, only(mode="lookup", window=8).window) == (
+            *(11, 5, 8),
+        )
+
+    @pytest.mark.parametrize("mode", ["speculative", "hierarchical", "specattn"])
+    def test_modes_that_need_a_draft_say_so(self, mode, tiny_pair):
+        with pytest.raises(UserError, match=f"draft is 'none', but mode {mode} needs one; name a draft, or use mode"):
+            generate(dataclasses.replace(tiny_pair, draft=None), ["a"], mode=mode)
+
+    @pytest.mark.parametrize(
+        ("how", "said"),
+        [
+            ({"mode": "self", "window": 65}, "window is 65; expected 1 to 64 drafted tokens, which one pass verifies"),
+            ({"mode": "hierarchical", "window": 3}, "window is 3, but mode hierarchical drafts 3 tokens at a time"),
+            ({"draft_reads": 0.0}, "draft_reads is 0; expected a share above 0, of at most 1"),
+            ({"draft_reads": float("nan")}, "draft_reads is nan; expected"),
+            ({"draft_reads": 0.1, "mode": "self"}, "draft_reads is 0.1, which is for modes speculative and auto, but"),
+        ],
+    )
+    def test_mistakes(self, how, said, tiny_pair):
+        with pytest.raises(UserError, match=said):
+            find_candidates(tiny_pair, Request(**how))
+
+    def test_what_needs_a_draft_besides_modes(self, tiny_pair):
+        with pytest.raises(UserError, match="draft is 'none', but this needs one beside"):
+            dataclasses.replace(tiny_pair, draft=None).calibrate(["a text"])
+
+
+def test_the_command_without_a_draft(tiny_folders):
+    arguments = ["--target", tiny_folders.target, "--draft", "none", "--prompt", "Call me", "--max-new-tokens", 4]
+    report = json.loads(run_command("generate", *arguments, "--json", "--mode", "self", "--window", 2).stdout)
+    assert (report["mode"], report["window"], report["draft"]) == ("self", 2, None)
+    assert "mode speculative needs one" in mistake("generate", *arguments, "--mode", "speculative")
+    for wrong in ("0", "1.5", "half"):
+        assert f"--draft-reads is {wrong!r}"[:-1].replace("'", "") in mistake(
+            "generate", *arguments, "--draft-reads", wrong
+        ).replace("'", "")
+    with_alignment = [*arguments, "--alignment", tiny_folders.alignment]
+    assert "leave one of them out" in mistake("generate", *with_alignment)
+
+
 def followed(text: list[int], longest: int, window: int) -> list[int]:
     """What stands behind the last place before which most of the newest tokens stand, as a person would look it up."""
     best, begun = 0, len(text) - 1
@@ -127,5 +209,5 @@ def test_looks_up_what_followed_the_newest_tokens(texts, longest):
 
 
 def test_inner_windows_that_leave_nothing_to_verify_are_refused():
-    with pytest.raises(UserError, match="inner is 5; expected at least 1 and less than the window's 5"):
+    with pytest.raises(UserError, match="window is 5, but mode hierarchical drafts 5 tokens at a time"):
         Hierarchical(window=5, inner=5)

@@ -26,7 +26,7 @@ from specattn_jax.decoding.protocol import (
 from specattn_jax.decoding.refreshing import read_and_refresh
 from specattn_jax.decoding.sampling import choose, token_distribution, verify
 from specattn_jax.decoding.state import DecodeState, commit
-from specattn_jax.decoding.work import Scenario, Work
+from specattn_jax.decoding.work import Drafter, Scenario, Work
 from specattn_jax.errors import UserError
 from specattn_jax.models.cache import KVCache
 from specattn_jax.models.forward import forward
@@ -68,15 +68,15 @@ class Hierarchical:
 
     name: ClassVar[str] = "hierarchical"
     needs_draft: ClassVar[bool] = True
-    needs_prompt: ClassVar[bool] = False
+    drafter: ClassVar[Drafter] = Drafter.TARGET
     lossless: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_window(self.window)
         if not 1 <= self.inner < self.window:
             raise UserError(
-                f"inner is {self.inner}; expected at least 1 and less than the window's {self.window} tokens, so that "
-                "the dense pass can verify some."
+                f"window is {self.window}, but mode {self.name} drafts {self.inner} tokens at a time; expected a "
+                "larger window, so that the dense pass has some to verify."
             )
 
     @property
@@ -168,11 +168,10 @@ class Hierarchical:
     def cost(self, scenario: Scenario) -> Work:
         """Inner windows of the draft and of the target over few entries, and one dense pass."""
         rounds = -(-self.verified // 2)
-        share = min(1.0, max(self.reads.share, self.reads.least / scenario.context))
         return Work(
             tokens=min(scenario.accepted, self.verified) + 1.0,
             verified=self.verified + 1,
             steps=rounds * self.inner,
             own_steps=rounds,
-            own_reads=share,
+            own_reads=self.reads.share_of(scenario.context),
         )

@@ -21,7 +21,7 @@ from specattn_jax.decoding.protocol import (
 from specattn_jax.decoding.refreshing import read_and_refresh
 from specattn_jax.decoding.sampling import choose, verify
 from specattn_jax.decoding.state import DecodeState, commit
-from specattn_jax.decoding.work import Scenario, Work
+from specattn_jax.decoding.work import Drafter, Scenario, Work
 from specattn_jax.models.cache import KVCache
 from specattn_jax.models.forward import forward
 from specattn_jax.selection.own import OwnReads, attend_by
@@ -48,7 +48,7 @@ class SelfSpeculative:
 
     name: ClassVar[str] = "self"
     needs_draft: ClassVar[bool] = False
-    needs_prompt: ClassVar[bool] = False
+    drafter: ClassVar[Drafter] = Drafter.TARGET
     lossless: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -88,5 +88,5 @@ class SelfSpeculative:
 
     def cost(self, scenario: Scenario) -> Work:
         """W sparse steps of the target, one dense pass, and its keys once more."""
-        share = min(1.0, max(self.reads.share, self.reads.least / scenario.context))
+        share = self.reads.share_of(scenario.context)
         return Work(tokens=scenario.accepted + 1.0, verified=self.window + 1, own_steps=self.window, own_reads=share)

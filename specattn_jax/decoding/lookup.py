@@ -23,7 +23,7 @@ from specattn_jax.decoding.protocol import (
 )
 from specattn_jax.decoding.sampling import verify
 from specattn_jax.decoding.state import DecodeState, commit
-from specattn_jax.decoding.work import Scenario, Work
+from specattn_jax.decoding.work import Drafter, Scenario, Work
 from specattn_jax.errors import UserError
 from specattn_jax.models.forward import forward
 from specattn_jax.selection.protocol import Seen
@@ -82,7 +82,7 @@ class PromptLookup:
 
     name: ClassVar[str] = "lookup"
     needs_draft: ClassVar[bool] = False
-    needs_prompt: ClassVar[bool] = True
+    drafter: ClassVar[Drafter] = Drafter.TEXT
     lossless: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

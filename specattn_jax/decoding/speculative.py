@@ -23,8 +23,9 @@ from specattn_jax.decoding.protocol import (
 )
 from specattn_jax.decoding.sampling import Sampling, Verdict, choose, verify
 from specattn_jax.decoding.state import DecodeState, commit
-from specattn_jax.decoding.work import Scenario, Work
+from specattn_jax.decoding.work import Drafter, Scenario, Work
 from specattn_jax.models.forward import forward
+from specattn_jax.selection.own import SparseDraft
 from specattn_jax.selection.protocol import Opening, Seen, Selection
 from specattn_jax.selection.reads import ReadEverything, attend_as_chosen, layer_shares
 
@@ -85,7 +86,7 @@ class Speculative:
 
     name: ClassVar[str] = "speculative"
     needs_draft: ClassVar[bool] = True
-    needs_prompt: ClassVar[bool] = False
+    drafter: ClassVar[Drafter] = Drafter.DRAFT
     lossless: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -161,6 +162,21 @@ class Speculative:
     def cost(self, scenario: Scenario) -> Work:
         """W dense steps of the draft, and one dense pass of the target."""
         return Work(tokens=scenario.accepted + 1.0, verified=self.window + 1, steps=self.window)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SparselyDrafted(Speculative):
+    """As `Speculative`, but the draft reads few entries of its own cache; the target reads everything."""
+
+    selection: SparseDraft = dataclasses.field(default_factory=SparseDraft)
+
+    drafter: ClassVar[Drafter] = Drafter.SPARSE_DRAFT
+
+    def cost(self, scenario: Scenario) -> Work:
+        """W sparse steps of the draft, the scores that choose what they read, and one dense pass of the target."""
+        share = self.selection.reads.share_of(scenario.context)
+        return super().cost(scenario)._replace(draft_reads=share, scores=True)
 
 
 @jax.tree_util.register_dataclass

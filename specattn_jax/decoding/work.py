@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import enum
 from typing import NamedTuple
 
 from specattn_jax.errors import UserError
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.selection.policy import LEAST_DRAFT_ENTRIES
+
+
+class Drafter(enum.Enum):
+    """Who proposes the tokens that the target verifies: how many are accepted is a matter of each."""
+
+    NOBODY = "nobody"
+    DRAFT = "the draft"
+    SPARSE_DRAFT = "the draft over few entries"
+    TARGET = "the target over few entries"
+    TEXT = "the text"
 
 
 class Scenario(NamedTuple):

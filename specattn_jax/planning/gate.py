@@ -291,7 +291,9 @@ def make_gate(
         selection: what a sparse verification would read; None where there is none.
         profile: the device; measured where it is not given.
     """
-    scenario = Scenario(pair.target.config, pair.draft.config, batch, itemsize=pair.target.dtype.itemsize)
+    # Without a draft nobody asks for its shape.
+    draft = pair.target if pair.draft is None else pair.draft
+    scenario = Scenario(pair.target.config, draft.config, batch, itemsize=pair.target.dtype.itemsize)
     always_read = 0
     if selection is not None:
         policy = selection.policy

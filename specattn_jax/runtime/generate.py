@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from specattn_jax.decoding.protocol import Models, Strategy, WindowRecord
 from specattn_jax.decoding.state import DecodeState
+from specattn_jax.decoding.work import Drafter
 from specattn_jax.errors import UserError
 from specattn_jax.loading.pair import ModelPair
 from specattn_jax.loading.tokenizer import Tokenizer
@@ -126,7 +127,7 @@ def generate(
         # Where nothing longer comes this is the program of the fixed mode, to the shape.
         window=strategy.window if first.is_final else max(one.window for one in possible),
         with_draft=strategy.needs_draft,
-        with_prompt=any(one.needs_prompt for one in ([strategy] if first.is_final else possible)),
+        with_prompt=any(one.drafter is Drafter.TEXT for one in ([strategy] if first.is_final else possible)),
         keys=keys,
         clock=clock,
         on_prefill=on_prefill,
@@ -156,7 +157,7 @@ def generate(
 
 def _too_long_for_draft(pair: ModelPair, choice: Choice) -> str:
     """Why no draft is asked."""
-    context = pair.draft.config.max_context
+    context = pair.need_draft().config.max_context
     return f"{choice}, as the context of the draft, {pair.draft_name}, is {context} tokens and the prompt fills it."
 
 
