@@ -25,6 +25,8 @@ from specattn_jax.decoding.protocol import DecodeSettings
 from specattn_jax.decoding.sampling import Sampling
 from specattn_jax.decoding.speculative import SparselyDrafted
 from specattn_jax.errors import UserError
+from specattn_jax.planning.acceptance import Replay, text_acceptance
+from specattn_jax.planning.gate import Choice, Decision
 from specattn_jax.runtime.generate import generate
 from specattn_jax.runtime.request import UNDRAFTED, Request, find_candidates
 from specattn_jax.selection.own import OwnReads, SparseDraft
@@ -206,6 +208,44 @@ def test_looks_up_what_followed_the_newest_tokens(texts, longest):
     padded = jnp.array([text + [1] * (16 - len(text)) for text in texts], jnp.int32)
     found = jax.jit(look_up, static_argnames=("longest", "window"))(padded, lengths, longest=longest, window=5)
     assert found.tolist() == [followed(text, longest, 5) for text in texts]
+
+
+@hypothesis.settings(deadline=None, max_examples=50)
+@hypothesis.given(st.lists(st.integers(0, 2), min_size=2, max_size=20))
+def test_a_replay_counts_what_looking_up_would_have_found(text):
+    replay = Replay()
+    replay.push(text[:1])
+    begun = replay.found
+    for token in text[1:]:
+        replay.push([token])
+    known = [text[:place] for place in range(1, len(text))]
+    # A token that was never written before is proposed by no replay.
+    right = [
+        followed(before, 3, 1) == [token] and before[-1] in before[:-1]
+        for before, token in zip(known, text[1:], strict=True)
+    ]
+    assert replay.found - begun == sum(right)
+    assert replay.tokens == len(text)
+    assert 0.0 <= text_acceptance([replay]).rate < 1.0
+
+
+@pytest.mark.slow
+def test_a_run_that_changes_its_mind_writes_the_same(tiny_pair):
+    choices = iter([("hierarchical", 4), ("lookup", 4), ("self", 4), ("autoregressive", 0)])
+    situations = []
+
+    def decide(known):
+        situations.append(known)
+        choice = Choice(*next(choices))
+        return Decision(choice, is_final=choice.mode == "autoregressive")
+
+    how = {"max_new_tokens": 80, "stop_at_eos": False}
+    found = generate(tiny_pair, [TEXTS[1]], lossless=True, window=4, decide=decide, **how)
+    alone = generate(tiny_pair, [TEXTS[1]], mode="autoregressive", **how)
+    assert found.results[0].tokens == alone.results[0].tokens
+    # Without the draft's cache there is no way back.
+    assert [known.can_draft for known in situations] == [True, True, False, False]
+    assert situations[1].own_acceptance != situations[0].own_acceptance
 
 
 def test_inner_windows_that_leave_nothing_to_verify_are_refused():

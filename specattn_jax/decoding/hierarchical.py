@@ -167,11 +167,14 @@ class Hierarchical:
 
     def cost(self, scenario: Scenario) -> Work:
         """Inner windows of the draft and of the target over few entries, and one dense pass."""
-        rounds = -(-self.verified // 2)
+        # The target's own token comes with what a round keeps of the draft's.
+        kept = 1.0 + sum(scenario.draft_rate**place for place in range(1, self.inner + 1))
+        rounds = max(1.0, self.verified / kept)
         return Work(
             tokens=min(scenario.accepted, self.verified) + 1.0,
             verified=self.verified + 1,
             steps=rounds * self.inner,
             own_steps=rounds,
+            own_tokens=self.inner + 1,
             own_reads=self.reads.share_of(scenario.context),
         )

@@ -33,6 +33,7 @@ class Scenario(NamedTuple):
         kv_reduction: share of the target's cache reads that a sparse verification saves.
         itemsize: bytes of a weight and of a cache number.
         draft_reads: share of its own cache that a sparse draft reads, but not of very short ones.
+        draft_rate: the chance that a token of the draft is accepted, for levels that stand between it and `accepted`.
     """
 
     target: ModelConfig
@@ -44,6 +45,7 @@ class Scenario(NamedTuple):
     kv_reduction: float = 0.75
     itemsize: int = 2
     draft_reads: float = 1.0
+    draft_rate: float = 0.7
 
     @property
     def draft_share(self) -> float:
@@ -76,14 +78,16 @@ class Work(NamedTuple):
         plans: whether what the target reads is selected by those scores.
         own_steps: sparse passes of the target that propose tokens; its keys are then scored once a window.
         own_reads: share of its cache that each of those reads.
+        own_tokens: tokens that each of those reads.
     """
 
     tokens: float
     verified: int
     target_reads: float = 1.0
-    steps: int = 0
+    steps: float = 0
     draft_reads: float = 1.0
     scores: bool = False
     plans: bool = False
-    own_steps: int = 0
+    own_steps: float = 0
     own_reads: float = 1.0
+    own_tokens: int = 1

@@ -196,10 +196,12 @@ def find_candidates(pair: ModelPair, request: Request) -> Candidates:
     asks = pair.alignment is not None or request.p is not None or request.kv_reduction is not None
     if request.may_be_sparse and (request.mode_is_fixed or asks):
         selection = choose_reading(pair, policy=request.policy, p=request.p, kv_reduction=request.kv_reduction)
-    return Candidates(tuple(_strategies(request, settings, selection)), selection)
+    return Candidates(tuple(_strategies(request, settings, selection, pair.draft is not None)), selection)
 
 
-def _strategies(request: Request, settings: DecodeSettings, selection: DraftedSelection | None) -> Iterator[Strategy]:
+def _strategies(
+    request: Request, settings: DecodeSettings, selection: DraftedSelection | None, has_draft: bool
+) -> Iterator[Strategy]:
     """The strategy of a mode, or those of `auto`: an entry per window."""
     windows = (DEFAULT_WINDOW,) if request.mode_is_fixed else WINDOWS
     if request.window is not None:
@@ -212,7 +214,7 @@ def _strategies(request: Request, settings: DecodeSettings, selection: DraftedSe
         case "self":
             yield SelfSpeculative(settings, windows[0])
         case "speculative":
-            yield _speculative(settings, windows[0], request.draft_reads)
+            yield _speculative(settings, windows[0], request.draft_reads or 1.0)
         case "hierarchical":
             yield Hierarchical(settings, request.window or DEFAULT_PLACES)
         case "specattn":
@@ -220,16 +222,22 @@ def _strategies(request: Request, settings: DecodeSettings, selection: DraftedSe
             yield SpecAttn(selection, settings, windows[0])
         case _:
             yield Autoregressive(settings)
-            for window in windows:
-                yield _speculative(settings, window, request.draft_reads)
+            for undrafted in (PromptLookup, SelfSpeculative):
+                yield from (undrafted(settings, window) for window in windows)
+            if has_draft:
+                # Where nobody says what the draft reads, it may be either.
+                wanted = (1.0, OwnReads().share) if request.draft_reads is None else (request.draft_reads,)
+                yield from (_speculative(settings, window, share) for share in wanted for window in windows)
+                places = request.window or DEFAULT_PLACES
+                if places > Hierarchical.inner:
+                    yield Hierarchical(settings, places)
             if selection is not None:
-                for window in windows:
-                    yield SpecAttn(selection, settings, window)
+                yield from (SpecAttn(selection, settings, window) for window in windows)
 
 
-def _speculative(settings: DecodeSettings, window: int, draft_reads: float | None) -> Speculative:
-    """With a draft that reads so much of its cache; None is all."""
-    if draft_reads is None or draft_reads >= 1.0:
+def _speculative(settings: DecodeSettings, window: int, draft_reads: float) -> Speculative:
+    """With a draft that reads so much of its cache."""
+    if draft_reads >= 1.0:
         return Speculative(settings=settings, window=window)
     return SparselyDrafted(SparseDraft(OwnReads(draft_reads)), settings, window)
 
