@@ -14,6 +14,7 @@ from specattn_jax.decoding.autoregressive import Autoregressive
 from specattn_jax.decoding.hierarchical import Hierarchical
 from specattn_jax.decoding.itself import SelfSpeculative
 from specattn_jax.decoding.lookup import PromptLookup
+from specattn_jax.decoding.protocol import Strategy
 from specattn_jax.decoding.speculative import SparselyDrafted, SpecAttn, Speculative
 from specattn_jax.decoding.work import Scenario
 from specattn_jax.errors import UserError
@@ -50,8 +51,8 @@ PROMPTS = ("Call me Ishmael.", "Once upon a time there was a cache")
 
 
 MODES = ("autoregressive", "speculative", "specattn")
-ONE_EACH = (Autoregressive(), Speculative(), SpecAttn())
-LOSSLESS = (PromptLookup(), SelfSpeculative(), SparselyDrafted(), Hierarchical())
+ONE_EACH: tuple[Strategy, ...] = (Autoregressive(), Speculative(), SpecAttn())
+LOSSLESS: tuple[Strategy, ...] = (PromptLookup(), SelfSpeculative(), SparselyDrafted(), Hierarchical())
 STRATEGIES = (
     Autoregressive(),
     *(Speculative(window=window) for window in WINDOWS),
@@ -197,7 +198,7 @@ class TestLossless:
         assert "switches from self (window 5) to autoregressive" in self.choose(bad).reason
 
     def test_a_draft_of_a_long_cache_reads_few_entries(self):
-        dense = [Autoregressive(), *(one for one in STRATEGIES if one.name == "speculative")]
+        dense: list[Strategy] = [Autoregressive(), *(Speculative(window=window) for window in WINDOWS)]
         strategies = [*dense, *(SparselyDrafted(window=window) for window in WINDOWS)]
         long, short = (
             self.choose(Situation(context, 1000, Acceptance(0.8)), strategies).choice for context in (2**15, 2**8)

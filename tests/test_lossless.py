@@ -145,7 +145,7 @@ class TestByName:
         assert only(mode="speculative", draft_reads=0.2).selection.reads.share == 0.2
         assert only(mode="speculative", draft_reads=1.0) == only(mode="speculative")
         assert (only(mode="hierarchical").window, only(mode="self").window, only(mode="lookup", window=8).window) == (
-            *(11, 5, 8),
+            *(15, 5, 8),
         )
 
     @pytest.mark.parametrize("mode", ["speculative", "hierarchical", "specattn"])

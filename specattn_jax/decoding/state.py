@@ -152,7 +152,7 @@ def commit(
     verdict: Verdict,
     read: Float[Array, "B L"],
     *,
-    drafted: int,
+    drafted: int | Int32[Array, " B"],
     stop_tokens: tuple[int, ...],
 ) -> DecodeState:
     """Writes the decided tokens, stops at stop tokens and limits, and rolls both caches back to the committed length.
@@ -161,7 +161,7 @@ def commit(
         state: its caches hold the window's tokens behind their lengths.
         verdict: what was decided.
         read: share of the past that each target layer read.
-        drafted: drafted tokens of the window.
+        drafted: drafted tokens of the window that could be accepted.
         stop_tokens: ids that end a sequence; the id itself is kept in the output.
     """
     num_places = verdict.tokens.shape[1]

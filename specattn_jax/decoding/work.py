@@ -33,7 +33,8 @@ class Scenario(NamedTuple):
         kv_reduction: share of the target's cache reads that a sparse verification saves.
         itemsize: bytes of a weight and of a cache number.
         draft_reads: share of its own cache that a sparse draft reads, but not of very short ones.
-        draft_rate: the chance that a token of the draft is accepted, for levels that stand between it and `accepted`.
+        rate: the chance by which tokens are `accepted` one by one, for those that choose how many they propose.
+        draft_rate: that of the draft's tokens at a level that stands between the draft and these.
     """
 
     target: ModelConfig
@@ -45,6 +46,7 @@ class Scenario(NamedTuple):
     kv_reduction: float = 0.75
     itemsize: int = 2
     draft_reads: float = 1.0
+    rate: float = 0.85
     draft_rate: float = 0.7
 
     @property

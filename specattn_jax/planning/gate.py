@@ -265,7 +265,7 @@ def _shortness(found: Sequence[_Predicted], chosen: _Predicted) -> str:
 
 def _seconds(scenario: Scenario, profile: DeviceProfile, strategy: Strategy, acceptance: Acceptance) -> float:
     """Predicted seconds per token of one strategy."""
-    case = scenario._replace(window=max(1, strategy.window))
+    case = scenario._replace(window=max(1, strategy.window), rate=acceptance.rate)
     # What the dense pass has to judge may be less than what is drafted.
     case = case._replace(accepted=acceptance.expected(strategy.cost(case._replace(accepted=0.0)).verified - 1))
     return seconds_per_token(case, strategy.cost(case), profile)

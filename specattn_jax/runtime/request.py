@@ -33,7 +33,7 @@ AUTO = "auto"
 UNDRAFTED: tuple[Mode, ...] = ("autoregressive", "lookup", "self")
 DEFAULT_KV_REDUCTION = 0.75
 DEFAULT_P = 0.95
-DEFAULT_WINDOW, DEFAULT_PLACES = 5, 11
+DEFAULT_WINDOW, DEFAULT_PLACES = 5, 15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Request:
             entries), `speculative` (the draft proposes, dense verification), `hierarchical` (draft, target over few
             entries, dense verification) or `specattn` (sparse verification: approximate); or a `Strategy` of your own,
             which has its window, its selection and its sampling with it.
-        window: drafted tokens per window; without it mode `auto` chooses, `hierarchical` takes 11 (three at a time, of
-            which one dense pass verifies what the target over few entries kept, up to 8), and the others 5.
+        window: drafted tokens per window; without it mode `auto` chooses, `hierarchical` takes 15 (three at a time,
+            until the target over few entries kept up to 12 for one dense pass to verify), and the others 5.
         draft_reads: share of its own cache that the draft reads in mode `speculative`, in (0, 1]; 1 is all of it, and
             so is None unless mode `auto` finds less to be faster.
         policy: selection policy of mode `specattn`, which `auto` may choose or not; likewise
