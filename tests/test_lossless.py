@@ -21,8 +21,9 @@ from specattn_jax.decoding.autoregressive import Autoregressive
 from specattn_jax.decoding.hierarchical import Hierarchical
 from specattn_jax.decoding.itself import SelfSpeculative
 from specattn_jax.decoding.lookup import PromptLookup, look_up
+from specattn_jax.decoding.pacing import LEAST_CHANCE, Tally, tokens_ahead
 from specattn_jax.decoding.protocol import DecodeSettings
-from specattn_jax.decoding.sampling import Sampling
+from specattn_jax.decoding.sampling import Sampling, Verdict, token_distribution, verify
 from specattn_jax.decoding.speculative import SparselyDrafted
 from specattn_jax.errors import UserError
 from specattn_jax.planning.acceptance import Replay, text_acceptance
@@ -30,6 +31,7 @@ from specattn_jax.planning.gate import Choice, Decision
 from specattn_jax.runtime.generate import generate
 from specattn_jax.runtime.request import UNDRAFTED, Request, find_candidates
 from specattn_jax.selection.own import OwnReads, SparseDraft
+from specattn_jax.texts import find_text, read_text
 
 RAGGED = [[1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 1, 4], [5], [2, 2, 7, 1, 1, 3, 6], [3, 1]]
 LIMIT = 40
@@ -183,6 +185,73 @@ def test_the_command_without_a_draft(tiny_folders):
         ).replace("'", "")
     with_alignment = [*arguments, "--alignment", tiny_folders.alignment]
     assert "leave one of them out" in mistake("generate", *with_alignment)
+
+
+# Of hundreds of entries a tenth, and none for the shortness of the text.
+TENTH = OwnReads(0.1, least=16)
+ON_REAL_TEXT: dict[str, Callable[..., Any]] = {
+    "lookup": lambda settings: PromptLookup(settings),
+    "self": lambda settings: SelfSpeculative(settings, reads=TENTH),
+    "sparse draft": lambda settings: SparselyDrafted(SparseDraft(TENTH), settings),
+    "hierarchical": lambda settings: Hierarchical(settings, reads=TENTH),
+}
+
+
+@pytest.fixture(scope="module")
+def chapters(smollm2):
+    """Passages of a novel, and what the target writes behind them alone."""
+    text = smollm2.encode(read_text(find_text("pride_and_prejudice"))[:20_000])
+    prompts = [list(text[start : start + length]) for start, length in ((0, 300), (300, 9), (309, 128), (437, 40))]
+    found = generate(smollm2, prompts, mode="autoregressive", max_new_tokens=128, stop_at_eos=False)
+    return prompts, [result.tokens for result in found.results]
+
+
+@pytest.mark.slow
+@pytest.mark.smollm2
+@pytest.mark.parametrize("kind", ON_REAL_TEXT)
+def test_real_models_write_what_the_target_writes(kind, smollm2, chapters):
+    prompts, expected = chapters
+    strategy = ON_REAL_TEXT[kind](DecodeSettings())
+    for count in (1, len(prompts)):
+        found = generate(smollm2, prompts[:count], mode=strategy, max_new_tokens=128)
+        assert [result.tokens for result in found.results] == expected[:count]
+    assert sum(result.accepted_per_window for result in found.results) > 0
+
+
+def test_no_more_is_accepted_than_was_proposed():
+    """Greedy, all are right; drawn, the draft is the target, so that every proposed token is accepted."""
+    logits = 3 * jax.random.normal(jax.random.key(0), (3, 5, 8))
+    count = jnp.array([0, 2, 4], jnp.int32)
+    keys = jax.random.split(jax.random.key(1), 3)
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    for sampling in (Sampling(), Sampling(1.0)):
+        probs = None if sampling.greedy else token_distribution(logits[:, :-1], sampling)
+        verdict = verify(keys, best[:, :-1], probs, logits, sampling, count)
+        assert verdict.accepted.tolist() == count.tolist()
+    # The token behind what was proposed is the target's own, whatever the draft said of that place.
+    many = jax.random.split(jax.random.key(2), 20_000)
+    drafted, q, p = (jnp.broadcast_to(one, (len(many), *one.shape)) for one in (best[0, :-1], probs[0], logits[0]))
+    tokens = verify(many, drafted, q, p, sampling, jnp.zeros(len(many), jnp.int32)).tokens[:, 0]
+    shares = np.bincount(tokens, minlength=8) / len(many)
+    assert np.abs(shares - token_distribution(logits[0, 0], sampling)).max() < 0.02
+
+
+def test_a_level_runs_ahead_as_far_as_it_is_trusted():
+    rates = (0.1, 0.5, 0.7, 0.9, 0.97)
+    ahead = [tokens_ahead(rate, 12) for rate in rates]
+    assert ahead == sorted(ahead)
+    assert (ahead[0], ahead[-1]) == (1, 12)
+    for rate, wanted in zip(rates, ahead, strict=True):
+        assert wanted in (1, 12) or rate**wanted >= LEAST_CHANCE > rate ** (wanted + 1)
+    tally = Tally.start(2)
+    begun = tally.tokens_ahead(12)
+    verdict = Verdict(jnp.zeros((2, 13), jnp.int32), jnp.array([0, 6], jnp.int32))
+    for _ in range(20):
+        tally = tally.add(verdict, jnp.array([6, 6], jnp.int32), jnp.array([True, True]))
+    assert tally.tokens_ahead(12).tolist() == [1, 12]
+    assert begun.tolist() == [tokens_ahead(0.9, 12)] * 2
+    idle = tally.add(verdict, jnp.array([6, 6], jnp.int32), jnp.array([False, False]))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, idle, tally))
 
 
 def followed(text: list[int], longest: int, window: int) -> list[int]:
