@@ -15,7 +15,10 @@ _REFERENCE = "a preset, a Hugging Face folder, a .gguf file, a folder written by
 Target = Annotated[str, typer.Option(help=f"The model whose output is wanted: {_REFERENCE}.", metavar="REF")]
 Draft = Annotated[
     str,
-    typer.Option(help="The model that proposes tokens: as for --target; 'default' is the preset's, 'self' the target."),
+    typer.Option(
+        help="The model that proposes tokens: as for --target; 'default' is the preset's, 'none' is none, 'self' the "
+        "target."
+    ),
 ]
 Reference = Annotated[str, typer.Argument(help=f"The model: {_REFERENCE}.", metavar="REF", show_default=False)]
 Dtype = Annotated[

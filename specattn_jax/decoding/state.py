@@ -62,6 +62,7 @@ class DecodeState:
         statistics: what was done and read.
         fault: 0, or whose logits were no numbers: `TARGET_FAULT` or `DRAFT_FAULT`. It ends a sequence.
         history: which tokens the prompt and the output hold; None where nobody minds (see `Sampling.minds_history`).
+        prompt: tokens of the prompts, each in the slot that the target read it into; None where nobody looks at them.
         own: what the strategy keeps for itself; `start` makes it.
     """
 
@@ -76,6 +77,7 @@ class DecodeState:
     statistics: Statistics
     fault: Int32[Array, " B"]
     history: Bool[Array, "B V"] | None = None
+    prompt: Int32[Array, "B S"] | None = None
     own: Any = ()
 
 
@@ -90,6 +92,7 @@ def begin(
     stop_tokens: tuple[int, ...] = (),
     sound: Bool[Array, " B"] | None = None,
     history: Bool[Array, "B V"] | None = None,
+    prompt: Int32[Array, "B S"] | None = None,
 ) -> DecodeState:
     """The state after prefill, before any strategy has started.
 
@@ -103,6 +106,7 @@ def begin(
         stop_tokens: ids that end a sequence.
         sound: whether the target's logits after each prompt were; None is all.
         history: which tokens the prompts hold; None where nobody minds.
+        prompt: tokens of the prompts, with room for all that comes behind them; None where nobody looks at them.
     """
     batch = limit.shape[0]
     fault = jnp.zeros((batch,), jnp.int32) if sound is None else jnp.where(sound, 0, TARGET_FAULT)
@@ -118,6 +122,7 @@ def begin(
         statistics=Statistics.start(batch, target_cache.num_layers),
         fault=fault,
         history=None if history is None else history.at[jnp.arange(batch), last[:, 1]].set(True),
+        prompt=prompt,
     )
 
 
@@ -147,7 +152,7 @@ def commit(
     verdict: Verdict,
     read: Float[Array, "B L"],
     *,
-    drafted: int,
+    drafted: int | Int32[Array, " B"],
     stop_tokens: tuple[int, ...],
 ) -> DecodeState:
     """Writes the decided tokens, stops at stop tokens and limits, and rolls both caches back to the committed length.
@@ -156,7 +161,7 @@ def commit(
         state: its caches hold the window's tokens behind their lengths.
         verdict: what was decided.
         read: share of the past that each target layer read.
-        drafted: drafted tokens of the window.
+        drafted: drafted tokens of the window that could be accepted.
         stop_tokens: ids that end a sequence; the id itself is kept in the output.
     """
     num_places = verdict.tokens.shape[1]

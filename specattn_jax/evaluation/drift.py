@@ -76,7 +76,7 @@ def measure_drift(
         UserError: prompt and new tokens do not fit a model's context, or there are fewer than 2 new tokens.
     """
     prompt = len(prompts[0])
-    limit = min(pair.target.config.max_context, pair.draft.config.max_context)
+    limit = min(pair.target.config.max_context, pair.need_draft().config.max_context)
     if new_tokens < 2 or prompt + new_tokens > limit:
         raise UserError(
             f"drift_tokens is {new_tokens}; expected at least 2, and at most {limit - prompt} after a prompt of "
@@ -86,7 +86,7 @@ def measure_drift(
     strategy = Speculative(settings=settings, window=window)
     if selection is not None:
         strategy = SpecAttn(selection, settings, window)
-    session = Session(Models(pair.target, pair.draft))
+    session = Session(Models(pair.target, pair.need_draft()))
     keys = jax.random.split(jax.random.key(seed), len(prompts))
     state = session.prefill(prompts, new_tokens, settings=settings, window=window, keys=keys)
     state, hidden = _generate(session, strategy, state, new_tokens)

@@ -17,7 +17,7 @@ from specattn_jax.decoding.protocol import DecodeSettings, Models, WindowRecord,
 from specattn_jax.decoding.sampling import Verdict
 from specattn_jax.decoding.speculative import SpecAttn
 from specattn_jax.decoding.state import DecodeState, commit
-from specattn_jax.decoding.work import Scenario, Work
+from specattn_jax.decoding.work import Drafter, Scenario, Work
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.attention import mass_read
 from specattn_jax.models.cache import Reach
@@ -87,6 +87,7 @@ class Forced:
     window: int = dataclasses.field(default=5, metadata={"static": True})
 
     name: ClassVar[str] = "forced"
+    drafter: ClassVar[Drafter] = Drafter.NOBODY
     lossless: ClassVar[bool] = False
     settings: ClassVar[DecodeSettings] = DecodeSettings()
 

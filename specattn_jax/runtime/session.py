@@ -57,6 +57,7 @@ class Session:
         settings: DecodeSettings | None = None,
         window: int = 0,
         with_draft: bool = True,
+        with_prompt: bool = False,
         keys: Key[Array, " B"] | None = None,
         chunk: int | None = None,
         clock: Clock | None = None,
@@ -74,6 +75,7 @@ class Session:
             settings: how the first token is drawn, and where sequences end.
             window: drafted tokens of the longest window for which there has to be room.
             with_draft: whether the draft, if there is one, reads the prompts too.
+            with_prompt: whether the state holds the prompts' tokens.
             keys: one random key per sequence; those of seed 0 by default.
             chunk: prompt tokens read at a time; without it whole prompts where activations fit, else the largest equal
                 parts that do.
@@ -98,8 +100,7 @@ class Session:
             role: most if reach is None else min(most, _round_up(reach.recent, _CHUNK_STEP))
             for role, reach in reaches.items()
         }
-        padded = {role: _pad(prompts, chunks[role]) for role in models}
-        positions = {role: tokens.shape[1] for role, tokens in padded.items()}
+        positions = {role: _round_up(longest, chunks[role]) for role in models}
         # A window may write W + 1 entries beyond the last token that is kept.
         slots = _round_up(max(*positions.values(), longest + new_tokens + window + 1), 128)
         check_memory(
@@ -122,7 +123,7 @@ class Session:
                 continue
             read[role] = prefill(
                 model,
-                jnp.asarray(padded[role]),
+                _padded(prompts, positions[role]),
                 jnp.asarray(lengths),
                 KVCache.empty(model.config, batch, slots, model.dtype, self.implementation),
                 chunk=chunks[role],
@@ -139,6 +140,7 @@ class Session:
             jnp.full((batch,), new_tokens, jnp.int32),
             seed_keys(0, batch) if keys is None else keys,
             self._history(prompts) if settings.sampling.minds_history else None,
+            _padded(prompts, target_cache.num_slots) if with_prompt else None,
             settings=settings,
             room=new_tokens + window + 1,
         )
@@ -212,6 +214,14 @@ class Memory:
             self.caches["draft"] = state.draft_cache
 
 
+def _padded(prompts: Sequence[Sequence[int]], width: int) -> Int32[Array, "B width"]:
+    """Prompts of any lengths in one array, padded on the right."""
+    tokens = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return jnp.asarray(tokens)
+
+
 def _read_on(
     model: LanguageModel,
     cache: KVCache,
@@ -225,24 +235,16 @@ def _read_on(
     begun = int(cache.lengths[0])
     rest = prompt[begun:]
     chunk = min(chunk, _round_up(len(rest), _CHUNK_STEP))
-    padded = _pad([rest], chunk)
+    padded = _padded([rest], _round_up(len(rest), chunk))
     return prefill(
         model,
-        jnp.asarray(padded),
+        padded,
         jnp.asarray([len(rest)], jnp.int32),
         cache.with_room(_round_up(max(slots, begun + padded.shape[1]), 128)),
         chunk=chunk,
         reach=reach,
         progress=progress,
     )
-
-
-def _pad(prompts: Sequence[Sequence[int]], chunk: int) -> Int32[np.ndarray, "B padded"]:
-    """The prompts, padded on the right to whole chunks."""
-    padded = np.zeros((len(prompts), _round_up(max(map(len, prompts)), chunk)), np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return padded
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "room"), donate_argnames=("target_cache", "draft_cache"))
@@ -255,6 +257,7 @@ def _begin(
     limit: Int32[Array, " B"],
     keys: Key[Array, " B"],
     history: Bool[Array, "B V"] | None,
+    prompt: Int32[Array, "B S"] | None,
     *,
     settings: DecodeSettings,
     room: int,
@@ -273,6 +276,7 @@ def _begin(
         stop_tokens=settings.stop_tokens,
         sound=is_sound(logits),
         history=history,
+        prompt=prompt,
     )
 
 
