@@ -92,6 +92,14 @@ def generate_command(
             show_default="auto chooses; otherwise all",
         ),
     ] = None,
+    draft_reach: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens back that the draft sees while it reads the prompt, besides the first 64, or all.",
+            metavar="TOKENS|all",
+            show_default="4096",
+        ),
+    ] = None,
     policy: Annotated[
         str | None,
         typer.Option(
@@ -139,6 +147,7 @@ def generate_command(
         from specattn_jax.loading.pair import NO_DRAFT, load_pair
         from specattn_jax.runtime.generate import generate
         from specattn_jax.runtime.request import UNDRAFTED, Request
+        from specattn_jax.runtime.session import DRAFT_REACH
         from specattn_jax.selection.policy import load_policy
 
     policy = policy or "default"
@@ -150,6 +159,7 @@ def generate_command(
         lossless=lossless,
         window=window,
         draft_reads=_share(draft_reads),
+        draft_reach=DRAFT_REACH.recent if draft_reach is None else _reach(draft_reach),
         policy=policy,
         p=p,
         kv_reduction=kv_reduction,
@@ -255,6 +265,16 @@ def _share(text: str | None) -> float | None:
     if not 0.0 < share <= 1.0:
         raise UserError(f"--draft-reads is {text}; expected a share above 0, of at most 1, or all.")
     return share
+
+
+def _reach(text: str) -> int | None:
+    """What `--draft-reach` says."""
+    if text == "all":
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UserError(f"--draft-reach is {text!r}; expected a number of tokens, or all.") from error
 
 
 def _check_numbers(p: float | None, max_new_tokens: int) -> None:

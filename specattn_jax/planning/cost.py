@@ -16,6 +16,7 @@ from specattn_jax.decoding.protocol import Strategy
 from specattn_jax.decoding.speculative import SpecAttn, Speculative
 from specattn_jax.decoding.work import Scenario, Work
 from specattn_jax.errors import UserError
+from specattn_jax.models.cache import Reach
 from specattn_jax.models.config import ModelConfig
 
 # Largest and mixed attention is kept in 16 bits; ids are int32.
@@ -104,12 +105,21 @@ def weights_of_vocabulary(config: ModelConfig) -> float:
     return float(config.vocab_size * config.embed_dim * (1 if config.tie_embeddings else 2))
 
 
-def prefill_arithmetic(config: ModelConfig, batch: int, tokens: int) -> tuple[float, float]:
-    """Operations of a prefill: products with the layers' weights, and what the causal mask leaves of attention."""
+def prefill_arithmetic(config: ModelConfig, batch: int, tokens: int, reach: Reach | None = None) -> tuple[float, float]:
+    """Operations of a prefill: products with the layers' weights, and what the causal mask leaves of attention.
+
+    Args:
+        config: shape of the model.
+        batch: sequences.
+        tokens: of each prompt.
+        reach: how far back the tokens see; None is everything.
+    """
     # Only the last token of a prompt meets the vocabulary.
     products = 2.0 * (config.parameter_count() - weights_of_vocabulary(config)) * batch * tokens
-    # Two products of each query with the keys and values up to its own place, half of all.
-    attention = 2.0 * config.num_layers * config.num_heads * config.head_dim * batch * tokens**2
+    # Two products of each query with the keys and values up to its own place, half of all; or with what is in reach of
+    # a chunk that is as long as the reach.
+    seen = tokens / 2 if reach is None else min(tokens / 2, reach.sinks + 1.5 * reach.recent)
+    attention = 4.0 * config.num_layers * config.num_heads * config.head_dim * batch * tokens * seen
     return products, attention
 
 

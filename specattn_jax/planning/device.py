@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from specattn_jax.decoding.work import Scenario, Work
 from specattn_jax.errors import UserError
+from specattn_jax.models.cache import Reach
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.planning.cost import (
     planning_bytes,
@@ -149,7 +150,9 @@ def window_seconds(scenario: Scenario, work: Work, profile: DeviceProfile) -> Wi
     return WindowSeconds(drafting, selecting, verify, profile.window_s)
 
 
-def prefill_seconds(config: ModelConfig, batch: int, tokens: int, profile: DeviceProfile) -> float:
+def prefill_seconds(
+    config: ModelConfig, batch: int, tokens: int, profile: DeviceProfile, reach: Reach | None = None
+) -> float:
     """Predicts the prefill of one model: the arithmetic of its layers and of causal attention, over a device's rates.
 
     Args:
@@ -157,8 +160,9 @@ def prefill_seconds(config: ModelConfig, batch: int, tokens: int, profile: Devic
         batch: sequences.
         tokens: of each prompt.
         profile: on what.
+        reach: how far back the tokens see; None is everything.
     """
-    products, attention = prefill_arithmetic(config, batch, tokens)
+    products, attention = prefill_arithmetic(config, batch, tokens, reach)
     return (
         products / (profile.flops * profile.prefill_share)
         + attention / (profile.flops * profile.prefill_attention_share)

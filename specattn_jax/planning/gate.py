@@ -13,6 +13,7 @@ from specattn_jax.decoding.protocol import Strategy
 from specattn_jax.decoding.work import Drafter, Scenario
 from specattn_jax.loading.pair import ModelPair
 from specattn_jax.loading.presets import get_preset, preset_names
+from specattn_jax.models.cache import Reach
 from specattn_jax.planning.acceptance import OWN_ACCEPTANCE, TEXT_ACCEPTANCE, Acceptance
 from specattn_jax.planning.device import DeviceProfile, measure_profile, prefill_seconds, seconds_per_token
 from specattn_jax.selection.make import DraftedSelection
@@ -127,6 +128,7 @@ class Situation(NamedTuple):
         current: the choice that runs; None at the start.
         compiled: choices whose programs are there.
         compile_s: seconds that the slowest program of this run took to compile; little where all came from a cache.
+        draft_reach: how far back the draft sees while it prefills; None is everything.
     """
 
     context: int
@@ -139,6 +141,7 @@ class Situation(NamedTuple):
     current: Choice | None = None
     compiled: frozenset[Choice] = frozenset()
     compile_s: float = 0.0
+    draft_reach: Reach | None = None
 
     def accepted_of(self, strategy: Strategy) -> Acceptance:
         """What is accepted of what a strategy lets the target verify."""
@@ -242,15 +245,15 @@ def predict(
     scenario: Scenario, profile: DeviceProfile, situation: Situation, strategies: Sequence[Strategy]
 ) -> list[_Predicted]:
     """Seconds of every strategy, per token and until the end of the request."""
-    tokens, models = situation.context, {False: (scenario.target,), True: (scenario.target, scenario.draft)}
+    batch, tokens, reach = scenario.batch, situation.context, situation.draft_reach
+    alone = prefill_seconds(scenario.target, batch, tokens, profile)
+    drafted = alone + prefill_seconds(scenario.draft, batch, tokens, profile, reach)
     found = []
     for strategy in strategies:
         seconds = _seconds(scenario, profile, strategy, situation.accepted_of(strategy))
         request = seconds * situation.remaining
         if situation.current is None:
-            request += sum(
-                prefill_seconds(model, scenario.batch, tokens, profile) for model in models[strategy.needs_draft]
-            )
+            request += drafted if strategy.needs_draft else alone
         found.append(_Predicted(strategy, seconds, request))
     return found
 

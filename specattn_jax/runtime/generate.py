@@ -19,7 +19,6 @@ from specattn_jax.decoding.work import Drafter
 from specattn_jax.errors import UserError
 from specattn_jax.loading.pair import ModelPair
 from specattn_jax.loading.tokenizer import Tokenizer
-from specattn_jax.models.cache import Reach
 from specattn_jax.planning.acceptance import replay_prompts, text_acceptance
 from specattn_jax.planning.gate import Choice, Decide, Decision, Situation, make_gate, prior_acceptance
 from specattn_jax.reporting.shading import SelectionRecord
@@ -107,7 +106,7 @@ def generate(
     keys = prompt_keys(request, len(encoded))
     possible = check_draft(pair, strategies, encoded, request.max_new_tokens)
     context, replays = sum(map(len, encoded)) // len(encoded), None
-    known = Situation(context, request.max_new_tokens, prior_acceptance(pair))
+    known = Situation(context, request.max_new_tokens, prior_acceptance(pair), draft_reach=request.reach)
     if len(possible) > 1:
         if any(one.drafter is Drafter.TEXT for one in possible):
             replays = replay_prompts(encoded)
@@ -126,8 +125,7 @@ def generate(
     strategy = chosen(by_choice, first.choice)
 
     clock = Clock()
-    reach = None if request.draft_reach is None else Reach(request.draft_reach)
-    session = Session(Models(pair.target, pair.draft), draft_reach=reach)
+    session = Session(Models(pair.target, pair.draft), draft_reach=request.reach)
     state = session.prefill(
         encoded,
         request.max_new_tokens,

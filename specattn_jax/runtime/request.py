@@ -18,8 +18,9 @@ from specattn_jax.decoding.sampling import Sampling
 from specattn_jax.decoding.speculative import SparselyDrafted, SpecAttn, Speculative
 from specattn_jax.errors import UserError
 from specattn_jax.loading.pair import NO_DRAFT, ModelPair
+from specattn_jax.models.cache import Reach
 from specattn_jax.planning.gate import WINDOWS
-from specattn_jax.runtime.session import seed_keys
+from specattn_jax.runtime.session import DRAFT_REACH, seed_keys
 from specattn_jax.selection.alignment import NucleusMass
 from specattn_jax.selection.make import DraftedSelection, make_selection
 from specattn_jax.selection.own import OwnReads, SparseDraft
@@ -69,7 +70,7 @@ class Request:
             sees every window, which costs time.
         lossless: whether `auto` leaves `specattn` out.
         draft_reach: how many tokens back, besides the first 64, the draft sees while it reads the prompt, at least 64;
-            everything without it. Less makes the draft's prefill of a long prompt cheaper; what it proposes and points
+            None is everything. Less makes the draft's prefill of a long prompt cheaper; what it proposes and points
             to may get worse, and the output of the lossless modes does not change.
     """
 
@@ -90,7 +91,7 @@ class Request:
     stop_at_eos: bool = True
     keep_selection: bool = False
     lossless: bool = False
-    draft_reach: int | None = None
+    draft_reach: int | None = DRAFT_REACH.recent
 
     def __post_init__(self) -> None:
         if self.window is not None:
@@ -116,6 +117,11 @@ class Request:
             UserError: a number is out of range.
         """
         return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+
+    @property
+    def reach(self) -> Reach | None:
+        """How far back the draft sees while it prefills."""
+        return None if self.draft_reach is None else Reach(self.draft_reach)
 
     @property
     def mode_is_fixed(self) -> bool:

@@ -25,7 +25,9 @@ from specattn_jax.runtime.clock import Clock
 
 # What the activations of a prefill may take. More tokens at a time make products no faster; on a CPU they would leave
 # the caches.
-_ACTIVATION_BYTES, _ACTIVATION_BYTES_ON_CPU = 2 << 30, 16 << 20
+_ACTIVATION_BYTES, _ACTIVATION_BYTES_ON_CPU = 3 << 29, 16 << 20
+# How far back a draft sees while it prefills, unless somebody says otherwise (docs/results.md says what that costs).
+DRAFT_REACH = Reach(4096)
 # A chunk is a multiple of so many tokens.
 _CHUNK_STEP = 64
 
