@@ -14,7 +14,6 @@ import numpy as np
 from specattn_jax.evaluation.tasks.harness import SpecAttnLM
 from specattn_jax.loading.tokenizer import Tokenizer
 
-OFFLINE = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")
 # The harness' own defaults, so that its own command makes the same samples.
 _SEED, _NUMPY_SEED, _WORDS_SEED, _FEWSHOT_SEED = 0, 1234, 42, 1234
 
