@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -10,13 +13,19 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from specattn_jax import generate
+from specattn_jax.errors import UserError
 from specattn_jax.evaluation.methods import FULL, SPECATTN, Case
+from specattn_jax.evaluation.tasks import run
 from specattn_jax.evaluation.tasks.answering import SPECULATIVE, Asked, answer
 from specattn_jax.evaluation.tasks.likelihood import Continuation, likelihoods
-from specattn_jax.evaluation.tasks.run import RULER
+from specattn_jax.evaluation.tasks.own import OWN_TASKS, make_samples
+from specattn_jax.evaluation.tasks.report import write_results
+from specattn_jax.evaluation.tasks.run import RULER, TaskRun, TaskSettings, list_task_cases, open_task_store
 from specattn_jax.loading.pair import ModelPair
 from specattn_jax.loading.tokenizer import Tokenizer, make_tokenizer
+from specattn_jax.models.cache import KVCache
 from specattn_jax.models.forward import forward
+from specattn_jax.models.transformer import LanguageModel
 from specattn_jax.texts import read_text, shipped_books
 
 VOCABULARY = 1024
@@ -90,13 +99,18 @@ def test_sparse_methods_answer_and_save_reads(pair):
         assert all(0 < one.kv_reduction < 1 and one.windows > 1 for one in found.results), case
 
 
+@jax.jit
+def whole_logits(target: LanguageModel, tokens: jax.Array, cache: KVCache) -> jax.Array:
+    return target.logits(forward(target, tokens, cache).hidden)
+
+
 def reference(pair: ModelPair, one: Continuation) -> tuple[float, bool]:
     """The whole text in one pass, in float64 from the logits on."""
-    from specattn_jax.models.cache import KVCache
-
-    tokens = np.asarray([one.tokens], np.int32)
+    # One shape for all, so that it compiles once.
+    tokens = np.zeros((1, 128), np.int32)
+    tokens[0, : len(one.tokens)] = one.tokens
     cache = KVCache.empty(pair.target.config, 1, 128, pair.target.dtype)
-    logits = np.asarray(pair.target.logits(forward(pair.target, jax.numpy.asarray(tokens), cache).hidden), np.float64)
+    logits = np.asarray(whole_logits(pair.target, jax.numpy.asarray(tokens), cache), np.float64)
     log_probs = logits[0] - np.log(np.exp(logits[0] - logits[0].max(-1, keepdims=True)).sum(-1, keepdims=True))
     log_probs -= logits[0].max(-1, keepdims=True)
     places = np.arange(one.first, len(one.tokens))
@@ -139,15 +153,110 @@ def few_words(monkeypatch):
 LENGTH = 900
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_harness_runs_rulers_offline_tasks(harness, few_words, pair):
     from specattn_jax.evaluation.tasks.ruler import load_task, run_task
 
     for name in RULER:
         task = load_task(name, LENGTH, pair.tokenizer)
-        model = harness.SpecAttnLM(pair, Case(SPECATTN, "default", p=0.7), batch_size=2)
-        scored = run_task(model, name, task, LENGTH, 2)
-        assert len(scored.scores) == 2
-        assert all(0 <= score <= 1 for score in scored.scores)
-        assert scored.texts == [one.text for one in model.answers.results]
+        found = {}
+        for case in (Case(FULL), Case(SPECULATIVE), Case(SPECATTN, "default", p=0.7)):
+            model = harness.SpecAttnLM(pair, case, batch_size=2)
+            found[case.method] = run_task(model, name, task, LENGTH, 2)
+            assert len(found[case.method].scores) == 2
+            assert all(0 <= score <= 1 for score in found[case.method].scores)
+            assert found[case.method].texts == [one.text for one in model.answers.results]
+        assert found[FULL] == found[SPECULATIVE]
         assert all(one.kv_reduction > 0 for one in model.answers.results)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A request as the harness hands it over."""
+
+    args: tuple
+
+
+def test_the_adapter_answers_as_the_harness_asks(harness, pair):
+    model = harness.SpecAttnLM(pair, Case(FULL), batch_size=2)
+    settings = {"until": ["e"], "max_gen_toks": 12, "do_sample": False}
+    texts = [pair.tokenizer.decode(tokens) for tokens in prompts(pair, 2)]
+    for text, given in zip(texts, model.generate_until([Call((text, settings)) for text in texts]), strict=True):
+        whole = generate(pair, [text], mode="autoregressive", max_new_tokens=12).results[0].text
+        assert given == whole.split("e")[0]
+    long = model.ask("word " * 3000, {"max_gen_toks": 24})
+    assert len(long.tokens) == model.max_length - 24
+    assert model.ask("a", {"temperature": 0.5, "until": "x"}).sampling.temperature == 0.5
+    assert model.ask("a", {"temperature": 0.5, "do_sample": False}).sampling.temperature == 0.0
+    history = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "It was"}]
+    assert model.apply_chat_template(history[:1]) == "<user>Who?<assistant>"
+    assert model.apply_chat_template(history, add_generation_prompt=False) == "<user>Who?<assistant>It was"
+
+
+def test_the_adapter_scores_as_the_harness_asks(harness, pair):
+    model = harness.SpecAttnLM(pair, Case(FULL), batch_size=2)
+    text = pair.tokenizer.decode(prompts(pair, 1)[0])
+    (scored,) = model.loglikelihood([Call((text, " and then"))])
+    tokens = model.tok_encode(text + " and then")
+    first = len(model.tok_encode(text))
+    assert scored[0] == pytest.approx(reference(pair, Continuation(tokens, first))[0], abs=1e-3)
+    (rolling,) = model.loglikelihood_rolling([Call((text,))])
+    whole = Continuation([model.prefix_token_id, *model.tok_encode(text)], 1)
+    assert rolling == pytest.approx(reference(pair, whole)[0], abs=1e-3)
+
+
+def test_the_adapter_is_made_from_arguments(harness, tiny_folders):
+    arguments = f"target={tiny_folders.target},draft={tiny_folders.draft},alignment={tiny_folders.alignment}"
+    model = harness.SpecAttnLM.create_from_arg_string(f"{arguments},mode=specattn,kv_reduction=0.5", {"batch_size": 4})
+    assert (model.case, model.batch_size) == (Case(SPECATTN, "default", saving=0.5), 4)
+    assert harness.SpecAttnLM.create_from_arg_string(f"{arguments},mode=autoregressive").case == Case(FULL)
+    for wrong, message in {"mode=fast": "mode is 'fast'", "speed=1": "model_args names speed"}.items():
+        with pytest.raises(UserError, match=message):
+            harness.SpecAttnLM.create_from_arg_string(f"{arguments},{wrong}")
+
+
+@pytest.mark.parametrize("name", OWN_TASKS)
+def test_own_samples_fit_and_know_their_answer(name):
+    tokenizer, task = words_tokenizer(), OWN_TASKS[name]
+    for sample in make_samples(name, 1000, 3, tokenizer):
+        assert len(tokenizer.encode(sample.prompt)) + sample.limit <= 1000
+        assert set(task.score(sample, "\n".join(sample.wanted)).values()) == {1.0}
+        assert set(task.score(sample, "nothing of it").values()) != {1.0}
+        for wanted in sample.wanted if "needle" in name else ():
+            assert wanted.split(": ")[-1] in sample.prompt
+    assert make_samples(name, 1000, 3, tokenizer) == make_samples(name, 1000, 3, tokenizer)
+
+
+def test_a_length_without_room_is_refused():
+    with pytest.raises(UserError, match="length is 340, which has no room"):
+        make_samples("book_needles_all", 340, 1, words_tokenizer())
+
+
+def test_tasks_go_on_where_they_stopped(pair, tmp_path, monkeypatch):
+    settings = TaskSettings(samples=2, batch=2)
+    cases = list_task_cases(["full", "speculative", "specattn"], ["default"], masses=[0.7])
+    store = open_task_store(tmp_path / "run", pair, settings)
+    first = TaskRun(pair, settings, store).run(["book_needle"], [500], cases)
+    told = []
+    again = TaskRun(pair, settings, store, lambda done, total, cell, result: told.append((done, total, result)))
+    # Nothing is answered a second time.
+    monkeypatch.setattr(run, "answer", None)
+    assert again.run(["book_needle"], [500], cases) == first
+    assert told[-1] == (3, 3, "")
+    full, speculative, sparse = first
+    assert full["score"] == speculative["score"]
+    assert full["prompts"] == sparse["prompts"]
+    assert sparse["kv_reduction"] > 0 == full["kv_reduction"]
+    write_results(tmp_path / "run", first, "Tiny models.", {"samples": 2})
+    assert json.loads((tmp_path / "run" / "table.json").read_text()) == first
+    assert "| book_needle | 500 | full | 0.0% |" in (tmp_path / "run" / "table.md").read_text()
+
+
+def test_missing_packages_are_named_with_what_installs_them(monkeypatch):
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None if name == "nltk" else object())
+    with pytest.raises(UserError, match=r"nltk is not installed; run `pip install 'specattn-jax\[eval\]'`"):
+        run.check_tasks(["ruler_vt"])
+    run.check_tasks(["book_copy"])
+    with pytest.raises(UserError, match="tasks names 'chess'"):
+        run.check_tasks(["chess"])
