@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 
 import jax
 import numpy as np
 import pytest
+from command import run as command
 from tiny import random_alignment, tiny_model
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -76,7 +78,7 @@ def prompts(pair: ModelPair, count: int, length: int = 60) -> list[tuple[int, ..
 
 
 def test_answers_are_those_of_one_prompt_at_a_time(pair):
-    asked = [Asked(tokens, limit) for tokens, limit in zip(prompts(pair, 5), (8, 8, 8, 5, 5), strict=True)]
+    asked = [Asked(tokens, 8) for tokens in prompts(pair, 5)]
     together = answer(pair, Case(FULL), asked, batch=2)
     for one, result in zip(asked, together.results, strict=True):
         alone = generate(pair, [one.tokens], mode="autoregressive", max_new_tokens=one.limit).results[0]
@@ -175,7 +177,7 @@ def test_the_harness_runs_rulers_offline_tasks(harness, few_words, pair):
 class Call:
     """A request as the harness hands it over."""
 
-    args: tuple
+    args: tuple[object, ...]
 
 
 def test_the_adapter_answers_as_the_harness_asks(harness, pair):
@@ -254,9 +256,24 @@ def test_tasks_go_on_where_they_stopped(pair, tmp_path, monkeypatch):
 
 
 def test_missing_packages_are_named_with_what_installs_them(monkeypatch):
-    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None if name == "nltk" else object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "nltk" else object())
     with pytest.raises(UserError, match=r"nltk is not installed; run `pip install 'specattn-jax\[eval\]'`"):
         run.check_tasks(["ruler_vt"])
     run.check_tasks(["book_copy"])
     with pytest.raises(UserError, match="tasks names 'chess'"):
         run.check_tasks(["chess"])
+
+
+def test_the_command_says_what_is_wrong(tiny_folders, tmp_path):
+    models = ["--target", str(tiny_folders.target), "--draft", str(tiny_folders.draft)]
+    wrong = {
+        "tasks names 'chess'": ["--tasks", "chess"],
+        "methods names 'magic'": ["--tasks", "own", "--methods", "magic"],
+        "--lengths names 0.5": ["--tasks", "own", "--lengths", "0.5"],
+        "lengths names 4096": ["--tasks", "own", "--methods", "full"],
+        "length is 256, which has no room": ["--tasks", "own", "--methods", "full", "--lengths", "256"],
+    }
+    for message, arguments in wrong.items():
+        result = command(*["tasks", "--out", str(tmp_path / "out"), *models, *arguments])
+        assert (result.exit_code, message in result.stderr) == (1, True), result.stderr
+    assert not (tmp_path / "out").exists()

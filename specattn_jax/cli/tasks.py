@@ -129,7 +129,7 @@ def _whole(number: float) -> int:
     Raises:
         UserError: it is no whole number.
     """
-    if number != int(number):
+    if not number.is_integer():
         raise UserError(f"--lengths names {number:g}; expected whole numbers of tokens, such as 4096,8192.")
     return int(number)
 
