@@ -23,6 +23,7 @@ from specattn_jax.evaluation.tasks.likelihood import Continuation, likelihoods
 from specattn_jax.evaluation.tasks.own import OWN_TASKS, make_samples
 from specattn_jax.evaluation.tasks.report import write_results
 from specattn_jax.evaluation.tasks.run import RULER, TaskRun, TaskSettings, list_task_cases, open_task_store
+from specattn_jax.examples import byte_tokenizer
 from specattn_jax.loading.pair import ModelPair
 from specattn_jax.loading.tokenizer import Tokenizer, make_tokenizer
 from specattn_jax.models.cache import KVCache
@@ -40,7 +41,7 @@ RULERS_PHRASES = [
     "One of the special magic uuids for is: One of the special magic numbers for is: ",
 ]
 CHAT = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}<assistant>"
-SPARSE = [Case(SPECATTN, "default", p=0.7), Case("streaming", saving=0.5), Case("quest", saving=0.5)]
+SPARSE = [Case(SPECATTN, "default", p=0.7), Case("quest", saving=0.5)]
 
 
 def words_tokenizer() -> Tokenizer:
@@ -57,7 +58,7 @@ def words_tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def pair() -> ModelPair:
-    shape = {"vocab_size": VOCABULARY, "max_context": 1024}
+    shape = {"vocab_size": VOCABULARY, "max_context": 2048}
     # The baselines read the first two layers whole.
     target, draft = tiny_model(0, num_layers=3, **shape), tiny_model(1, **shape)
     alignment = random_alignment(target.config, draft.config)
@@ -85,13 +86,6 @@ def test_answers_are_those_of_one_prompt_at_a_time(pair):
         assert (result.tokens, result.text) == (alone.tokens, alone.text)
     assert len(together.seconds) == 3
     assert together.requests_per_minute > 0
-
-
-def test_lossless_methods_give_the_same_answers(pair):
-    asked = [Asked(tokens, 12) for tokens in prompts(pair, 3)]
-    full, speculative = (answer(pair, Case(method), asked, batch=3) for method in (FULL, SPECULATIVE))
-    assert [one.tokens for one in full.results] == [one.tokens for one in speculative.results]
-    assert all(one.lossless for one in speculative.results)
 
 
 def test_sparse_methods_answer_and_save_reads(pair):
@@ -152,7 +146,7 @@ def few_words(monkeypatch):
 
 
 # Samples of the harness number 500 whatever is asked for.
-LENGTH = 900
+LENGTH = 1400
 
 
 @pytest.mark.slow
@@ -171,6 +165,15 @@ def test_the_harness_runs_rulers_offline_tasks(harness, few_words, pair):
             assert found[case.method].texts == [one.text for one in model.answers.results]
         assert found[FULL] == found[SPECULATIVE]
         assert all(one.kv_reduction > 0 for one in model.answers.results)
+
+
+def test_what_the_harness_would_look_for_for_ever_is_refused(harness):
+    from specattn_jax.evaluation.tasks.ruler import load_task
+
+    with pytest.raises(UserError, match="lengths names 500; expected at least 1024"):
+        load_task("ruler_vt", 500, words_tokenizer())
+    with pytest.raises(UserError, match="cuts 750 letters into 750 tokens"):
+        load_task("ruler_vt", 2000, byte_tokenizer())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,6 +250,8 @@ def test_tasks_go_on_where_they_stopped(pair, tmp_path, monkeypatch):
     assert again.run(["book_needle"], [500], cases) == first
     assert told[-1] == (3, 3, "")
     full, speculative, sparse = first
+    kept = [store.load(f"book_needle-500-{case.key}", case.describe()) for case in cases]
+    assert kept[0]["texts"] == kept[1]["texts"]
     assert full["score"] == speculative["score"]
     assert full["prompts"] == sparse["prompts"]
     assert sparse["kv_reduction"] > 0 == full["kv_reduction"]

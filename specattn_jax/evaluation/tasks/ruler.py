@@ -12,11 +12,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from specattn_jax.errors import UserError
 from specattn_jax.evaluation.tasks.harness import SpecAttnLM
 from specattn_jax.loading.tokenizer import Tokenizer
 
 # The harness' own defaults, so that its own command makes the same samples.
 _SEED, _NUMPY_SEED, _FEWSHOT_SEED = 0, 1234, 1234
+# Below it, and for tokenizers that know no words, the harness looks for samples that fit for ever: this text, which is
+# like its example of a chain of variables, must take no more than so many tokens.
+_SHORTEST, _MOST_TOKENS = 1024, 400
+_LIKE_ITS_EXAMPLE = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n" * 5
+    + "Memorize and track the chain of variable assignment hidden in the following text. VAR QWE = VAR RTZ " * 3
+)
 
 
 class Scored(NamedTuple):
@@ -58,7 +66,17 @@ def load_task(name: str, length: int, tokenizer: Tokenizer) -> Any:
         name: of the task.
         length: most tokens of a prompt and its answer.
         tokenizer: that measures it.
+
+    Raises:
+        UserError: samples of this length cannot be made.
     """
+    if length < _SHORTEST:
+        raise UserError(f"lengths names {length}; expected at least {_SHORTEST} for RULER's tasks.")
+    if (count := len(tokenizer.encode(_LIKE_ITS_EXAMPLE))) > _MOST_TOKENS:
+        raise UserError(
+            f"tasks names {name}, but the pair's tokenizer cuts {len(_LIKE_ITS_EXAMPLE)} letters into {count} tokens, "
+            f"where RULER's samples are made for {_MOST_TOKENS} at most; choose tasks of our own or another pair."
+        )
     with tempfile.TemporaryDirectory() as folder, without_download(), contextlib.redirect_stdout(None):
         from lm_eval import tasks
 
@@ -75,6 +93,8 @@ def load_task(name: str, length: int, tokenizer: Tokenizer) -> Any:
         )
         task = manager.load([name])["tasks"][name]
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+    if not all(task.dataset["test"]["outputs"]):
+        raise UserError(f"lengths names {length}, which has no room for a question of {name}; give a larger one.")
     return task
 
 
