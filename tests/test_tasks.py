@@ -154,17 +154,18 @@ LENGTH = 1400
 def test_the_harness_runs_rulers_offline_tasks(harness, few_words, pair):
     from specattn_jax.evaluation.tasks.ruler import load_task, run_task
 
+    sparse = Case(SPECATTN, "default", p=0.7)
     for name in RULER:
-        task = load_task(name, LENGTH, pair.tokenizer)
-        found = {}
-        for case in (Case(FULL), Case(SPECULATIVE), Case(SPECATTN, "default", p=0.7)):
+        task, found = load_task(name, LENGTH, pair.tokenizer), {}
+        # Each method compiles for a while: one task compares them all.
+        for case in (Case(FULL), Case(SPECULATIVE), sparse) if name == "ruler_vt" else (sparse,):
             model = harness.SpecAttnLM(pair, case, batch_size=2)
-            found[case.method] = run_task(model, name, task, LENGTH, 2)
-            assert len(found[case.method].scores) == 2
-            assert all(0 <= score <= 1 for score in found[case.method].scores)
-            assert found[case.method].texts == [one.text for one in model.answers.results]
-        assert found[FULL] == found[SPECULATIVE]
+            scored = found[case.method] = run_task(model, name, task, LENGTH, 2)
+            assert len(scored.scores) == 2
+            assert all(0 <= score <= 1 for score in scored.scores)
+            assert scored.texts == [one.text for one in model.answers.results]
         assert all(one.kv_reduction > 0 for one in model.answers.results)
+        assert found.get(FULL) == found.get(SPECULATIVE)
 
 
 def test_what_the_harness_would_look_for_for_ever_is_refused(harness):
