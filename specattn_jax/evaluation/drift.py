@@ -92,7 +92,7 @@ def measure_drift(
     state, hidden = _generate(session, strategy, state, new_tokens)
     tokens = jnp.asarray(np.asarray(prompts, np.int32))
     output, counts = state.output[:, :new_tokens], jax.device_get(state.statistics)
-    clean = _read_densely(pair.target, jnp.concatenate([tokens, output], axis=1))
+    clean = read_densely(pair.target, jnp.concatenate([tokens, output], axis=1))
     # The hidden state that decides token i is that of the token before it.
     kl = _compare(pair.target, clean[:, prompt : prompt + new_tokens - 1], hidden[:, 1:new_tokens])
     return Drift(
@@ -136,7 +136,7 @@ def _write(
 
 
 @jax.jit
-def _read_densely(target: LanguageModel, tokens: Int32[Array, "B length"]) -> Float[Array, "B length D"]:
+def read_densely(target: LanguageModel, tokens: Int32[Array, "B length"]) -> Float[Array, "B length D"]:
     """Hidden states of whole texts, read densely chunk by chunk."""
     batch, length = tokens.shape
     count = -(-length // _CHUNK)
