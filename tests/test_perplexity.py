@@ -12,7 +12,7 @@ from command import mistake, run
 
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.documents import cut_documents, take_documents
-from specattn_jax.evaluation.drift import read_densely, measure_drift
+from specattn_jax.evaluation.drift import measure_drift, read_densely
 from specattn_jax.evaluation.forced import read_documents
 from specattn_jax.evaluation.methods import Case, list_cases
 from specattn_jax.evaluation.perplexity import Evaluation, EvaluationSettings, open_store
