@@ -158,7 +158,7 @@ class Task(NamedTuple):
 
 def make_selection(row: Row, saving: float, pair: ModelPair, alignments: dict[str, Alignment]) -> Selection:
     """The selection of a row, for a wanted saving."""
-    target, draft = pair.target.config, pair.draft.config
+    target, draft = pair.target.config, pair.need_draft().config
     wanted = jnp.asarray(saving, jnp.float32)
     if row.kind == "streaming":
         return Streaming(wanted, target, dense_layers=row.dense_layers)
@@ -185,7 +185,7 @@ def make_selection(row: Row, saving: float, pair: ModelPair, alignments: dict[st
 
 def make_weights(kind: Weights, alignment: Alignment, pair: ModelPair) -> Float[Array, "rows R"]:
     """Mixture weights over all heads of the draft."""
-    target, draft = pair.target.config, pair.draft.config
+    target, draft = pair.target.config, pair.need_draft().config
     if kind == "layer map":
         return map_weights(alignment, target, draft)
     if kind == "heaviest source":
@@ -333,14 +333,14 @@ def main() -> None:
     how = {"prefill_share": options.prefill, "window": options.window}
     texts = [pair.tokenizer.encode(read_text(book)) for book in shipped_books("valid")]
     documents = cut_documents(texts, options.context, options.documents)
-    dense = read_documents(pair.target, pair.draft, None, documents, **how)
+    dense = read_documents(pair.target, pair.need_draft(), None, documents, **how)
     reference = dense.hidden
     assert reference is not None
 
     def read(batch: Sequence[Chosen]) -> None:
         began = time.perf_counter()
         chosen = [one.selection for one in batch]
-        models = pair.target, pair.draft
+        models = pair.target, pair.need_draft()
         if len(chosen) == 1:
             readings = [read_documents(*models, chosen[0], documents, reference=reference, **how)]
         else:

@@ -90,7 +90,7 @@ def main() -> None:
             f"slots {point['four_times_the_slots']:.2f} of its own"
         )
     report = {
-        "device": f"{os.cpu_count()} CPU cores",
+        "device": f"{len(os.sched_getaffinity(0))} CPU cores",
         "commit": commit(),
         "versions": {**versions(), "torch": torch.__version__, "transformers": transformers.__version__},
         "points": points,

@@ -49,12 +49,12 @@ def main() -> None:
     starts = np.linspace(0, len(tokens) - options.context - 1, options.documents).astype(int)
     documents = [tokens[start : start + options.context] for start in starts]
     agrees = [_own_text_agreement(pair, document) for document in documents]
-    dense = read_documents(pair.target, pair.draft, None, documents)
+    dense = read_documents(pair.target, pair.need_draft(), None, documents)
     rows = []
     for policy in ("default", "paper"):
         for mass in MASSES:
             selection = choose_reading(pair, policy=policy, p=mass)
-            sparse = read_documents(pair.target, pair.draft, selection, documents, reference=dense.hidden)
+            sparse = read_documents(pair.target, pair.need_draft(), selection, documents, reference=dense.hidden)
             rows.append(
                 {
                     "policy": policy,
@@ -92,7 +92,7 @@ def main() -> None:
 def _own_text_agreement(pair: ModelPair, document: list[int]) -> float:
     """How often draft and target name the same likeliest next token on the book's own text."""
     tokens = jnp.asarray([document], jnp.int32)
-    return float(jnp.mean(likeliest_next(pair.target, tokens) == likeliest_next(pair.draft, tokens)))
+    return float(jnp.mean(likeliest_next(pair.target, tokens) == likeliest_next(pair.need_draft(), tokens)))
 
 
 if __name__ == "__main__":

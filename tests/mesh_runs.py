@@ -21,6 +21,7 @@ from specattn_jax.decoding import loop
 from specattn_jax.decoding.autoregressive import Autoregressive
 from specattn_jax.decoding.hierarchical import Hierarchical
 from specattn_jax.decoding.itself import SelfSpeculative
+from specattn_jax.decoding.lookup import PromptLookup
 from specattn_jax.decoding.protocol import DecodeSettings, Models, Strategy
 from specattn_jax.decoding.sampling import Sampling
 from specattn_jax.decoding.speculative import SpecAttn, Speculative
@@ -66,6 +67,7 @@ def strategies(temperature: float) -> dict[str, Strategy]:
         "specattn": SpecAttn(mixture, settings, 3),
         "paper": SpecAttn(published, settings, 3),
         "self": SelfSpeculative(settings, 3),
+        "lookup": PromptLookup(settings, 3),
         "hierarchical": Hierarchical(settings, 5, 2),
     }
 

@@ -186,7 +186,8 @@ class TestMistakes:
             (["--prompt", "a", "--window", 100000], "window is 100000"),
             (
                 ["--prompt", "a", "--mode", "fast"],
-                "mode is 'fast'; expected one of auto, autoregressive, speculative, specattn",
+                "mode is 'fast'; expected one of auto, autoregressive, lookup, self, speculative, "
+                "hierarchical, specattn",
             ),
             (["--prompt", "a", "--temperature", -1], "temperature is -1.0"),
             (["--prompt", "a", "--top-p", 2], "top_p is 2.0"),

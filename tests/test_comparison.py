@@ -12,11 +12,11 @@ from specattn_jax.errors import UserError
 from specattn_jax.evaluation.documents import cut_documents
 from specattn_jax.evaluation.forced import read_documents
 from specattn_jax.examples import tiny_pair
-from specattn_jax.notebook.compare import Comparison, compare
+from specattn_jax.notebook.compare import COMPARED, Comparison, compare
 from specattn_jax.notebook.sweep import sweep
 from specattn_jax.reporting.display import PngPicture, Table, columns
 from specattn_jax.runtime.generate import generate
-from specattn_jax.runtime.request import MODES, choose_reading
+from specattn_jax.runtime.request import choose_reading
 
 PROMPT = "Once upon a time there was a cache. "
 TEXT = PROMPT * 8
@@ -36,7 +36,7 @@ def comparison(updates):
 
 class TestCompare:
     def test_each_mode_is_what_generate_gives(self, comparison):
-        for mode in MODES:
+        for mode in COMPARED:
             reads = {"p": 0.5} if mode == "specattn" else {}
             alone = generate(PAIR, [PROMPT], mode=mode, max_new_tokens=16, **reads).results[0]
             assert comparison[mode].tokens == alone.tokens
@@ -52,7 +52,7 @@ class TestCompare:
         assert sum(not update.runs for update in updates) > 1
 
     def test_a_notebook_shows_texts_and_numbers(self, comparison, updates):
-        assert [row[0] for row in comparison.table.rows] == list(MODES)
+        assert [row[0] for row in comparison.table.rows] == list(COMPARED)
         assert comparison.table._repr_html_() in comparison._repr_html_()
         assert "<table" not in updates[0]._repr_html_()
 

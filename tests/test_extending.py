@@ -19,7 +19,7 @@ from specattn_jax.decoding.protocol import DecodeSettings, Models, WindowRecord,
 from specattn_jax.decoding.sampling import Sampling, Verdict, verify
 from specattn_jax.decoding.speculative import SpecAttn
 from specattn_jax.decoding.state import DecodeState, commit
-from specattn_jax.decoding.work import Scenario, Work
+from specattn_jax.decoding.work import Drafter, Scenario, Work
 from specattn_jax.evaluation.forced import read_documents
 from specattn_jax.examples import tiny_pair
 from specattn_jax.models.cache import KVCache
@@ -44,6 +44,7 @@ class Lookup:
     window: int = 4
     name: ClassVar[str] = "lookup"
     needs_draft: ClassVar[bool] = False
+    drafter: ClassVar[Drafter] = Drafter.TEXT
     lossless: ClassVar[bool] = True
 
     def start(self, models: Models, state: DecodeState) -> DecodeState:

@@ -65,7 +65,7 @@ class TestRequest:
         ("changes", "said"),
         [
             ({"colour": "red"}, "colour is no option of generate; expected some of max_new_tokens, mode"),
-            ({"mode": "fast"}, "mode is 'fast'; expected one of auto, autoregressive, speculative, specattn"),
+            ({"mode": "fast"}, "mode is 'fast'; expected one of auto, autoregressive, lookup, self"),
             ({"window": 65}, "window is 65; expected 1 to 64"),
             ({"temperature": -1.0}, "temperature is -1.0"),
         ],

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from command import mistake
+from command import run as run_command
 from tiny import outputs, run, tiny_model
 
 from specattn_jax.decoding.autoregressive import Autoregressive
 from specattn_jax.decoding.hierarchical import Hierarchical
 from specattn_jax.decoding.itself import SelfSpeculative
+from specattn_jax.decoding.lookup import PromptLookup, look_up
+from specattn_jax.decoding.pacing import LEAST_CHANCE, Tally, tokens_ahead
 from specattn_jax.decoding.protocol import DecodeSettings
-from specattn_jax.decoding.sampling import Sampling
-from specattn_jax.decoding.speculative import Speculative
+from specattn_jax.decoding.sampling import Sampling, Verdict, token_distribution, verify
+from specattn_jax.decoding.speculative import SparselyDrafted
 from specattn_jax.errors import UserError
+from specattn_jax.planning.acceptance import Replay, text_acceptance
+from specattn_jax.planning.gate import Choice, Decision
+from specattn_jax.runtime.generate import generate
+from specattn_jax.runtime.request import UNDRAFTED, Request, find_candidates
 from specattn_jax.selection.own import OwnReads, SparseDraft
+from specattn_jax.texts import find_text, read_text
 
 RAGGED = [[1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 1, 4], [5], [2, 2, 7, 1, 1, 3, 6], [3, 1]]
 LIMIT = 40
@@ -25,7 +39,8 @@ LIMIT = 40
 FEW = OwnReads(0.1, num_sink=0, num_recent=1, least=1)
 KINDS: dict[str, Callable[..., Any]] = {
     "self": lambda **settings: SelfSpeculative(window=4, reads=FEW, **settings),
-    "sparse draft": lambda **settings: Speculative(SparseDraft(FEW), window=4, **settings),
+    "sparse draft": lambda **settings: SparselyDrafted(SparseDraft(FEW), window=4, **settings),
+    "lookup": lambda **settings: PromptLookup(window=4, **settings),
     "hierarchical": lambda **settings: Hierarchical(window=7, inner=2, reads=FEW, **settings),
 }
 
@@ -47,6 +62,7 @@ class TestEach:
         assert outputs(state) == alone
         assert state.statistics.accepted.sum() > 0
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("limit", [2])
     def test_limits_inside_a_window(self, kind, models, alone, limit):
         assert outputs(run(KINDS[kind](), models[0], models[1], RAGGED, limit)) == [row[:limit] for row in alone]
@@ -96,6 +112,211 @@ class TestEach:
         assert chi2 < freedom + 4.5 * np.sqrt(2 * freedom)
 
 
+TEXTS = ["Call me Ishmael. Call me", "a", "Once upon a time there was a cache", "to be, or not to be"]
+BY_NAME: dict[str, dict[str, Any]] = {
+    "lookup": {"mode": "lookup"},
+    "self": {"mode": "self", "window": 3},
+    "sparse draft": {"mode": "speculative", "draft_reads": 0.3},
+    "hierarchical": {"mode": "hierarchical", "window": 6},
+}
+
+
+@pytest.fixture(scope="module")
+def written(tiny_pair):
+    found = generate(tiny_pair, TEXTS, mode="autoregressive", max_new_tokens=20, stop_at_eos=False)
+    return [result.tokens for result in found.results]
+
+
+class TestByName:
+    @pytest.mark.parametrize("kind", BY_NAME)
+    def test_writes_what_the_target_writes(self, kind, tiny_pair, written):
+        how = BY_NAME[kind]
+        # Without its draft where the mode can do without.
+        pair = dataclasses.replace(tiny_pair, draft=None) if how["mode"] in UNDRAFTED else tiny_pair
+        for texts, expected in ((TEXTS, written), (TEXTS[:1], written[:1])):
+            run = generate(pair, texts, max_new_tokens=20, stop_at_eos=False, **how)
+            assert [result.tokens for result in run.results] == expected
+        result = run.results[0]
+        assert (result.mode, result.lossless, result.kv_reduction) == (how["mode"], True, 0.0)
+
+    def test_strategies_are_what_was_asked_for(self, tiny_pair):
+        def only(**how):
+            (strategy,) = find_candidates(tiny_pair, Request(**how)).strategies
+            return strategy
+
+        assert only(mode="speculative", draft_reads=0.2).selection.reads.share == 0.2
+        assert only(mode="speculative", draft_reads=1.0) == only(mode="speculative")
+        assert (only(mode="hierarchical").window, only(mode="self").window, only(mode="lookup", window=8).window) == (
+            *(15, 5, 8),
+        )
+
+    @pytest.mark.parametrize("mode", ["speculative", "hierarchical", "specattn"])
+    def test_modes_that_need_a_draft_say_so(self, mode, tiny_pair):
+        with pytest.raises(UserError, match=f"draft is 'none', but mode {mode} needs one; name a draft, or use mode"):
+            generate(dataclasses.replace(tiny_pair, draft=None), ["a"], mode=mode)
+
+    @pytest.mark.parametrize(
+        ("how", "said"),
+        [
+            ({"mode": "self", "window": 65}, "window is 65; expected 1 to 64 drafted tokens, which one pass verifies"),
+            ({"mode": "hierarchical", "window": 3}, "window is 3, but mode hierarchical drafts 3 tokens at a time"),
+            ({"draft_reads": 0.0}, "draft_reads is 0; expected a share above 0, of at most 1"),
+            ({"draft_reads": float("nan")}, "draft_reads is nan; expected"),
+            ({"draft_reads": 0.1, "mode": "self"}, "draft_reads is 0.1, which is for modes speculative and auto, but"),
+        ],
+    )
+    def test_mistakes(self, how, said, tiny_pair):
+        with pytest.raises(UserError, match=said):
+            find_candidates(tiny_pair, Request(**how))
+
+    def test_what_needs_a_draft_besides_modes(self, tiny_pair):
+        with pytest.raises(UserError, match="draft is 'none', but this needs one beside"):
+            dataclasses.replace(tiny_pair, draft=None).calibrate(["a text"])
+
+
+def test_the_command_without_a_draft(tiny_folders):
+    arguments = ["--target", tiny_folders.target, "--draft", "none", "--prompt", "Call me", "--max-new-tokens", 4]
+    report = json.loads(run_command("generate", *arguments, "--json", "--mode", "self", "--window", 2).stdout)
+    assert (report["mode"], report["window"], report["draft"]) == ("self", 2, None)
+    assert "mode speculative needs one" in mistake("generate", *arguments, "--mode", "speculative")
+    for wrong in ("0", "1.5", "half"):
+        assert f"--draft-reads is {wrong!r}"[:-1].replace("'", "") in mistake(
+            "generate", *arguments, "--draft-reads", wrong
+        ).replace("'", "")
+    with_alignment = [*arguments, "--alignment", tiny_folders.alignment]
+    assert "leave one of them out" in mistake("generate", *with_alignment)
+
+
+# Of hundreds of entries a tenth, and none for the shortness of the text.
+TENTH = OwnReads(0.1, least=16)
+ON_REAL_TEXT: dict[str, Callable[..., Any]] = {
+    "lookup": lambda settings: PromptLookup(settings),
+    "self": lambda settings: SelfSpeculative(settings, reads=TENTH),
+    "sparse draft": lambda settings: SparselyDrafted(SparseDraft(TENTH), settings),
+    "hierarchical": lambda settings: Hierarchical(settings, reads=TENTH),
+}
+
+
+@pytest.fixture(scope="module")
+def chapters(smollm2):
+    """Passages of a novel, and what the target writes behind them alone."""
+    text = smollm2.encode(read_text(find_text("pride_and_prejudice"))[:20_000])
+    prompts = [list(text[start : start + length]) for start, length in ((0, 300), (300, 9), (309, 128), (437, 40))]
+    found = generate(smollm2, prompts, mode="autoregressive", max_new_tokens=128, stop_at_eos=False)
+    return prompts, [result.tokens for result in found.results]
+
+
+@pytest.mark.slow
+@pytest.mark.smollm2
+@pytest.mark.parametrize("kind", ON_REAL_TEXT)
+def test_real_models_write_what_the_target_writes(kind, smollm2, chapters):
+    prompts, expected = chapters
+    strategy = ON_REAL_TEXT[kind](DecodeSettings())
+    for count in (1, len(prompts)):
+        found = generate(smollm2, prompts[:count], mode=strategy, max_new_tokens=128)
+        assert [result.tokens for result in found.results] == expected[:count]
+    assert sum(result.accepted_per_window for result in found.results) > 0
+
+
+def test_no_more_is_accepted_than_was_proposed():
+    """Greedy, all are right; drawn, the draft is the target, so that every proposed token is accepted."""
+    logits = 3 * jax.random.normal(jax.random.key(0), (3, 5, 8))
+    count = jnp.array([0, 2, 4], jnp.int32)
+    keys = jax.random.split(jax.random.key(1), 3)
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    for sampling in (Sampling(), Sampling(1.0)):
+        probs = None if sampling.greedy else token_distribution(logits[:, :-1], sampling)
+        verdict = verify(keys, best[:, :-1], probs, logits, sampling, count)
+        assert verdict.accepted.tolist() == count.tolist()
+    # The token behind what was proposed is the target's own, whatever the draft said of that place.
+    many = jax.random.split(jax.random.key(2), 20_000)
+    drafted, q, p = (jnp.broadcast_to(one, (len(many), *one.shape)) for one in (best[0, :-1], probs[0], logits[0]))
+    tokens = verify(many, drafted, q, p, sampling, jnp.zeros(len(many), jnp.int32)).tokens[:, 0]
+    shares = np.bincount(tokens, minlength=8) / len(many)
+    assert np.abs(shares - token_distribution(logits[0, 0], sampling)).max() < 0.02
+
+
+def test_a_level_runs_ahead_as_far_as_it_is_trusted():
+    rates = (0.1, 0.5, 0.7, 0.9, 0.97)
+    ahead = [tokens_ahead(rate, 12) for rate in rates]
+    assert ahead == sorted(ahead)
+    assert (ahead[0], ahead[-1]) == (1, 12)
+    for rate, wanted in zip(rates, ahead, strict=True):
+        assert wanted in (1, 12) or rate**wanted >= LEAST_CHANCE > rate ** (wanted + 1)
+    tally = Tally.start(2)
+    begun = tally.tokens_ahead(12)
+    verdict = Verdict(jnp.zeros((2, 13), jnp.int32), jnp.array([0, 6], jnp.int32))
+    for _ in range(20):
+        tally = tally.add(verdict, jnp.array([6, 6], jnp.int32), jnp.array([True, True]))
+    assert tally.tokens_ahead(12).tolist() == [1, 12]
+    assert begun.tolist() == [tokens_ahead(0.9, 12)] * 2
+    idle = tally.add(verdict, jnp.array([6, 6], jnp.int32), jnp.array([False, False]))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, idle, tally))
+
+
+def followed(text: list[int], longest: int, window: int) -> list[int]:
+    """What stands behind the last place before which most of the newest tokens stand, as a person would look it up."""
+    best, begun = 0, len(text) - 1
+    for place in range(1, len(text)):
+        same = next((i for i in range(min(longest, place)) if text[place - 1 - i] != text[-1 - i]), min(longest, place))
+        if same >= max(best, 1):
+            best, begun = same, place
+    known = list(text)
+    while len(known) < begun + window:
+        known.append(known[len(known) - len(text) + begun])
+    return known[begun : begun + window]
+
+
+@hypothesis.settings(deadline=None, max_examples=30)
+@hypothesis.given(
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=3, max_size=3), st.integers(1, 3)
+)
+def test_looks_up_what_followed_the_newest_tokens(texts, longest):
+    lengths = jnp.array([len(text) for text in texts], jnp.int32)
+    # What lies beyond a text is meaningless.
+    padded = jnp.array([text + [1] * (16 - len(text)) for text in texts], jnp.int32)
+    found = jax.jit(look_up, static_argnames=("longest", "window"))(padded, lengths, longest=longest, window=5)
+    assert found.tolist() == [followed(text, longest, 5) for text in texts]
+
+
+@hypothesis.settings(deadline=None, max_examples=50)
+@hypothesis.given(st.lists(st.integers(0, 2), min_size=2, max_size=20))
+def test_a_replay_counts_what_looking_up_would_have_found(text):
+    replay = Replay()
+    replay.push(text[:1])
+    begun = replay.found
+    for token in text[1:]:
+        replay.push([token])
+    known = [text[:place] for place in range(1, len(text))]
+    # A token that was never written before is proposed by no replay.
+    right = [
+        followed(before, 3, 1) == [token] and before[-1] in before[:-1]
+        for before, token in zip(known, text[1:], strict=True)
+    ]
+    assert replay.found - begun == sum(right)
+    assert replay.tokens == len(text)
+    assert 0.0 <= text_acceptance([replay]).rate < 1.0
+
+
+@pytest.mark.slow
+def test_a_run_that_changes_its_mind_writes_the_same(tiny_pair):
+    choices = iter([("hierarchical", 4), ("lookup", 4), ("self", 4), ("autoregressive", 0)])
+    situations = []
+
+    def decide(known):
+        situations.append(known)
+        choice = Choice(*next(choices))
+        return Decision(choice, is_final=choice.mode == "autoregressive")
+
+    how = {"max_new_tokens": 80, "stop_at_eos": False}
+    found = generate(tiny_pair, [TEXTS[1]], lossless=True, window=4, decide=decide, **how)
+    alone = generate(tiny_pair, [TEXTS[1]], mode="autoregressive", **how)
+    assert found.results[0].tokens == alone.results[0].tokens
+    # Without the draft's cache there is no way back.
+    assert [known.can_draft for known in situations] == [True, True, False, False]
+    assert situations[1].own_acceptance != situations[0].own_acceptance
+
+
 def test_inner_windows_that_leave_nothing_to_verify_are_refused():
-    with pytest.raises(UserError, match="inner is 5; expected at least 1 and less than the window's 5"):
+    with pytest.raises(UserError, match="window is 5, but mode hierarchical drafts 5 tokens at a time"):
         Hierarchical(window=5, inner=5)

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from specattn_jax.runtime.request import MODES
+from specattn_jax.notebook.compare import COMPARED
 
 FOLDER = Path(__file__).parents[1] / "scripts" / "notebooks"
 NOTEBOOKS = {path.stem: path for path in sorted(FOLDER.glob("*.ipynb"))}
@@ -52,7 +52,7 @@ def shown(notebook: Any, kind: str) -> list[str]:
 def test_quickstart(tmp_path, monkeypatch):
     notebook = run("quickstart", tmp_path, monkeypatch)
     comparison, first, last, table = shown(notebook, "text/html")
-    for mode in MODES:
+    for mode in COMPARED:
         assert f"<b>{mode}</b>" in comparison
         assert re.search(rf"{mode}</td>", comparison)
     assert "Window 1 of " in first

@@ -12,7 +12,7 @@ from command import mistake, run
 
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.documents import cut_documents, take_documents
-from specattn_jax.evaluation.drift import _read_densely, measure_drift
+from specattn_jax.evaluation.drift import measure_drift, read_densely
 from specattn_jax.evaluation.forced import read_documents
 from specattn_jax.evaluation.methods import Case, list_cases
 from specattn_jax.evaluation.perplexity import Evaluation, EvaluationSettings, open_store
@@ -335,7 +335,7 @@ class TestDrift:
     def test_the_clean_pass_is_the_dense_reading(self, tiny_pair):
         document = np.random.default_rng(8).integers(0, 256, 150)
         dense = read_documents(tiny_pair.target, tiny_pair.draft, None, [document], prefill_share=0.1, window=5)
-        hidden = _read_densely(tiny_pair.target, jnp.asarray(document[None], jnp.int32))
+        hidden = read_densely(tiny_pair.target, jnp.asarray(document[None], jnp.int32))
         want = jnp.moveaxis(dense.hidden, 0, 1).reshape(1, dense.tokens, -1)
         np.testing.assert_allclose(hidden[:, 15 : 15 + dense.tokens], want, atol=1e-5)
 

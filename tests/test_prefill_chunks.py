@@ -14,7 +14,7 @@ from specattn_kernels import xla_prefill
 from tiny import causal_attention, tiny_config, tiny_model
 
 from specattn_jax.decoding.protocol import Models
-from specattn_jax.models.cache import KVCache
+from specattn_jax.models.cache import KVCache, Reach
 from specattn_jax.models.forward import forward, prefill, read_sequence
 from specattn_jax.models.transformer import abstract_model
 from specattn_jax.runtime import session as session_module
@@ -200,3 +200,41 @@ class TestSlotsThatAreNotInUse:
             assert memory.alias_size_in_bytes >= config.cache_bytes(2, slots, 4)
         assert flops[0] == flops[1] > 0
         assert temporaries[0] == temporaries[1] > 0
+
+
+def visible_in_reach(begun, tokens, slots, reach):
+    """Which slots each of the tokens sees, written out: [T, S]."""
+    slot, place = np.arange(slots), begun + np.arange(tokens)[:, None]
+    return (slot <= place) & ((slot < reach.sinks) | (slot >= begun - reach.recent))
+
+
+@pytest.mark.parametrize("reach", [Reach(64, 0), Reach(64, 8), Reach(100, 64)], ids=str)
+def test_what_is_in_reach_is_attended_and_nothing_else(reach):
+    tokens, slots, begun = 64, 320, jnp.array([0, 64, 150, 250], jnp.int32)
+    keys = jax.random.split(jax.random.key(3), 3)
+    q = jax.random.normal(keys[0], (4, tokens, 4, 16))
+    k, v = (jax.random.normal(key, (4, 2, slots, 16)) for key in keys[1:])
+    unused = (jnp.arange(slots) >= begun[:, None] + tokens)[:, None, :, None]
+    cache = KVCache((jnp.where(unused, jnp.nan, k),), (jnp.where(unused, jnp.nan, v),), begun)
+    got = jax.jit(lambda cache, q: cache.attend_within(0, q, reach).out)(cache, q)
+    for row in range(4):
+        visible = visible_in_reach(int(begun[row]), tokens, slots, reach)
+        logits = np.einsum("tkgh,ksh->kgts", np.asarray(q[row]).reshape(tokens, 2, 2, 16), k[row]) / 4.0
+        weights = np.where(visible, np.exp(logits), 0.0)
+        want = np.einsum("kgts,ksh->tkgh", weights / weights.sum(-1, keepdims=True), v[row])
+        np.testing.assert_allclose(np.asarray(got[row]).reshape(want.shape), want, rtol=0, atol=1e-5)
+
+
+def test_a_draft_within_reach_of_everything_is_what_it_was():
+    model, prompts = model_of(2), [draw_prompts(5, [1])[0, :200].tolist(), draw_prompts(6, [1])[0, :90].tolist()]
+    models = Models(model, model)
+    whole = Session(models).prefill(prompts, 8)
+    near = Session(models, draft_reach=Reach(192)).prefill(prompts, 8)
+    short = Session(models, draft_reach=Reach(64, 4)).prefill(prompts, 8)
+    for state in (near, short):
+        np.testing.assert_array_equal(state.target_cache.k[1][0, :, :200], whole.target_cache.k[1][0, :, :200])
+        np.testing.assert_array_equal(state.draft_cache.lengths, whole.draft_cache.lengths)
+    for row, length in enumerate((200, 90)):
+        want = whole.draft_cache.k[1][row, :, :length]
+        np.testing.assert_allclose(near.draft_cache.k[1][row, :, :length], want, rtol=0, atol=TOLERANCE)
+    assert np.abs(short.draft_cache.k[1][0, :, :200] - whole.draft_cache.k[1][0, :, :200]).max() > 0.01

@@ -28,8 +28,8 @@ DecodeGrid: TypeAlias = Literal["tiny", "small", "full"]
 # What is in no file of shapes: two that are made on the spot for tests, by their number of layers.
 _TINY_PAIR = ("tiny", "tiny-draft")
 _TINY_LAYERS = dict(zip(_TINY_PAIR, (3, 2), strict=True))
-# Names of real pairs: one in memory, for tests, and a preset.
-TINY, REAL = "tiny", "smollm2"
+# Names of real pairs: one in memory, for tests, and two presets.
+TINY, REAL, LARGER = "tiny", "smollm2", "qwen2.5-coder"
 
 
 @dataclasses.dataclass(frozen=True)

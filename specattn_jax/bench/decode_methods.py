@@ -11,9 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Key
 
 from specattn_jax.decoding.autoregressive import Autoregressive
+from specattn_jax.decoding.itself import SelfSpeculative
+from specattn_jax.decoding.judging import Judge, judge_exactly
 from specattn_jax.decoding.protocol import Strategy
 from specattn_jax.decoding.sampling import Sampling, Verdict
-from specattn_jax.decoding.speculative import Judge, SpecAttn, Speculative, judge_exactly
+from specattn_jax.decoding.speculative import SparselyDrafted, SpecAttn, Speculative
 from specattn_jax.decoding.work import Scenario, Work
 from specattn_jax.errors import UserError
 from specattn_jax.models.cache import KVCache
@@ -24,7 +26,8 @@ from specattn_jax.selection.protocol import Opening, Seen, Selection
 AUTOREGRESSIVE, SPECULATIVE, SPECATTN = "autoregressive", "speculative", "specattn"
 RIVAL, DENSE_DRAFT = "sparse draft, dense verification", "specattn, dense draft"
 MOSAIC = "speculative (mosaic gpu)"
-# What `--mode auto` chooses from, the simplest first.
+ALONE, SPARSE_DRAFT = "self", "speculative, sparse draft"
+# Of what `--mode auto` chooses from, those that every case of a benchmark has, the simplest first.
 CHOICES = (AUTOREGRESSIVE, SPECULATIVE, SPECATTN)
 AUTO = "auto"
 # The implementation that is the fastest of ours on the device.
@@ -140,6 +143,14 @@ def _rival(selection: Selection, window: int, judge: Judge) -> Strategy:
     return SparseDraft(DraftOnly(selection), window=window, judge=judge)
 
 
+def _itself(selection: Selection, window: int, judge: Judge) -> Strategy:
+    return SelfSpeculative(window=window, judge=judge)
+
+
+def _sparse_draft(selection: Selection, window: int, judge: Judge) -> Strategy:
+    return SparselyDrafted(window=window, judge=judge)
+
+
 def methods() -> dict[str, Method]:
     """The ways of decoding with random weights, by name; the most telling first."""
     default = load_policy("default")
@@ -148,6 +159,8 @@ def methods() -> dict[str, Method]:
         SPECATTN: Method(_sparse, default),
         AUTOREGRESSIVE: Method(_alone),
         RIVAL: Method(_rival, default),
+        SPARSE_DRAFT: Method(_sparse_draft),
+        ALONE: Method(_itself),
         DENSE_DRAFT: Method(_sparse, dataclasses.replace(default, draft_reads=1.0)),
         MOSAIC: Method(_dense, implementation="pallas_mosaic_gpu", platform="gpu"),
         "speculative (xla)": Method(_dense, implementation="xla"),
@@ -163,5 +176,10 @@ REAL_METHODS: dict[str, dict[str, Any]] = {
     "specattn, 90 % saved": {"mode": SPECATTN, "kv_reduction": 0.9},
     # As it is without any option: the window is chosen too.
     AUTO: {"mode": AUTO, "window": None},
+    "auto, lossless": {"mode": AUTO, "window": None, "lossless": True},
+    "lookup": {"mode": "lookup"},
+    ALONE: {"mode": ALONE},
+    SPARSE_DRAFT: {"mode": SPECULATIVE, "draft_reads": 0.1},
+    "hierarchical": {"mode": "hierarchical", "window": None},
     "specattn paper": {"mode": SPECATTN, "policy": "paper"},
 }

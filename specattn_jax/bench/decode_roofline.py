@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from specattn_jax.bench.decode_cases import DecodeCase, shape
 from specattn_jax.bench.decode_methods import AUTOREGRESSIVE, MOSAIC, RIVAL, SPECULATIVE, Method
+from specattn_jax.decoding.judging import judge_exactly
 from specattn_jax.decoding.protocol import Strategy
-from specattn_jax.decoding.speculative import judge_exactly
 from specattn_jax.decoding.work import Scenario, Work
 from specattn_jax.planning.cost import window_bytes
 from specattn_jax.selection.reads import ReadEverything

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import statistics
@@ -14,8 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from specattn_jax.bench.decode_auto import report_profile
-from specattn_jax.bench.decode_cases import REAL, TINY, DecodeCase, by_case, on_mesh, shape
-from specattn_jax.bench.decode_methods import AUTO, CHOICES, SPECATTN, ImposedAcceptance, methods
+from specattn_jax.bench.decode_cases import LARGER, REAL, TINY, DecodeCase, by_case, on_mesh, shape
+from specattn_jax.bench.decode_methods import (
+    ALONE,
+    AUTO,
+    CHOICES,
+    REAL_METHODS,
+    SPARSE_DRAFT,
+    SPECATTN,
+    SPECULATIVE,
+    ImposedAcceptance,
+    methods,
+)
 from specattn_jax.bench.decode_real import measure_real
 from specattn_jax.bench.decode_roofline import predict
 from specattn_jax.bench.decode_workload import random_alignment, random_models
@@ -24,19 +35,20 @@ from specattn_jax.bench.runner import Benchmark, Point, Report
 from specattn_jax.decoding.protocol import Models, Strategy
 from specattn_jax.decoding.state import DecodeState, begin
 from specattn_jax.files import read_json
+from specattn_jax.models.cache import Reach
 from specattn_jax.planning.acceptance import Acceptance
 from specattn_jax.planning.cost import prefill_arithmetic
 from specattn_jax.planning.device import measure_profile
 from specattn_jax.planning.gate import Situation, choose_strategy
 from specattn_jax.runtime.clock import Clock
-from specattn_jax.runtime.session import Session, seed_keys
+from specattn_jax.runtime.session import DRAFT_REACH, Session, seed_keys
 from specattn_jax.selection.alignment import NucleusMass
 from specattn_jax.selection.make import make_selection
 from specattn_jax.selection.protocol import Selection
 from specattn_jax.selection.reads import ReadEverything
 from specattn_jax.timing import TimingSettings, time_calls
 
-RequestGrid: TypeAlias = Literal["tiny", "small"]
+RequestGrid: TypeAlias = Literal["tiny", "small", "real"]
 HF_RESULTS = "hf.json"
 _LLAMA3, _TINY_PAIR = ("llama-3.1-8b", "llama-3.2-1b"), ("tiny", "tiny-draft")
 # Width of the square product by which the rate of matrices is measured.
@@ -80,11 +92,14 @@ def _points(grid: RequestGrid) -> list[Point]:
 
     if grid == "tiny":
         wanted = [(case(2, 150, 40, _TINY_PAIR, "float32"), CHOICES), (real(TINY, 150, 16), (*CHOICES, AUTO))]
+    elif grid == "real":
+        every = tuple(name for name in REAL_METHODS if name != "specattn paper")
+        wanted = [(real(LARGER, 30000, 256), every), (real(LARGER, 8000, 256), every), (real(REAL, 6144, 256), every)]
     else:
-        alone = CHOICES[:1]
+        alone, without_loss = CHOICES[:1], (*CHOICES, ALONE, SPARSE_DRAFT)
         wanted = [
-            (case(1, 32768, 256), CHOICES), (case(8, 32768, 256), CHOICES), (case(1, 2048, 64), CHOICES),
-            (case(1, 131072, 256), CHOICES), (case(8, 8192, 64), alone), (case(1, 8192, 64), alone),
+            (case(1, 32768, 256), without_loss), (case(8, 32768, 256), without_loss), (case(1, 2048, 64), CHOICES),
+            (case(1, 131072, 256), without_loss), (case(8, 8192, 64), alone), (case(1, 8192, 64), alone),
             (real(REAL, 6144, 256), (*CHOICES, AUTO)),
         ]  # fmt: skip
     return [
@@ -130,6 +145,10 @@ class _Bench:
         # Of the process, so that it tells of the first case alone.
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         facts: dict[str, Any] = {"prefill_repeats": prefills, "peak_bytes": peak}
+        if point.name == SPECULATIVE:
+            request.prefill(strategy, None)
+            facts["prefill_seconds_draft_sees_all"] = request.prefill(strategy, None)
+            request.prefill(strategy)
         if not strategy.lossless:
             strategy, facts["p"] = _tune(request, make)
         # The first run of a program may be slow, whatever was compiled.
@@ -179,12 +198,12 @@ class _Request:
         self._prompts = rng.integers(0, shape(case.target).vocab_size, (case.batch, case.context)).tolist()
         self.state: Any = None
 
-    def prefill(self, strategy: Strategy) -> float:
+    def prefill(self, strategy: Strategy, draft_reach: Reach | None = DRAFT_REACH) -> float:
         """Reads the prompts with the models of a strategy; the seconds that reading took."""
         # Two pairs of caches would not fit.
         self.state = None
         clock = Clock()
-        self.state = self.session.prefill(
+        self.state = dataclasses.replace(self.session, draft_reach=draft_reach).prefill(
             self._prompts,
             self.case.room,
             window=self.case.window,
@@ -252,7 +271,8 @@ def _conclude(report: Report) -> None:
             chosen, reason = AUTO, " ".join(next(one for one in points if one["method"] == AUTO)["decisions"])
         else:
             asked = {name: predict(case, methods()[name], None) for name in CHOICES}
-            situation = Situation(case.context, case.room, Acceptance.of_mean(case.window, case.mean_accepted))
+            acceptance = Acceptance.of_mean(case.window, case.mean_accepted)
+            situation = Situation(case.context, case.room, acceptance, draft_reach=DRAFT_REACH)
             strategies = tuple(one.strategy for one in asked.values())
             decision = choose_strategy(asked[SPECATTN].scenario, report_profile(report), situation, strategies)
             chosen, reason = decision.mode, decision.reason

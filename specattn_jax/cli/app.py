@@ -16,6 +16,7 @@ from specattn_jax.cli.generate import generate_command
 from specattn_jax.cli.models import convert_command, fetch_command, info_command
 from specattn_jax.cli.perplexity import perplexity_command
 from specattn_jax.cli.process import join_processes
+from specattn_jax.cli.tasks import tasks_command
 from specattn_jax.cli.terminal import mendable_errors, print_errors_alone, writable_output
 from specattn_jax.cli.train_draft import train_draft_command
 
@@ -74,6 +75,7 @@ app.command("generate")(generate_command)
 app.command("chat")(chat_command)
 app.command("calibrate")(calibrate_command)
 app.command("perplexity")(perplexity_command)
+app.command("tasks")(tasks_command)
 app.command("train-draft")(train_draft_command)
 app.command("fetch")(fetch_command)
 app.command("convert")(convert_command)

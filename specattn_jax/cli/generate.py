@@ -58,9 +58,10 @@ def generate_command(
     mode: Annotated[
         str,
         typer.Option(
-            help="autoregressive (target alone), speculative (draft, dense verification), specattn (draft, "
-            "verification reads what the draft attended to: approximate), or auto, the one predicted to be the fastest "
-            "here.",
+            help="autoregressive (target alone), lookup (proposes what the text says), self (the target drafts over a "
+            "small share of its cache), speculative (draft, dense verification), hierarchical (draft, target over few "
+            "entries, dense verification), specattn (draft, verification reads what the draft attended to: "
+            "approximate), or auto, the one predicted to be the fastest here.",
             metavar="MODE",
         ),
     ] = "auto",
@@ -82,6 +83,22 @@ def generate_command(
     ] = None,
     window: Annotated[
         int | None, typer.Option(help="Drafted tokens per window.", show_default="auto chooses; otherwise 5")
+    ] = None,
+    draft_reads: Annotated[
+        str | None,
+        typer.Option(
+            help="speculative: share of its own cache that the draft reads, or all.",
+            metavar="FRACTION|all",
+            show_default="auto chooses; otherwise all",
+        ),
+    ] = None,
+    draft_reach: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens back that the draft sees while it reads the prompt, besides the first 64, or all.",
+            metavar="TOKENS|all",
+            show_default="4096",
+        ),
     ] = None,
     policy: Annotated[
         str | None,
@@ -128,10 +145,11 @@ def generate_command(
     text = _read_prompt(prompt, prompt_file[0] if prompt_file else None) if jobs is None else ""
 
     with importing():
-        from specattn_jax.loading.pair import load_pair
+        from specattn_jax.loading.pair import NO_DRAFT, load_pair
         from specattn_jax.models.sharding import describe_split
         from specattn_jax.runtime.generate import generate
-        from specattn_jax.runtime.request import Request
+        from specattn_jax.runtime.request import UNDRAFTED, Request
+        from specattn_jax.runtime.session import DRAFT_REACH
         from specattn_jax.selection.policy import load_policy
 
     policy = policy or "default"
@@ -142,6 +160,8 @@ def generate_command(
         mode=mode,
         lossless=lossless,
         window=window,
+        draft_reads=_share(draft_reads),
+        draft_reach=DRAFT_REACH.recent if draft_reach is None else _reach(draft_reach),
         policy=policy,
         p=p,
         kv_reduction=kv_reduction,
@@ -153,6 +173,7 @@ def generate_command(
         stop=tuple(stop or ()),
         seed=seed,
     )
+    request.check_drafted(draft)
     batch = batch or DEFAULT_BATCH
     if jobs is not None and out is not None:
         models = {"target": target, "draft": draft, "alignment": alignment, "dtype": dtype, "chat": chat}
@@ -161,7 +182,7 @@ def generate_command(
         bar.wait("starting")
         pair = load_pair(
             target,
-            draft if request.may_draft else "self",
+            draft if request.may_draft else NO_DRAFT,
             alignment=(alignment or "default") if request.may_be_sparse else None,
             dtype=dtype,
             mesh=mesh,
@@ -211,7 +232,7 @@ def generate_command(
         **_report(run),
         "requested_mode": mode,
         "target": target,
-        "draft": None if result.window is None else draft,
+        "draft": None if result.mode in UNDRAFTED else draft,
         "policy": None if result.lossless else policy,
         "seed": seed,
     }
@@ -232,10 +253,34 @@ def _explain(decision: Decision, before: list[Decision]) -> None:
 def _check_selection(mode: str, given: dict[str, object]) -> None:
     """Refuses options that contradict each other."""
     named = [name for name, value in given.items() if value is not None]
-    if mode in ("autoregressive", "speculative") and named:
+    if mode in ("autoregressive", "lookup", "self", "speculative", "hierarchical") and named:
         raise UserError(f"{named[0]} says what mode specattn reads, but --mode is {mode}; leave one of them out.")
     if {"--p", "--kv-reduction"} <= set(named):
         raise UserError("--p and --kv-reduction both say how much to read; give one of them.")
+
+
+def _share(text: str | None) -> float | None:
+    """What `--draft-reads` says."""
+    if text is None or text == "all":
+        return None if text is None else 1.0
+    try:
+        share = float(text)
+    except ValueError as error:
+        raise UserError(f"--draft-reads is {text!r}; expected a share above 0, of at most 1, or all.") from error
+    # Not a number is no share either.
+    if not 0.0 < share <= 1.0:
+        raise UserError(f"--draft-reads is {text}; expected a share above 0, of at most 1, or all.")
+    return share
+
+
+def _reach(text: str) -> int | None:
+    """What `--draft-reach` says."""
+    if text == "all":
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UserError(f"--draft-reach is {text!r}; expected a number of tokens, or all.") from error
 
 
 def _check_numbers(p: float | None, max_new_tokens: int) -> None:

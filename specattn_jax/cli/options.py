@@ -15,7 +15,10 @@ _REFERENCE = "a preset, a Hugging Face folder, a .gguf file, a folder written by
 Target = Annotated[str, typer.Option(help=f"The model whose output is wanted: {_REFERENCE}.", metavar="REF")]
 Draft = Annotated[
     str,
-    typer.Option(help="The model that proposes tokens: as for --target; 'default' is the preset's, 'self' the target."),
+    typer.Option(
+        help="The model that proposes tokens: as for --target; 'default' is the preset's, 'none' is none, 'self' the "
+        "target."
+    ),
 ]
 Reference = Annotated[str, typer.Argument(help=f"The model: {_REFERENCE}.", metavar="REF", show_default=False)]
 Dtype = Annotated[
@@ -60,3 +63,30 @@ def find_texts(text: list[str] | None, more: list[str] | None, split: str = "tra
     if more and not text:
         raise UserError(f"{more[0]!r} stands alone; put --text before the texts.")
     return [find_text(name) for name in [*(text or []), *(more or [])]] or shipped_books(split)
+
+
+def split_names(given: str, option: str) -> list[str]:
+    """Names separated by commas, each once.
+
+    Raises:
+        UserError: there are none.
+    """
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"{option} is {given!r}; expected names separated by commas.")
+    return list(dict.fromkeys(names))
+
+
+def split_numbers(given: str, option: str) -> list[float]:
+    """Numbers separated by commas, each once, in ascending order.
+
+    Raises:
+        UserError: one of them is no number.
+    """
+    numbers = set()
+    for part in filter(None, (part.strip() for part in given.split(","))):
+        try:
+            numbers.add(float(part))
+        except ValueError as error:
+            raise UserError(f"{option} names {part!r}; expected numbers, such as 0.75,0.9.") from error
+    return sorted(numbers)

@@ -89,9 +89,9 @@ def perplexity_command(
 
     Writes table.json, table.md, pareto.png, alignment.png, selection.png and run.json.
     """
-    names, policies = _names(methods, "--methods"), _names(policy, "--policy")
-    savings = _numbers(kv_reduction or ("" if p else _SAVINGS), "--kv-reduction")
-    masses = _numbers(p or "", "--p")
+    names, policies = options.split_names(methods, "--methods"), options.split_names(policy, "--policy")
+    savings = options.split_numbers(kv_reduction or ("" if p else _SAVINGS), "--kv-reduction")
+    masses = options.split_numbers(p or "", "--p")
     if savings and masses:
         raise UserError("--p and --kv-reduction both say how much to read; give one of them.")
     if dataset is not None and (text or more_texts):
@@ -144,33 +144,6 @@ def perplexity_command(
     else:
         _print(report["rows"])
         print_table(_summary(report))
-
-
-def _names(given: str, option: str) -> list[str]:
-    """Names separated by commas, each once.
-
-    Raises:
-        UserError: there are none.
-    """
-    names = [name.strip() for name in given.split(",") if name.strip()]
-    if not names:
-        raise UserError(f"{option} is {given!r}; expected names separated by commas.")
-    return list(dict.fromkeys(names))
-
-
-def _numbers(given: str, option: str) -> list[float]:
-    """Numbers separated by commas, each once, in ascending order.
-
-    Raises:
-        UserError: one of them is no number.
-    """
-    numbers = set()
-    for part in filter(None, (part.strip() for part in given.split(","))):
-        try:
-            numbers.add(float(part))
-        except ValueError as error:
-            raise UserError(f"{option} names {part!r}; expected numbers, such as 0.75,0.9.") from error
-    return sorted(numbers)
 
 
 def _show(bar: StageBar, done: int, total: int, case: str, result: str) -> None:

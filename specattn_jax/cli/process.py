@@ -29,6 +29,7 @@ def prepare_process() -> None:
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

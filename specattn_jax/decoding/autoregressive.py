@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from specattn_jax.decoding.protocol import DecodeSettings, Models, WindowRecord, newest, next_keys
 from specattn_jax.decoding.sampling import Verdict, choose, is_sound, penalise
 from specattn_jax.decoding.state import DecodeState, commit, note_faults
-from specattn_jax.decoding.work import Scenario, Work
+from specattn_jax.decoding.work import Drafter, Scenario, Work
 from specattn_jax.models.forward import forward
 from specattn_jax.selection.protocol import Seen
 from specattn_jax.selection.reads import attend_as_chosen, layer_shares
@@ -31,6 +31,7 @@ class Autoregressive:
     name: ClassVar[str] = "autoregressive"
     window: ClassVar[int] = 0
     needs_draft: ClassVar[bool] = False
+    drafter: ClassVar[Drafter] = Drafter.NOBODY
     lossless: ClassVar[bool] = True
 
     def start(self, models: Models, state: DecodeState) -> DecodeState:

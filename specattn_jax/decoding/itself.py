@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32, Key
 
+from specattn_jax.decoding.judging import Judge, judge_exactly
 from specattn_jax.decoding.protocol import (
     DecodeSettings,
     Models,
@@ -19,9 +20,9 @@ from specattn_jax.decoding.protocol import (
     target_logits,
 )
 from specattn_jax.decoding.refreshing import read_and_refresh
-from specattn_jax.decoding.sampling import choose, verify
+from specattn_jax.decoding.sampling import choose
 from specattn_jax.decoding.state import DecodeState, commit
-from specattn_jax.decoding.work import Scenario, Work
+from specattn_jax.decoding.work import Drafter, Scenario, Work
 from specattn_jax.models.cache import KVCache
 from specattn_jax.models.forward import forward
 from specattn_jax.selection.own import OwnReads, attend_by
@@ -40,14 +41,17 @@ class SelfSpeculative:
         settings: how tokens are drawn, and where sequences end.
         window: W, tokens drafted per window.
         reads: how much of its cache the target reads while it drafts.
+        judge: decides what is kept; another one than the exact rule is for measuring.
     """
 
     settings: DecodeSettings = dataclasses.field(default_factory=DecodeSettings)
     window: int = 5
     reads: OwnReads = dataclasses.field(default_factory=OwnReads)
+    judge: Judge = judge_exactly
 
     name: ClassVar[str] = "self"
     needs_draft: ClassVar[bool] = False
+    drafter: ClassVar[Drafter] = Drafter.TARGET
     lossless: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -79,7 +83,7 @@ class SelfSpeculative:
         tokens = jnp.concatenate([newest(state), drafted], axis=1)
         read = read_and_refresh(models, state, tokens, cache, self.reads, self.window)
         state, logits = target_logits(models, state, read.hidden, drafted, sampling)
-        verdict = verify(for_verdict, drafted, probs, logits, sampling)
+        verdict = self.judge(for_verdict, drafted, probs, logits, sampling, state.statistics.windows)
         shares = layer_shares(read.seen)
         state = dataclasses.replace(state, target_cache=read.seen.cache, keys=later, own=read.plan)
         state = commit(state, verdict, shares, drafted=self.window, stop_tokens=self.settings.stop_tokens)
@@ -87,5 +91,5 @@ class SelfSpeculative:
 
     def cost(self, scenario: Scenario) -> Work:
         """W sparse steps of the target, one dense pass, and its keys once more."""
-        share = min(1.0, max(self.reads.share, self.reads.least / scenario.context))
+        share = self.reads.share_of(scenario.context)
         return Work(tokens=scenario.accepted + 1.0, verified=self.window + 1, own_steps=self.window, own_reads=share)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from specattn_jax.decoding.sampling import Sampling, Verdict, history_along, is_sound, penalise
 from specattn_jax.decoding.state import DecodeState, note_faults
-from specattn_jax.decoding.work import Scenario, Work
+from specattn_jax.decoding.work import Drafter, Scenario, Work
 from specattn_jax.errors import UserError
 from specattn_jax.models.cache import KVCache
 from specattn_jax.models.transformer import LanguageModel
@@ -89,6 +89,11 @@ class Strategy(Protocol):
         ...
 
     @property
+    def drafter(self) -> Drafter:
+        """Who proposes what the target verifies; `TEXT` where the state has to hold the prompts' tokens."""
+        ...
+
+    @property
     def lossless(self) -> bool:
         """Whether the output is distributed as the target's own."""
         ...
@@ -109,7 +114,7 @@ class Strategy(Protocol):
 def check_window(window: int) -> None:
     """Raises UserError for a window that cannot be."""
     if not 1 <= window <= MAX_WINDOW:
-        raise UserError(f"window is {window}; expected 1 to {MAX_WINDOW} drafted tokens per window.")
+        raise UserError(f"window is {window}; expected 1 to {MAX_WINDOW} drafted tokens, which one pass verifies.")
 
 
 def next_keys(state: DecodeState, count: int) -> list[Array]:

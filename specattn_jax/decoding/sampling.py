@@ -171,6 +171,7 @@ def verify(
     draft_probs: Float[Array, "B W V"] | None,
     target_logits: Float[Array, "B T V"],
     sampling: Sampling,
+    count: Int32[Array, " B"] | None = None,
 ) -> Verdict:
     """Accepts a prefix of the drafted tokens so that the output is distributed as the target's own.
 
@@ -186,24 +187,28 @@ def verify(
         draft_probs: the distribution each was drawn from; None when greedy.
         target_logits: the target's logits after the last committed token and after each drafted one; T = W + 1.
         sampling: how the target's distribution is made from its logits.
+        count: how many of the drafted tokens are proposed, of each sequence; None is all. It must not depend on what
+            the last of them or those behind it are.
     """
+    window = drafted.shape[1]
+    proposed = jnp.arange(window) < (window if count is None else count[:, None])
     if sampling.greedy:
         best = jnp.argmax(target_logits, axis=-1).astype(jnp.int32)
-        return _verdict(drafted, _leading(drafted == best[:, :-1]), best)
+        return _verdict(drafted, _leading((drafted == best[:, :-1]) & proposed), best)
     if draft_probs is None:
         raise ValueError("draft_probs is None; sampling needs the distributions the drafted tokens were drawn from.")
-    window = drafted.shape[1]
     target_probs = token_distribution(target_logits, sampling)
     split = jax.vmap(jax.random.split)(keys)
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (window,)))(split[:, 0])
     p = jnp.take_along_axis(target_probs[:, :-1], drafted[..., None], axis=-1)[..., 0]
     q = jnp.take_along_axis(draft_probs, drafted[..., None], axis=-1)[..., 0]
-    accepted = _leading(uniform * q < p)
+    accepted = _leading((uniform * q < p) & proposed)
 
     at = accepted[:, None, None]
     target_here = jnp.take_along_axis(target_probs, at, axis=1)[:, 0]
     # Past the last drafted token the draft claims nothing, and the residual is the target's distribution itself.
-    draft_here = jnp.take_along_axis(jnp.pad(draft_probs, ((0, 0), (0, 1), (0, 0))), at, axis=1)[:, 0]
+    claimed = jnp.where(proposed[..., None], draft_probs, 0.0)
+    draft_here = jnp.take_along_axis(jnp.pad(claimed, ((0, 0), (0, 1), (0, 0))), at, axis=1)[:, 0]
     residual = jnp.maximum(target_here - draft_here, 0.0)
     # p equal to q leaves no residual but for rounding, and then a rejection has (nearly) no probability either.
     residual = jnp.where(jnp.sum(residual, axis=-1, keepdims=True) > 0, residual, target_here)

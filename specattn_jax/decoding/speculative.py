@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, Key
+from jaxtyping import Array, Float, Key
 
 from specattn_jax.decoding.drafting import Chooser, Drafted, draft_window
+from specattn_jax.decoding.judging import Judge, judge_exactly
 from specattn_jax.decoding.protocol import (
     DecodeSettings,
     Models,
@@ -21,31 +21,13 @@ from specattn_jax.decoding.protocol import (
     next_keys,
     target_logits,
 )
-from specattn_jax.decoding.sampling import Sampling, Verdict, choose, verify
+from specattn_jax.decoding.sampling import Verdict, choose
 from specattn_jax.decoding.state import DecodeState, commit
-from specattn_jax.decoding.work import Scenario, Work
+from specattn_jax.decoding.work import Drafter, Scenario, Work
 from specattn_jax.models.forward import forward
+from specattn_jax.selection.own import SparseDraft
 from specattn_jax.selection.protocol import Opening, Seen, Selection
 from specattn_jax.selection.reads import ReadEverything, attend_as_chosen, layer_shares
-
-# Decides what of a window is kept: takes a key per sequence, the drafted tokens, the distributions that they were drawn
-# from, the target's logits, how tokens are drawn, and the number of windows before.
-Judge: TypeAlias = Callable[
-    [Key[Array, " B"], Int32[Array, "B W"], Float[Array, "B W V"] | None, Float[Array, "B T V"], Sampling, Array],
-    Verdict,
-]
-
-
-def judge_exactly(
-    keys: Key[Array, " B"],
-    drafted: Int32[Array, "B W"],
-    probs: Float[Array, "B W V"] | None,
-    logits: Float[Array, "B T V"],
-    sampling: Sampling,
-    windows: Int32[Array, " B"],
-) -> Verdict:
-    """The exact acceptance rule, whatever came before."""
-    return verify(keys, drafted, probs, logits, sampling)
 
 
 class Verified(NamedTuple):
@@ -85,6 +67,7 @@ class Speculative:
 
     name: ClassVar[str] = "speculative"
     needs_draft: ClassVar[bool] = True
+    drafter: ClassVar[Drafter] = Drafter.DRAFT
     lossless: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -160,6 +143,21 @@ class Speculative:
     def cost(self, scenario: Scenario) -> Work:
         """W dense steps of the draft, and one dense pass of the target."""
         return Work(tokens=scenario.accepted + 1.0, verified=self.window + 1, steps=self.window)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SparselyDrafted(Speculative):
+    """As `Speculative`, but the draft reads few entries of its own cache; the target reads everything."""
+
+    selection: SparseDraft = dataclasses.field(default_factory=SparseDraft)
+
+    drafter: ClassVar[Drafter] = Drafter.SPARSE_DRAFT
+
+    def cost(self, scenario: Scenario) -> Work:
+        """W sparse steps of the draft, the scores that choose what they read, and one dense pass of the target."""
+        share = self.selection.reads.share_of(scenario.context)
+        return super().cost(scenario)._replace(draft_reads=share, scores=True)
 
 
 @jax.tree_util.register_dataclass

@@ -63,6 +63,7 @@ class DecodeState:
         statistics: what was done and read.
         fault: 0, or whose logits were no numbers: `TARGET_FAULT` or `DRAFT_FAULT`. It ends a sequence.
         history: which tokens the prompt and the output hold; None where nobody minds (see `Sampling.minds_history`).
+        prompt: tokens of the prompts, each in the slot that the target read it into; None where nobody looks at them.
         own: what the strategy keeps for itself; `start` makes it.
     """
 
@@ -77,6 +78,7 @@ class DecodeState:
     statistics: Statistics
     fault: Int32[Array, " B"]
     history: Bool[Array, "B V"] | None = None
+    prompt: Int32[Array, "B S"] | None = None
     own: Any = ()
 
 
@@ -91,6 +93,7 @@ def begin(
     stop_tokens: tuple[int, ...] = (),
     sound: Bool[Array, " B"] | None = None,
     history: Bool[Array, "B V"] | None = None,
+    prompt: Int32[Array, "B S"] | None = None,
 ) -> DecodeState:
     """The state after prefill, before any strategy has started.
 
@@ -104,6 +107,7 @@ def begin(
         stop_tokens: ids that end a sequence.
         sound: whether the target's logits after each prompt were; None is all.
         history: which tokens the prompts hold; None where nobody minds.
+        prompt: tokens of the prompts, with room for all that comes behind them; None where nobody looks at them.
     """
     batch = limit.shape[0]
     fault = jnp.zeros((batch,), jnp.int32) if sound is None else jnp.where(sound, 0, TARGET_FAULT)
@@ -117,6 +121,7 @@ def begin(
         "statistics": Statistics.start(batch, target_cache.num_layers),
         "fault": fault,
         "history": None if history is None else history.at[jnp.arange(batch), last[:, 1]].set(True),
+        "prompt": prompt,
     }
     # From the beginning as every window leaves them, so that all calls are one program.
     return DecodeState(target_cache=target_cache, draft_cache=draft_cache, **lay(target_cache.split, small, "B"))
@@ -148,7 +153,7 @@ def commit(
     verdict: Verdict,
     read: Float[Array, "B L"],
     *,
-    drafted: int,
+    drafted: int | Int32[Array, " B"],
     stop_tokens: tuple[int, ...],
 ) -> DecodeState:
     """Writes the decided tokens, stops at stop tokens and limits, and rolls both caches back to the committed length.
@@ -157,7 +162,7 @@ def commit(
         state: its caches hold the window's tokens behind their lengths.
         verdict: what was decided.
         read: share of the past that each target layer read.
-        drafted: drafted tokens of the window.
+        drafted: drafted tokens of the window that could be accepted.
         stop_tokens: ids that end a sequence; the id itself is kept in the output.
     """
     num_places = verdict.tokens.shape[1]

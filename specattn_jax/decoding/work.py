@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import enum
 from typing import NamedTuple
 
 from specattn_jax.errors import UserError
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.selection.policy import LEAST_DRAFT_ENTRIES
+
+
+class Drafter(enum.Enum):
+    """Who proposes the tokens that the target verifies: how many are accepted is a matter of each."""
+
+    NOBODY = "nobody"
+    DRAFT = "the draft"
+    SPARSE_DRAFT = "the draft over few entries"
+    TARGET = "the target over few entries"
+    TEXT = "the text"
 
 
 class Scenario(NamedTuple):
@@ -22,6 +33,8 @@ class Scenario(NamedTuple):
         kv_reduction: share of the target's cache reads that a sparse verification saves.
         itemsize: bytes of a weight and of a cache number.
         draft_reads: share of its own cache that a sparse draft reads, but not of very short ones.
+        rate: the chance by which tokens are `accepted` one by one, for those that choose how many they propose.
+        draft_rate: that of the draft's tokens at a level that stands between the draft and these.
     """
 
     target: ModelConfig
@@ -33,6 +46,8 @@ class Scenario(NamedTuple):
     kv_reduction: float = 0.75
     itemsize: int = 2
     draft_reads: float = 1.0
+    rate: float = 0.85
+    draft_rate: float = 0.7
 
     @property
     def draft_share(self) -> float:
@@ -65,14 +80,16 @@ class Work(NamedTuple):
         plans: whether what the target reads is selected by those scores.
         own_steps: sparse passes of the target that propose tokens; its keys are then scored once a window.
         own_reads: share of its cache that each of those reads.
+        own_tokens: tokens that each of those reads.
     """
 
     tokens: float
     verified: int
     target_reads: float = 1.0
-    steps: int = 0
+    steps: float = 0
     draft_reads: float = 1.0
     scores: bool = False
     plans: bool = False
-    own_steps: int = 0
+    own_steps: float = 0
     own_reads: float = 1.0
+    own_tokens: int = 1

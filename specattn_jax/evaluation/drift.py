@@ -76,7 +76,7 @@ def measure_drift(
         UserError: prompt and new tokens do not fit a model's context, or there are fewer than 2 new tokens.
     """
     prompt = len(prompts[0])
-    limit = min(pair.target.config.max_context, pair.draft.config.max_context)
+    limit = min(pair.target.config.max_context, pair.need_draft().config.max_context)
     if new_tokens < 2 or prompt + new_tokens > limit:
         raise UserError(
             f"drift_tokens is {new_tokens}; expected at least 2, and at most {limit - prompt} after a prompt of "
@@ -86,13 +86,13 @@ def measure_drift(
     strategy = Speculative(settings=settings, window=window)
     if selection is not None:
         strategy = SpecAttn(selection, settings, window)
-    session = Session(Models(pair.target, pair.draft))
+    session = Session(Models(pair.target, pair.need_draft()))
     keys = jax.random.split(jax.random.key(seed), len(prompts))
     state = session.prefill(prompts, new_tokens, settings=settings, window=window, keys=keys)
     state, hidden = _generate(session, strategy, state, new_tokens)
     tokens = jnp.asarray(np.asarray(prompts, np.int32))
     output, counts = state.output[:, :new_tokens], jax.device_get(state.statistics)
-    clean = _read_densely(pair.target, jnp.concatenate([tokens, output], axis=1))
+    clean = read_densely(pair.target, jnp.concatenate([tokens, output], axis=1))
     # The hidden state that decides token i is that of the token before it.
     kl = _compare(pair.target, clean[:, prompt : prompt + new_tokens - 1], hidden[:, 1:new_tokens])
     return Drift(
@@ -136,7 +136,7 @@ def _write(
 
 
 @jax.jit
-def _read_densely(target: LanguageModel, tokens: Int32[Array, "B length"]) -> Float[Array, "B length D"]:
+def read_densely(target: LanguageModel, tokens: Int32[Array, "B length"]) -> Float[Array, "B length D"]:
     """Hidden states of whole texts, read densely chunk by chunk."""
     batch, length = tokens.shape
     count = -(-length // _CHUNK)

@@ -17,9 +17,10 @@ from specattn_jax.decoding.protocol import DecodeSettings, Models, WindowRecord,
 from specattn_jax.decoding.sampling import Verdict
 from specattn_jax.decoding.speculative import SpecAttn
 from specattn_jax.decoding.state import DecodeState, commit
-from specattn_jax.decoding.work import Scenario, Work
+from specattn_jax.decoding.work import Drafter, Scenario, Work
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.attention import mass_read
+from specattn_jax.models.cache import Reach
 from specattn_jax.models.forward import forward
 from specattn_jax.models.transformer import LanguageModel
 from specattn_jax.runtime.faults import unsound
@@ -86,6 +87,7 @@ class Forced:
     window: int = dataclasses.field(default=5, metadata={"static": True})
 
     name: ClassVar[str] = "forced"
+    drafter: ClassVar[Drafter] = Drafter.NOBODY
     lossless: ClassVar[bool] = False
     settings: ClassVar[DecodeSettings] = DecodeSettings()
 
@@ -178,6 +180,7 @@ def read_documents(
     prefill_share: float = 0.1,
     window: int = 5,
     measure_mass: bool = False,
+    draft_reach: Reach | None = None,
 ) -> Reading:
     """Prefills the first part of every document densely and reads the rest in teacher-forced windows.
 
@@ -192,6 +195,7 @@ def read_documents(
         prefill_share: share of each document that is prefilled.
         window: W.
         measure_mass: whether to measure the attention mass that is read, at the cost of attending densely too.
+        draft_reach: how far back the draft sees while it prefills; None is everything.
 
     Raises:
         UserError: the documents are too short for one window after the prefill, or longer than a model's context, or
@@ -199,7 +203,7 @@ def read_documents(
     """
     models = Models(target, draft if selection is not None else None)
     cut = _cut(models, documents, prefill_share, window)
-    session, strategy = Session(models), Forced(cut.text, selection, window)
+    session, strategy = Session(models, draft_reach=draft_reach), Forced(cut.text, selection, window)
     state = session.start(strategy, session.prefill(cut.prompts, cut.text.shape[1], window=window))
     keep = _Score(target, state.target_cache.lengths[0], reference, measure_mass, keep_hidden=True)
     _, kept = session.watch(strategy, state, cut.windows, keep)

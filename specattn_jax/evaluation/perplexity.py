@@ -61,7 +61,7 @@ def open_store(out: Path, pair: ModelPair, documents: Sequence[Sequence[int]], s
     """
     configuration = {
         "target": model_digest(pair.target),
-        "draft": model_digest(pair.draft),
+        "draft": model_digest(pair.need_draft()),
         "alignment": alignment_digest(pair.alignment),
         "dtype": str(pair.target.dtype),
         "texts": documents_digest(documents),
@@ -169,7 +169,7 @@ class Evaluation:
     ) -> Reading:
         return read_documents(
             self.pair.target,
-            self.pair.draft,
+            self.pair.need_draft(),
             selection,
             self.batches[index],
             reference=None if reference is None else jnp.asarray(reference),

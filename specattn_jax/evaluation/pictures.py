@@ -139,7 +139,7 @@ def slots_read(
         window: W.
     """
     past = len(document) // 2
-    session = Session(Models(pair.target, pair.draft))
+    session = Session(Models(pair.target, pair.need_draft()))
     strategy = Forced(jnp.asarray([document[past : past + window + 1]], jnp.int32), selection, window)
     state = session.start(strategy, session.prefill([document[:past]], window + 1, window=window))
     masks = session.watch(strategy, state, 1, _KeepMasks())[1]

@@ -115,7 +115,7 @@ def _draw(
         return
     _write(out / PARETO, pareto(results, title))
     if pair.alignment is not None:
-        layers = pair.draft.config.num_layers
+        layers = pair.need_draft().config.num_layers
         picture = mixture_heatmap(pair.alignment, layers, target=names["target"], draft=names["draft"])
         _write(out / ALIGNMENT, picture)
     # At its first window, of which the picture is, Vegas reads everything.

@@ -25,6 +25,8 @@ from specattn_jax.selection.alignment import Alignment, load_alignment
 from specattn_jax.selection.policy import load_policy
 from specattn_jax.texts import read_text
 
+# Stands in a draft's place where the target is alone.
+NO_DRAFT = "none"
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -36,7 +38,7 @@ class ModelPair:
         target_name: how the target was asked for.
         draft_name: how the draft was asked for.
         target: the model whose output is wanted.
-        draft: the model that proposes tokens; the target itself in a diagnosis.
+        draft: the model that proposes tokens; the target itself in a diagnosis; None where there is none.
         tokenizer: shared by both.
         alignment: how the draft's attention predicts the target's; None where none was made yet.
     """
@@ -44,7 +46,7 @@ class ModelPair:
     target_name: str
     draft_name: str
     target: LanguageModel
-    draft: LanguageModel
+    draft: LanguageModel | None
     tokenizer: Tokenizer
     alignment: Alignment | None
 
@@ -52,6 +54,18 @@ class ModelPair:
     def name(self) -> str:
         """Both names, to say which pair is meant."""
         return f"{self.target_name} + {self.draft_name}"
+
+    def need_draft(self) -> LanguageModel:
+        """The draft, for what cannot do without one.
+
+        Raises:
+            UserError: there is none.
+        """
+        if self.draft is None:
+            raise UserError(
+                f"draft is {NO_DRAFT!r}, but this needs one beside {self.target_name}; name a draft model, or 'self'."
+            )
+        return self.draft
 
     def calibrate(
         self,
@@ -89,7 +103,7 @@ class ModelPair:
         notes = {"target": self.target_name, "draft": self.draft_name, "texts": names, **(provenance or {})}
         alignment, similarity = calibrate(
             self.target,
-            self.draft,
+            self.need_draft(),
             [self.encode(document) for document in documents],
             load_policy(policy),
             settings=settings,
@@ -141,7 +155,8 @@ def load_pair(
 
     Args:
         target: a preset, a local Hugging Face folder, a `.gguf` file, an Orbax folder, or a hub id.
-        draft: likewise; `default` is the preset's own draft, `self` drafts with the target's weights (a diagnosis).
+        draft: likewise; `default` is the preset's own draft, `none` loads the target alone, `self` drafts with the
+            target's weights (a diagnosis).
         alignment: folder made by `specattn calibrate`; `default` is the one shipped with a preset, or none.
         dtype: `auto`, `float32` or `bfloat16`.
         mesh: devices that share the work, such as "data=2,heads=4" or a `jax.sharding.Mesh` with these axes; each gets
@@ -158,13 +173,19 @@ def load_pair(
     """
     kind = choose_dtype(dtype)
     target_files = resolve(target, progress)
-    draft_files = resolve(draft_reference(draft, target), progress)
-    shared = draft_files.path == target_files.path
     unknown = split = draft_split = None
     if mesh is not None:
-        devices = make_mesh(mesh) if isinstance(mesh, str) else mesh
-        split = split_target(devices, target_files.config, target)
-        draft_split = split if shared else split_draft(devices, draft_files.config, kind.itemsize)
+        mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
+        split = split_target(mesh, target_files.config, target)
+    if draft == NO_DRAFT:
+        if alignment not in (None, "default"):
+            raise UserError(f"alignment is {alignment}, but draft is {NO_DRAFT!r}; leave one of them out.")
+        model, tokenizer = load_model(target_files, dtype=kind, progress=progress, split=split)
+        return ModelPair(target, draft, model, None, tokenizer, None)
+    draft_files = resolve(draft_reference(draft, target), progress)
+    shared = draft_files.path == target_files.path
+    if split is not None:
+        draft_split = split if shared else split_draft(split.mesh, draft_files.config, kind.itemsize)
     if not shared:
         if draft_files.target is None or draft_files.target.path != target_files.path:
             unknown = check_compatible(draft_files.tokenizer(), target_files.tokenizer())

@@ -180,7 +180,7 @@ def draft_reference(draft: str, target: str) -> str:
         return target + _DRAFT_SUFFIX
     raise UserError(
         f"draft: 'default' needs a preset as target ({', '.join(preset_names())}), not {target!r}; name the draft, or "
-        "use 'self'."
+        "'none' to do without one."
     )
 
 

@@ -7,6 +7,7 @@ layout (quantised, paged, sharded) is another class with the same methods.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +38,18 @@ class Look(NamedTuple):
 
     q: Float[Array, "*batch T N H"]
     lse: Float[Array, "*batch T N"]
+
+
+class Reach(NamedTuple):
+    """How far back tokens see that do not see everything: the first entries of the cache, and the last ones.
+
+    Attributes:
+        recent: entries before the oldest of the tokens that are read at a time, at least 1.
+        sinks: entries at the beginning.
+    """
+
+    recent: int
+    sinks: int = 64
 
 
 @jax.tree_util.register_dataclass
@@ -153,6 +166,32 @@ class KVCache:
             raise ValueError("return_scores is set, but where a plan is read there are no weights of all slots.")
         return sparse_decode_attention(q, k, v, plan, lengths, return_lse=return_lse, **lies)
 
+    def attend_within(
+        self, layer: int, q: Float[Array, "B T N H"], reach: Reach, *, valid: Int32[Array, " B"] | None = None
+    ) -> AttentionOutput:
+        """Attention of the T tokens just appended, as `attend`, but of the past only what is in reach.
+
+        All T see the same past: the sinks, and `reach.recent` entries before the first of them. What is copied for it
+        is as long as that and the T tokens together. Where the cache is no longer than this, everything is read.
+
+        Args:
+            layer: which layer.
+            q: their queries.
+            reach: what is read of the past.
+            valid: as in `attend`.
+        """
+        sinks, near = reach.sinks, reach.recent + q.shape[1]
+        if sinks + near >= self.num_slots:
+            return self.attend(layer, q, valid=valid)
+        # From here on entries are near: right behind the sinks where the past is short, and then nothing is left out.
+        first = jnp.maximum(self.lengths - reach.recent, sinks)
+        k, v = (_join(layers[layer], first, sinks, near, self.split) for layers in (self.k, self.v))
+        skipped = first - sinks
+        lengths = None if valid is None else jnp.maximum(valid - skipped, 0)
+        return prefill_attention(
+            q, k, v, self.lengths - skipped, lengths=lengths, implementation=self.implementation, split=self.split
+        )
+
     def score(self, layer: int, look: Look, past: Int32[Array, " B"]) -> Float[Array, "B K S"]:
         """How strongly the tokens of a look want each of the first `past` slots, in the cache's dtype.
 
@@ -182,3 +221,15 @@ def _write(
     rows = jnp.swapaxes(new, 1, 2).astype(slots.dtype)
     write = jax.vmap(lambda slot, row, start: jax.lax.dynamic_update_slice(slot, row, (0, start, 0)))
     return write(slots, rows, starts)
+
+
+def _join(
+    slots: Float[Array, "B K S H"], first: Int32[Array, " B"], sinks: int, near: int, split: Split | None = None
+) -> Float[Array, "B K n H"]:
+    """The first `sinks` slots, then `near` slots from each sequence's own `first` on; every device its own."""
+    if split is not None:
+        local = functools.partial(_join, sinks=sinks, near=near)
+        joined: Float[Array, "B K n H"] = split.run(local, (slots, first), (_ENTRIES, "B"), _ENTRIES)
+        return joined
+    take = jax.vmap(lambda slot, start: jax.lax.dynamic_slice_in_dim(slot, start, near, axis=1))
+    return jnp.concatenate([slots[:, :, :sinks], take(slots, first)], axis=2)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 from specattn_kernels import lay
 
-from specattn_jax.models.cache import KVCache
+from specattn_jax.models.cache import KVCache, Reach
 from specattn_jax.models.layers import rotation
 from specattn_jax.models.transformer import Attend as AttendSequence
 from specattn_jax.models.transformer import LanguageModel
@@ -78,7 +78,7 @@ def forward(model: LanguageModel, tokens: Int32[Array, "B T"], cache: KVCache, a
     return Read(hidden, grown.at(starts + num_new), tuple(notes))
 
 
-@functools.partial(jax.jit, static_argnames=("chunk",), donate_argnames=("cache", "last"))
+@functools.partial(jax.jit, static_argnames=("chunk", "reach"), donate_argnames=("cache", "last"))
 def _prefill_chunks(
     model: LanguageModel,
     tokens: Int32[Array, "B padded"],
@@ -90,11 +90,15 @@ def _prefill_chunks(
     stop: Int32[Array, ""],
     *,
     chunk: int,
+    reach: Reach | None,
 ) -> tuple[Float[Array, "B D"], KVCache]:
     """Reads chunks `first` to `stop - 1`; keeps the hidden state of each sequence whose prompt ends in one of them."""
 
     def attend(layer: int, q: Float[Array, "B T N H"], cache: KVCache) -> Attended:
-        return Attended(cache.attend(layer, q, valid=begun + prompt_lengths).out)
+        valid = begun + prompt_lengths
+        if reach is not None:
+            return Attended(cache.attend_within(layer, q, reach, valid=valid).out)
+        return Attended(cache.attend(layer, q, valid=valid).out)
 
     def read(
         index: Int32[Array, ""], carry: tuple[Float[Array, "B D"], KVCache]
@@ -117,6 +121,7 @@ def prefill(
     cache: KVCache,
     *,
     chunk: int,
+    reach: Reach | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Float[Array, "B D"], KVCache]:
     """Reads whole prompts, or what is left of them, in chunks of a fixed size.
@@ -130,6 +135,7 @@ def prefill(
         prompt_lengths: true length of each prompt, at least 1.
         cache: what was read before, mostly nothing; it is donated.
         chunk: tokens read at a time.
+        reach: how far back the tokens of a chunk see; None is everything, and does not depend on `chunk`.
         progress: told the number of positions read: 0 once everything is compiled, then after every chunk.
 
     Returns:
@@ -152,7 +158,16 @@ def prefill(
     steps = [(0, count)] if progress is None else [(0, 0), *((index, index + 1) for index in range(count))]
     for first, stop in steps:
         last, cache = _prefill_chunks(
-            model, tokens, prompt_lengths, begun, cache, last, jnp.int32(first), jnp.int32(stop), chunk=chunk
+            model,
+            tokens,
+            prompt_lengths,
+            begun,
+            cache,
+            last,
+            jnp.int32(first),
+            jnp.int32(stop),
+            chunk=chunk,
+            reach=reach,
         )
         if progress is not None:
             last.block_until_ready()

@@ -6,15 +6,16 @@ import dataclasses
 import html
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from specattn_jax.errors import UserError
 from specattn_jax.loading.pair import ModelPair
 from specattn_jax.reporting.display import Table, columns, tinted
 from specattn_jax.runtime.generate import generate
-from specattn_jax.runtime.request import MODES, Mode
+from specattn_jax.runtime.request import Mode
 from specattn_jax.runtime.results import Generation, Generations
 
+COMPARED: tuple[Mode, ...] = ("autoregressive", "speculative", "specattn")
 _DIFFERENT = 0.4
 
 
@@ -56,7 +57,7 @@ def compare(
     pair: ModelPair,
     prompt: str | Sequence[int],
     *,
-    modes: Sequence[Mode] = MODES,
+    modes: Sequence[Mode] = COMPARED,
     p: float | None = None,
     kv_reduction: float | None = None,
     on_update: Callable[[Comparison], object] | None = None,
@@ -87,7 +88,7 @@ def compare(
         True
     """
     if not modes:
-        raise UserError(f"modes is empty; expected some of {', '.join(MODES)}.")
+        raise UserError(f"modes is empty; expected some of {', '.join(get_args(Mode))}.")
     texts: dict[Mode, str] = {}
     runs: dict[Mode, Generations] = {}
 

@@ -128,15 +128,16 @@ def sweep(
         {"kv_reduction": value} for value in kv_reduction
     ]
     selections = [choose_reading(pair, policy=policy, **setting) for setting in settings]
+    draft = pair.need_draft()
     documents = cut_documents([pair.encode(text)], context, 1)
     points, tokens = [], 0
     for done, size in enumerate(window):
         if progress is not None:
             progress(done, len(window))
-        full = read_documents(pair.target, pair.draft, None, documents, prefill_share=prefill, window=size)
+        full = read_documents(pair.target, draft, None, documents, prefill_share=prefill, window=size)
         assert full.hidden is not None
         readings = read_together(
-            pair.target, pair.draft, selections, documents, reference=full.hidden, prefill_share=prefill, window=size
+            pair.target, draft, selections, documents, reference=full.hidden, prefill_share=prefill, window=size
         )
         points += [_point(size, setting, one, full) for setting, one in zip(settings, readings, strict=True)]
         tokens = full.tokens

@@ -16,6 +16,7 @@ from specattn_jax.decoding.protocol import Strategy
 from specattn_jax.decoding.speculative import SpecAttn, Speculative
 from specattn_jax.decoding.work import Scenario, Work
 from specattn_jax.errors import UserError
+from specattn_jax.models.cache import Reach
 from specattn_jax.models.config import ModelConfig
 
 # Largest and mixed attention is kept in 16 bits; ids are int32.
@@ -28,9 +29,9 @@ class WindowBytes(NamedTuple):
     Attributes:
         draft_weights: weights of the draft, once a drafted token.
         draft_cache: its cache, likewise.
-        selection: the draft's keys once more, scores, their mixture, and the ids of what is selected.
-        target_weights: weights of the target, once.
-        target_cache: what is read of its cache.
+        selection: the keys of those that choose once more, scores, their mixture, and the ids of what is selected.
+        target_weights: weights of the target, once a pass.
+        target_cache: what is read of its cache, by all passes.
     """
 
     draft_weights: float
@@ -57,36 +58,36 @@ def window_bytes(scenario: Scenario, work: Work) -> WindowBytes:
     """
     scenario.check()
     target, draft, size = scenario.target, scenario.draft, (scenario.batch, scenario.context, scenario.itemsize)
-    selection = scored_bytes(scenario) + scoring_bytes(scenario) if work.scores else 0.0
-    # Where the target drafts, its keys are read once more, to choose what it reads then.
-    reads = work.target_reads + work.own_steps * work.own_reads + (0.5 if work.own_steps else 0.0)
+    selection = scored_bytes(scenario, draft) + scoring_bytes(scenario, draft, work.draft_reads) if work.scores else 0.0
     if work.plans:
         selection += planning_bytes(scenario)
+    if work.own_steps:
+        selection += scored_bytes(scenario, target) + scoring_bytes(scenario, target, work.own_reads)
     return WindowBytes(
         draft_weights=work.steps * weights_read(draft) * scenario.itemsize,
         draft_cache=work.steps * work.draft_reads * draft.cache_bytes(*size),
         selection=selection,
         target_weights=(1 + work.own_steps) * weights_read(target) * scenario.itemsize,
-        target_cache=reads * target.cache_bytes(*size),
+        target_cache=(work.target_reads + work.own_steps * work.own_reads) * target.cache_bytes(*size),
     )
 
 
-def scored_bytes(scenario: Scenario) -> float:
-    """The draft's keys, all of them read once a window for the queries of all its steps.
+def scored_bytes(scenario: Scenario, scored: ModelConfig) -> float:
+    """The keys of a model, all of them read once a window for the queries of several tokens.
 
     These, `scoring_bytes` and `planning_bytes` are what choosing costs with the kernels of the `default` policy. Every
     array is written by one kernel and read by the next.
     """
-    return scenario.draft.cache_bytes(scenario.batch, scenario.context, scenario.itemsize) / 2
+    return scored.cache_bytes(scenario.batch, scenario.context, scenario.itemsize) / 2
 
 
-def scoring_bytes(scenario: Scenario) -> float:
-    """The scores, and the choice of what the draft itself reads: they belong to drafting too."""
-    sources, share = scenario.draft.num_layers * scenario.draft.num_kv_heads, scenario.draft_share
+def scoring_bytes(scenario: Scenario, scored: ModelConfig, share: float) -> float:
+    """The scores, and the choice of the share that the model itself reads: they belong to drafting too."""
+    sources = scored.num_layers * scored.num_kv_heads
     # Written layer by layer, then put together.
     scores = 3 * _SCORE_BYTES
     # Read twice; ids are written once and read by every step.
-    narrow = 2 * _SCORE_BYTES + share * (1 + scenario.window) * _ID_BYTES if scenario.draft_reads < 1 else 0.0
+    narrow = 2 * _SCORE_BYTES + share * (1 + scenario.window) * _ID_BYTES if share < 1 else 0.0
     return scenario.batch * scenario.context * sources * (scores + narrow)
 
 
@@ -104,12 +105,21 @@ def weights_of_vocabulary(config: ModelConfig) -> float:
     return float(config.vocab_size * config.embed_dim * (1 if config.tie_embeddings else 2))
 
 
-def prefill_arithmetic(config: ModelConfig, batch: int, tokens: int) -> tuple[float, float]:
-    """Operations of a prefill: products with the layers' weights, and what the causal mask leaves of attention."""
+def prefill_arithmetic(config: ModelConfig, batch: int, tokens: int, reach: Reach | None = None) -> tuple[float, float]:
+    """Operations of a prefill: products with the layers' weights, and what the causal mask leaves of attention.
+
+    Args:
+        config: shape of the model.
+        batch: sequences.
+        tokens: of each prompt.
+        reach: how far back the tokens see; None is everything.
+    """
     # Only the last token of a prompt meets the vocabulary.
     products = 2.0 * (config.parameter_count() - weights_of_vocabulary(config)) * batch * tokens
-    # Two products of each query with the keys and values up to its own place, half of all.
-    attention = 2.0 * config.num_layers * config.num_heads * config.head_dim * batch * tokens**2
+    # Two products of each query with the keys and values up to its own place, half of all; or with what is in reach of
+    # a chunk that is as long as the reach.
+    seen = tokens / 2 if reach is None else min(tokens / 2, reach.sinks + 1.5 * reach.recent)
+    attention = 4.0 * config.num_layers * config.num_heads * config.head_dim * batch * tokens * seen
     return products, attention
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from specattn_jax.decoding.work import Scenario, Work
 from specattn_jax.errors import UserError
+from specattn_jax.models.cache import Reach
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.planning.cost import (
     planning_bytes,
@@ -20,7 +21,6 @@ from specattn_jax.planning.cost import (
     scored_bytes,
     scoring_bytes,
     weights_read,
-    window_bytes,
 )
 from specattn_jax.timing import TimingSettings, copy_bandwidth, time_calls
 
@@ -85,7 +85,7 @@ class WindowSeconds(NamedTuple):
     """Where the time of one window goes.
 
     Attributes:
-        draft: the W draft steps, with the scores, and the choice of what the draft reads.
+        draft: the steps that propose tokens, with the scores, and the choice of what they read.
         selection: choosing what the target reads.
         verify: the target's pass.
         rest: what is neither.
@@ -113,7 +113,7 @@ def window_seconds(scenario: Scenario, work: Work, profile: DeviceProfile) -> Wi
     Raises:
         UserError: a number of the scenario means nothing.
     """
-    moved = window_bytes(scenario, work)
+    scenario.check()
     target, draft = scenario.target, scenario.draft
 
     def weights(nbytes: float, config: ModelConfig, tokens: int) -> float:
@@ -128,31 +128,35 @@ def window_seconds(scenario: Scenario, work: Work, profile: DeviceProfile) -> Wi
     def rate(reads: float) -> float:
         return profile.sparse_share if reads < 1 else profile.attention_share
 
-    verify = profile.forward_s + max(
-        weights(moved.target_weights, target, work.verified)
-        + attention(moved.target_cache, target, work.verified, rate(work.target_reads))
-        + target.num_layers * profile.target_layer_s,
-        target.num_layers * profile.least_layer_s,
-    )
-    if not work.steps:
+    def one_pass(config: ModelConfig, tokens: int, reads: float, layer_s: float) -> float:
+        nbytes = weights_read(config) * scenario.itemsize
+        cache = reads * config.cache_bytes(scenario.batch, scenario.context, scenario.itemsize)
+        moving = weights(nbytes, config, tokens) + attention(cache, config, tokens, rate(reads))
+        return profile.forward_s + max(moving + config.num_layers * layer_s, config.num_layers * profile.least_layer_s)
+
+    def choosing(config: ModelConfig, tokens: float, share: float) -> float:
+        scored = attention(scored_bytes(scenario, config), config, tokens, profile.attention_share)
+        return scored + scoring_bytes(scenario, config, share) / written + config.num_layers * profile.selecting_layer_s
+
+    verify = one_pass(target, work.verified, work.target_reads, profile.target_layer_s)
+    if work.verified == 1:
         return WindowSeconds(0.0, 0.0, verify, 0.0)
-    # Every step reads two tokens, the second-last one again.
-    drafting = work.steps * profile.forward_s + max(
-        weights(moved.draft_weights, draft, 2 * work.steps)
-        + attention(moved.draft_cache, draft, 2, rate(work.draft_reads))
-        + work.steps * draft.num_layers * profile.draft_layer_s,
-        work.steps * draft.num_layers * profile.least_layer_s,
-    )
+    # Every step of a draft reads two tokens, the second-last one again.
+    drafting = work.steps * one_pass(draft, 2, work.draft_reads, profile.draft_layer_s)
+    drafting += work.own_steps * one_pass(target, work.own_tokens, work.own_reads, profile.target_layer_s)
     selecting, written = 0.0, profile.bandwidth * profile.selection_share
     if work.scores:
-        drafting += attention(scored_bytes(scenario), draft, work.steps, profile.attention_share)
-        drafting += scoring_bytes(scenario) / written + draft.num_layers * profile.selecting_layer_s
+        drafting += choosing(draft, work.steps, work.draft_reads)
+    if work.own_steps:
+        drafting += choosing(target, work.verified, work.own_reads)
     if work.plans:
         selecting = planning_bytes(scenario) / written + target.num_layers * profile.selecting_layer_s
     return WindowSeconds(drafting, selecting, verify, profile.window_s)
 
 
-def prefill_seconds(config: ModelConfig, batch: int, tokens: int, profile: DeviceProfile) -> float:
+def prefill_seconds(
+    config: ModelConfig, batch: int, tokens: int, profile: DeviceProfile, reach: Reach | None = None
+) -> float:
     """Predicts the prefill of one model: the arithmetic of its layers and of causal attention, over a device's rates.
 
     Args:
@@ -160,8 +164,9 @@ def prefill_seconds(config: ModelConfig, batch: int, tokens: int, profile: Devic
         batch: sequences.
         tokens: of each prompt.
         profile: on what.
+        reach: how far back the tokens see; None is everything.
     """
-    products, attention = prefill_arithmetic(config, batch, tokens)
+    products, attention = prefill_arithmetic(config, batch, tokens, reach)
     return (
         products / (profile.flops * profile.prefill_share)
         + attention / (profile.flops * profile.prefill_attention_share)

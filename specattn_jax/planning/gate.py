@@ -10,11 +10,12 @@ from typing import NamedTuple
 import numpy as np
 
 from specattn_jax.decoding.protocol import Strategy
-from specattn_jax.decoding.work import Scenario
+from specattn_jax.decoding.work import Drafter, Scenario
 from specattn_jax.loading.pair import ModelPair
 from specattn_jax.loading.presets import get_preset, preset_names
+from specattn_jax.models.cache import Reach
 from specattn_jax.models.sharding import mesh_shape
-from specattn_jax.planning.acceptance import Acceptance
+from specattn_jax.planning.acceptance import OWN_ACCEPTANCE, TEXT_ACCEPTANCE, Acceptance
 from specattn_jax.planning.device import DeviceProfile, measure_profile, prefill_seconds, seconds_per_token
 from specattn_jax.planning.mesh import share
 from specattn_jax.selection.make import DraftedSelection
@@ -35,18 +36,21 @@ class Choice(NamedTuple):
     Attributes:
         mode: name of the strategy.
         window: drafted tokens per window; 0 where nothing is drafted.
+        sparse_draft: whether the draft reads few entries, though the target reads all.
     """
 
     mode: str
     window: int
+    sparse_draft: bool = False
 
     @classmethod
     def of(cls, strategy: Strategy) -> Choice:
         """That of a strategy."""
-        return cls(strategy.name, strategy.window)
+        return cls(strategy.name, strategy.window, strategy.drafter is Drafter.SPARSE_DRAFT)
 
     def __str__(self) -> str:
-        return f"{self.mode} (window {self.window})" if self.window else self.mode
+        sparse = ", sparse draft" if self.sparse_draft else ""
+        return f"{self.mode} (window {self.window}{sparse})" if self.window else self.mode
 
 
 class Prediction(NamedTuple):
@@ -73,9 +77,9 @@ class Decision:
         predictions: the fastest choice of each mode, and the one that was running.
         context: mean entries in a cache when it was made.
         acceptance: the assumed chance that a drafted token is accepted.
+        others: that of tokens that no draft proposed, by who proposes them.
         bandwidth: measured bytes per second of a copy.
-        is_final: whether nothing that may be seen until the end could change it, so that nobody has to look. Without
-            the draft's cache there is no way back.
+        is_final: whether nothing that may be seen until the end could change it, so that nobody has to look.
     """
 
     choice: Choice
@@ -83,6 +87,7 @@ class Decision:
     predictions: tuple[Prediction, ...] = ()
     context: int = 0
     acceptance: float = Acceptance().rate
+    others: tuple[tuple[Drafter, float], ...] = ()
     bandwidth: float = 0.0
     is_final: bool = False
 
@@ -101,6 +106,8 @@ class Decision:
         if not self.predictions:
             return [f"  {self.reason}"]
         known = f"at {self.context:,} tokens, {self.acceptance:.0%} of drafted tokens accepted one by one"
+        if self.others:
+            known += f" ({', '.join(f'{rate:.0%} of those by {who.value}' for who, rate in self.others)})"
         lines = [f"{known}, copies at {self.bandwidth / 1e9:,.1f} GB/s:"]
         lines += [
             f"  {one.choice}: {1e3 * one.seconds:.3g} ms per token, {one.request:.3g} s until the end predicted"
@@ -115,20 +122,42 @@ class Situation(NamedTuple):
     Attributes:
         context: mean entries in a sequence's cache.
         remaining: most tokens that a sequence still wants.
-        acceptance: what was accepted so far, or is assumed.
+        acceptance: what was accepted of the draft's tokens so far, or is assumed; likewise
+        own_acceptance: of tokens that the target proposes itself, over few entries, and
+        text_acceptance: of tokens that are looked up in the text, for which nothing of the kind has to run.
+        can_draft: whether the draft's cache is there, or can be had; without it there is no way back.
         kv_reduction: share of the target's reads that sparse verification saved here; None where it did not run yet.
         current: the choice that runs; None at the start.
         compiled: choices whose programs are there.
         compile_s: seconds that the slowest program of this run took to compile; little where all came from a cache.
+        draft_reach: how far back the draft sees while it prefills; None is everything.
     """
 
     context: int
     remaining: int
     acceptance: Acceptance = Acceptance()
+    own_acceptance: Acceptance = OWN_ACCEPTANCE
+    text_acceptance: Acceptance = TEXT_ACCEPTANCE
+    can_draft: bool = True
     kv_reduction: float | None = None
     current: Choice | None = None
     compiled: frozenset[Choice] = frozenset()
     compile_s: float = 0.0
+    draft_reach: Reach | None = None
+
+    def accepted_of(self, strategy: Strategy) -> Acceptance:
+        """What is accepted of what a strategy lets the target verify."""
+        others = {Drafter.TARGET: self.own_acceptance, Drafter.TEXT: self.text_acceptance}
+        return others.get(strategy.drafter, self.acceptance)
+
+    def observe(self, strategy: Strategy, proposed: int, windows: int, accepted: int) -> Situation:
+        """What is known after windows of a strategy, each with so many proposed tokens, `accepted` of them in all."""
+        seen = self.accepted_of(strategy).observe(proposed, windows, accepted)
+        if strategy.drafter is Drafter.TARGET:
+            return self._replace(own_acceptance=seen)
+        if strategy.drafter is Drafter.TEXT:
+            return self._replace(text_acceptance=seen)
+        return self._replace(acceptance=seen)
 
 
 Decide = Callable[[Situation], Decision]
@@ -160,7 +189,9 @@ def choose_strategy(
         situation: what is known.
         strategies: those that can be had, the simplest mode first and the approximate ones last.
     """
-    scenario = scenario._replace(context=max(1, situation.context))
+    scenario = scenario._replace(context=max(1, situation.context), draft_rate=situation.acceptance.rate)
+    if not situation.can_draft:
+        strategies = [strategy for strategy in strategies if not strategy.needs_draft]
     found = predict(scenario, profile, situation, strategies)
     by_mode: dict[str, list[_Predicted]] = {}
     for one in found:
@@ -183,13 +214,31 @@ def choose_strategy(
         predictions=tuple(dict.fromkeys(Prediction(one.choice, one.seconds, one.request) for one in shown)),
         context=situation.context,
         acceptance=situation.acceptance.rate,
+        others=tuple(
+            {
+                one.strategy.drafter: situation.accepted_of(one.strategy).rate
+                for one in best
+                if one.strategy.drafter in (Drafter.TARGET, Drafter.TEXT)
+            }.items()
+        ),
         bandwidth=profile.bandwidth,
-        is_final=not chosen.strategy.needs_draft or _is_final(scenario, profile, chosen.strategy, situation),
+        is_final=_is_final(scenario, profile, chosen.strategy, situation, strategies),
     )
 
 
-def _is_final(scenario: Scenario, profile: DeviceProfile, strategy: Strategy, situation: Situation) -> bool:
-    """Whether no switch can pay: all that is left, were nothing accepted, takes less than compiling another program."""
+def _is_final(
+    scenario: Scenario,
+    profile: DeviceProfile,
+    strategy: Strategy,
+    situation: Situation,
+    strategies: Sequence[Strategy],
+) -> bool:
+    """Whether nothing else can be had without the draft, or no switch can pay.
+
+    None pays where all that is left, were nothing accepted, takes less than compiling another program.
+    """
+    if not strategy.needs_draft and sum(not one.needs_draft for one in strategies) == 1:
+        return True
     longest = situation.remaining * _seconds(scenario, profile, strategy, Acceptance(0.0))
     return situation.compiled <= {Choice.of(strategy)} and longest <= COMPILE_MARGIN * profile.compile_s
 
@@ -198,15 +247,15 @@ def predict(
     scenario: Scenario, profile: DeviceProfile, situation: Situation, strategies: Sequence[Strategy]
 ) -> list[_Predicted]:
     """Seconds of every strategy, per token and until the end of the request."""
-    tokens, models = situation.context, {False: (scenario.target,), True: (scenario.target, scenario.draft)}
+    batch, tokens, reach = scenario.batch, situation.context, situation.draft_reach
+    alone = prefill_seconds(scenario.target, batch, tokens, profile)
+    drafted = alone + prefill_seconds(scenario.draft, batch, tokens, profile, reach)
     found = []
     for strategy in strategies:
-        seconds = _seconds(scenario, profile, strategy, situation.acceptance)
+        seconds = _seconds(scenario, profile, strategy, situation.accepted_of(strategy))
         request = seconds * situation.remaining
         if situation.current is None:
-            request += sum(
-                prefill_seconds(model, scenario.batch, tokens, profile) for model in models[strategy.needs_draft]
-            )
+            request += drafted if strategy.needs_draft else alone
         found.append(_Predicted(strategy, seconds, request))
     return found
 
@@ -221,8 +270,9 @@ def _shortness(found: Sequence[_Predicted], chosen: _Predicted) -> str:
 
 def _seconds(scenario: Scenario, profile: DeviceProfile, strategy: Strategy, acceptance: Acceptance) -> float:
     """Predicted seconds per token of one strategy."""
-    window = max(1, strategy.window)
-    case = scenario._replace(window=window, accepted=acceptance.expected(window))
+    case = scenario._replace(window=max(1, strategy.window), rate=acceptance.rate)
+    # What the dense pass has to judge may be less than what is drafted.
+    case = case._replace(accepted=acceptance.expected(strategy.cost(case._replace(accepted=0.0)).verified - 1))
     return seconds_per_token(case, strategy.cost(case), profile)
 
 
@@ -231,14 +281,20 @@ def _leave_or_stay(
 ) -> tuple[_Predicted, str]:
     """Whether what is predicted to be faster is worth leaving what runs, and why.
 
-    Few windows tell little of the acceptance: leaving has to pay if that is somewhat lower or higher too.
+    Few windows tell little of the acceptance: leaving has to pay if that of either is somewhat lower or higher too.
     """
     if better.choice == running.choice:
         return running, f"stays with {running.choice}, predicted to be the fastest."
-    believed = situation.acceptance, *situation.acceptance.bounds(max(1, running.strategy.window))
+    here, there = (situation.accepted_of(one.strategy) for one in (running, better))
+    window = max(1, running.strategy.window)
+    if here is there:
+        believed = [(rate, rate) for rate in (here, *here.bounds(window))]
+    else:
+        believed = [(rate, there) for rate in (here, *here.bounds(window))]
+        believed += [(here, rate) for rate in there.bounds(max(1, better.strategy.window))]
     gain = min(
-        _seconds(scenario, profile, running.strategy, rate) - _seconds(scenario, profile, better.strategy, rate)
-        for rate in believed
+        _seconds(scenario, profile, running.strategy, one) - _seconds(scenario, profile, better.strategy, other)
+        for one, other in believed
     )
     saved = gain * situation.remaining
     cost = 0.0 if better.choice in situation.compiled else max(situation.compile_s, profile.compile_s)
@@ -293,7 +349,9 @@ def make_gate(
         selection: what a sparse verification would read; None where there is none.
         profile: the device; measured where it is not given.
     """
-    scenario = Scenario(pair.target.config, pair.draft.config, batch, itemsize=pair.target.dtype.itemsize)
+    # Without a draft nobody asks for its shape.
+    draft = pair.target if pair.draft is None else pair.draft
+    scenario = Scenario(pair.target.config, draft.config, batch, itemsize=pair.target.dtype.itemsize)
     always_read = 0
     if selection is not None:
         policy = selection.policy
@@ -301,7 +359,7 @@ def make_gate(
         always_read = policy.num_sink + policy.num_recent
     profile = profile or measure_profile()
     if pair.target.split is not None:
-        whole = pair.draft.split is None or pair.draft.split.heads is None
+        whole = pair.draft is None or pair.draft.split is None or pair.draft.split.heads is None
         scenario, profile = share(scenario, profile, mesh_shape(pair.target.split), whole_draft=whole)
     return Gate(scenario, profile, tuple(strategies), always_read)
 

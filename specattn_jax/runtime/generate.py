@@ -15,10 +15,12 @@ from jaxtyping import Array
 
 from specattn_jax.decoding.protocol import Models, Strategy, WindowRecord
 from specattn_jax.decoding.state import DecodeState
+from specattn_jax.decoding.work import Drafter
 from specattn_jax.errors import UserError
 from specattn_jax.loading.pair import ModelPair
 from specattn_jax.loading.tokenizer import Tokenizer
 from specattn_jax.models.sharding import fetch
+from specattn_jax.planning.acceptance import replay_prompts, text_acceptance
 from specattn_jax.planning.gate import Choice, Decide, Decision, Situation, make_gate, prior_acceptance
 from specattn_jax.reporting.shading import SelectionRecord
 from specattn_jax.runtime.clock import Clock
@@ -59,6 +61,7 @@ def generate(
     Mode `auto` predicts which of the others, with how many drafted tokens, is the fastest on this device, for these
     models, this batch and context. It looks again once some tokens were accepted or refused, and whenever the context
     has doubled. It takes `specattn`, which is approximate, only where the pair has an alignment and `lossless` is off.
+    Without a draft it chooses among those that need none.
 
     Args:
         pair: target, draft, tokenizer and alignment, from `load_pair`.
@@ -106,15 +109,19 @@ def generate(
     check_lengths(pair, encoded, request.max_new_tokens)
     keys = prompt_keys(request, len(encoded))
     possible = check_draft(pair, strategies, encoded, request.max_new_tokens)
-    prior = prior_acceptance(pair)
     if len(possible) > 1 and decide is None and _together():
         raise UserError(
             "mode is auto, but several processes, whose measurements differ, have to choose the same; give mode and "
             "window."
         )
+    context, replays = sum(map(len, encoded)) // len(encoded), None
+    known = Situation(context, request.max_new_tokens, prior_acceptance(pair), draft_reach=request.reach)
     if len(possible) > 1:
+        if any(one.drafter is Drafter.TEXT for one in possible):
+            replays = replay_prompts(encoded)
+            known = known._replace(text_acceptance=text_acceptance(replays))
         decide = decide or make_gate(pair, len(encoded), possible, selection)
-        first = decide(Situation(sum(map(len, encoded)) // len(encoded), request.max_new_tokens, prior))
+        first = decide(known)
         if on_decision is not None:
             on_decision(first)
     else:
@@ -127,7 +134,7 @@ def generate(
     strategy = chosen(by_choice, first.choice)
 
     clock = Clock()
-    session = Session(Models(pair.target, pair.draft))
+    session = Session(Models(pair.target, pair.draft), draft_reach=request.reach)
     state = session.prefill(
         encoded,
         request.max_new_tokens,
@@ -135,6 +142,7 @@ def generate(
         # Where nothing longer comes this is the program of the fixed mode, to the shape.
         window=strategy.window if first.is_final else max(one.window for one in possible),
         with_draft=strategy.needs_draft,
+        with_prompt=any(one.drafter is Drafter.TEXT for one in ([strategy] if first.is_final else possible)),
         keys=keys,
         clock=clock,
         on_prefill=on_prefill,
@@ -150,8 +158,8 @@ def generate(
         # Stop texts are looked for where text is shown.
         pace = None if on_text is None and not request.stop else Pace(_WINDOWS_TOGETHER if _together() else None)
         ends = draft_end(pair, encoded, request.max_new_tokens)
-        decoding = Decoding(session, by_choice, clock, writer, pace, decide, on_decision, ends)
-        decoded = decoding.run(state, first, prior)
+        decoding = Decoding(session, by_choice, clock, writer, pace, decide, on_decision, ends, replays)
+        decoded = decoding.run(state, first, known)
     new = new_tokens(decoded.state)
     check_sound(session.models, decoded.state, [before + after for before, after in zip(encoded, new, strict=True)])
     writer.finish(new)
@@ -169,7 +177,7 @@ def _together() -> bool:
 
 def _too_long_for_draft(pair: ModelPair, choice: Choice) -> str:
     """Why no draft is asked."""
-    context = pair.draft.config.max_context
+    context = pair.need_draft().config.max_context
     return f"{choice}, as the context of the draft, {pair.draft_name}, is {context} tokens and the prompt fills it."
 
 

@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from specattn_jax.decoding.autoregressive import Autoregressive
+from specattn_jax.decoding.hierarchical import Hierarchical
+from specattn_jax.decoding.itself import SelfSpeculative
+from specattn_jax.decoding.lookup import PromptLookup
 from specattn_jax.decoding.protocol import DecodeSettings, Strategy, check_window
 from specattn_jax.decoding.sampling import Sampling
-from specattn_jax.decoding.speculative import SpecAttn, Speculative
+from specattn_jax.decoding.speculative import SparselyDrafted, SpecAttn, Speculative
 from specattn_jax.errors import UserError
-from specattn_jax.loading.pair import ModelPair
+from specattn_jax.loading.pair import NO_DRAFT, ModelPair
+from specattn_jax.models.cache import Reach
 from specattn_jax.planning.gate import WINDOWS
-from specattn_jax.runtime.session import seed_keys
+from specattn_jax.runtime.session import DRAFT_REACH, seed_keys
 from specattn_jax.selection.alignment import NucleusMass
 from specattn_jax.selection.make import DraftedSelection, make_selection
+from specattn_jax.selection.own import OwnReads, SparseDraft
 from specattn_jax.selection.policy import load_policy
 
 # Names of the strategies, the simplest first.
-Mode: TypeAlias = Literal["autoregressive", "speculative", "specattn"]
+Mode: TypeAlias = Literal["autoregressive", "lookup", "self", "speculative", "hierarchical", "specattn"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 AUTO = "auto"
+# What does without a draft.
+UNDRAFTED: tuple[Mode, ...] = ("autoregressive", "lookup", "self")
 DEFAULT_KV_REDUCTION = 0.75
 DEFAULT_P = 0.95
-DEFAULT_WINDOW = 5
+DEFAULT_WINDOW, DEFAULT_PLACES = 5, 15
+LEAST_REACH = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +44,14 @@ class Request:
 
     Attributes:
         max_new_tokens: most new tokens per prompt.
-        mode: `auto`, `autoregressive`, `speculative` (dense verification) or `specattn` (sparse verification); or a
-            `Strategy` of your own, which has its window, its selection and its sampling with it.
-        window: drafted tokens per window; without it mode `auto` chooses, and the others take 5.
+        mode: `auto`, `autoregressive`, `lookup` (proposes what the text says), `self` (the target drafts over few
+            entries), `speculative` (the draft proposes, dense verification), `hierarchical` (draft, target over few
+            entries, dense verification) or `specattn` (sparse verification: approximate); or a `Strategy` of your own,
+            which has its window, its selection and its sampling with it.
+        window: drafted tokens per window; without it mode `auto` chooses, `hierarchical` takes 15 (three at a time,
+            until the target over few entries kept up to 12 for one dense pass to verify), and the others 5.
+        draft_reads: share of its own cache that the draft reads in mode `speculative`, in (0, 1]; 1 is all of it, and
+            so is None unless mode `auto` finds less to be faster.
         policy: selection policy of mode `specattn`, which `auto` may choose or not; likewise
         p: nucleus mass in every layer, or
         kv_reduction: wanted share of cache reads saved (see `choose_reading`).
@@ -56,11 +69,15 @@ class Request:
         keep_selection: whether to keep which tokens each window read, for `Generation.plot_selection`; the host then
             sees every window, which costs time.
         lossless: whether `auto` leaves `specattn` out.
+        draft_reach: how many tokens back, besides the first 64, the draft sees while it reads the prompt, at least 64;
+            None is everything. Less makes the draft's prefill of a long prompt cheaper; what it proposes and points
+            to may get worse, and the output of the lossless modes does not change.
     """
 
     max_new_tokens: int = 128
     mode: str | Strategy = AUTO
     window: int | None = None
+    draft_reads: float | None = None
     policy: str = "default"
     p: float | None = None
     kv_reduction: float | None = None
@@ -74,12 +91,17 @@ class Request:
     stop_at_eos: bool = True
     keep_selection: bool = False
     lossless: bool = False
+    draft_reach: int | None = DRAFT_REACH.recent
 
     def __post_init__(self) -> None:
         if self.window is not None:
             check_window(self.window)
         if isinstance(self.mode, str):
             check_mode(self.mode)
+        if self.draft_reach is not None and self.draft_reach < LEAST_REACH:
+            raise UserError(f"draft_reach is {self.draft_reach}; expected at least {LEAST_REACH} tokens.")
+        if self.draft_reads is not None:
+            check_draft_reads(self.draft_reads, self.mode)
         # Refuses what is out of range.
         _ = self.sampling
         if isinstance(self.stop, str):
@@ -97,6 +119,11 @@ class Request:
         return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
 
     @property
+    def reach(self) -> Reach | None:
+        """How far back the draft sees while it prefills."""
+        return None if self.draft_reach is None else Reach(self.draft_reach)
+
+    @property
     def mode_is_fixed(self) -> bool:
         """Whether the request names its strategy."""
         return self.mode != AUTO
@@ -104,7 +131,22 @@ class Request:
     @property
     def may_draft(self) -> bool:
         """Whether the draft may be needed."""
-        return self.mode != "autoregressive"
+        return self.mode not in UNDRAFTED
+
+    def check_drafted(self, draft: object) -> None:
+        """Refuses a mode that needs a draft where there is none.
+
+        Args:
+            draft: the draft, or its name; None or `none` where there is none.
+
+        Raises:
+            UserError: there is none, and the mode needs one.
+        """
+        if draft in (None, NO_DRAFT) and isinstance(self.mode, str) and self.mode not in (AUTO, *UNDRAFTED):
+            raise UserError(
+                f"draft is {NO_DRAFT!r}, but mode {self.mode} needs one; name a draft, or use mode auto or one of "
+                f"{', '.join(UNDRAFTED)}."
+            )
 
     @property
     def may_be_sparse(self) -> bool:
@@ -161,25 +203,74 @@ def find_candidates(pair: ModelPair, request: Request) -> Candidates:
         raise UserError(f"keep_selection is set, but mode {mode} {may}; use mode='specattn'.")
     if request.lossless and mode == "specattn":
         raise UserError("lossless is set, but mode specattn is approximate; use mode auto or speculative.")
+    request.check_drafted(pair.draft)
     settings, selection = request.settings(pair), None
     # Who says how much to read wants to know that it cannot be had.
     asks = pair.alignment is not None or request.p is not None or request.kv_reduction is not None
     if request.may_be_sparse and (request.mode_is_fixed or asks):
         selection = choose_reading(pair, policy=request.policy, p=request.p, kv_reduction=request.kv_reduction)
+    return Candidates(tuple(_strategies(request, settings, selection, pair.draft is not None)), selection)
+
+
+def _strategies(
+    request: Request, settings: DecodeSettings, selection: DraftedSelection | None, has_draft: bool
+) -> Iterator[Strategy]:
+    """The strategy of a mode, or those of `auto`: an entry per window."""
     windows = (DEFAULT_WINDOW,) if request.mode_is_fixed else WINDOWS
     if request.window is not None:
         windows = (request.window,)
-    found: list[Strategy] = [Autoregressive(settings)]
-    found += [Speculative(settings=settings, window=window) for window in windows]
-    if selection is not None:
-        found += [SpecAttn(selection, settings, window) for window in windows]
-    return Candidates(tuple(one for one in found if mode in (AUTO, one.name)), selection)
+    match request.mode:
+        case "autoregressive":
+            yield Autoregressive(settings)
+        case "lookup":
+            yield PromptLookup(settings, windows[0])
+        case "self":
+            yield SelfSpeculative(settings, windows[0])
+        case "speculative":
+            yield _speculative(settings, windows[0], request.draft_reads or 1.0)
+        case "hierarchical":
+            yield Hierarchical(settings, request.window or DEFAULT_PLACES)
+        case "specattn":
+            assert selection is not None
+            yield SpecAttn(selection, settings, windows[0])
+        case _:
+            yield Autoregressive(settings)
+            for undrafted in (PromptLookup, SelfSpeculative):
+                yield from (undrafted(settings, window) for window in windows)
+            if has_draft:
+                # Where nobody says what the draft reads, it may be either.
+                wanted = (1.0, OwnReads().share) if request.draft_reads is None else (request.draft_reads,)
+                yield from (_speculative(settings, window, share) for share in wanted for window in windows)
+                places = request.window or DEFAULT_PLACES
+                if places > Hierarchical.inner:
+                    yield Hierarchical(settings, places)
+            if selection is not None:
+                yield from (SpecAttn(selection, settings, window) for window in windows)
+
+
+def _speculative(settings: DecodeSettings, window: int, draft_reads: float) -> Speculative:
+    """With a draft that reads so much of its cache."""
+    if draft_reads >= 1.0:
+        return Speculative(settings=settings, window=window)
+    return SparselyDrafted(SparseDraft(OwnReads(draft_reads)), settings, window)
 
 
 def check_mode(mode: str) -> None:
     """Raises UserError for a mode that there is not."""
     if mode not in (AUTO, *MODES):
         raise UserError(f"mode is {mode!r}; expected one of auto, {', '.join(MODES)}.")
+
+
+def check_draft_reads(share: float, mode: str | Strategy) -> None:
+    """Raises UserError for a share that cannot be read, or where it says nothing."""
+    if not 0.0 < share <= 1.0:
+        raise UserError(f"draft_reads is {share:g}; expected a share above 0, of at most 1.")
+    if mode not in (AUTO, "speculative"):
+        name = mode if isinstance(mode, str) else mode.name
+        raise UserError(
+            f"draft_reads is {share:g}, which is for modes speculative and auto, but mode is {name}; leave one of them "
+            "out."
+        )
 
 
 def choose_reading(
@@ -215,7 +306,7 @@ def choose_reading(
         if not 0.0 < p <= 1.0:
             raise UserError(f"p is {p}; expected a number in (0, 1].")
         mass = NucleusMass.uniform(p, pair.target.config.num_layers)
-    return make_selection(chosen, pair.alignment, mass, pair.target.config, pair.draft.config)
+    return make_selection(chosen, pair.alignment, mass, pair.target.config, pair.need_draft().config)
 
 
 def encode_prompt(pair: ModelPair, prompt: str | Sequence[int], index: int) -> list[int]:
@@ -272,6 +363,8 @@ def check_lengths(pair: ModelPair, encoded: list[list[int]], max_new_tokens: int
 
 def draft_end(pair: ModelPair, encoded: list[list[int]], max_new_tokens: int) -> int | None:
     """Where the draft's context ends, if a request may reach beyond it; else None."""
+    if pair.draft is None:
+        return None
     context = pair.draft.config.max_context
     return context if max(map(len, encoded)) + max_new_tokens > context else None
 

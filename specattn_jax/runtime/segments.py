@@ -14,8 +14,9 @@ import numpy as np
 from specattn_jax.decoding import loop
 from specattn_jax.decoding.protocol import Strategy
 from specattn_jax.decoding.state import DecodeState, Statistics
+from specattn_jax.decoding.work import Drafter
 from specattn_jax.models.sharding import fetch
-from specattn_jax.planning.acceptance import Acceptance
+from specattn_jax.planning.acceptance import Replay
 from specattn_jax.planning.gate import Choice, Decide, Decision, Situation
 from specattn_jax.runtime.clock import Clock
 from specattn_jax.runtime.session import Session
@@ -75,6 +76,7 @@ class Decoding:
             that its decision is final.
         on_decision: told every decision after the first.
         draft_context: where the draft's context ends, if that may be before the end.
+        replays: what looking up would have found in each text; None where nobody may look up.
     """
 
     session: Session
@@ -85,16 +87,16 @@ class Decoding:
     decide: Decide | None = None
     on_decision: Callable[[Decision], None] | None = None
     draft_context: int | None = None
+    replays: Sequence[Replay] | None = None
 
-    def run(self, state: DecodeState, first: Decision, acceptance: Acceptance) -> Decoded:
+    def run(self, state: DecodeState, first: Decision, known: Situation) -> Decoded:
         """Decodes to the end.
 
         Args:
             state: where decoding begins, fresh from prefill.
             first: the first decision, or the fixed choice, which is final.
-            acceptance: what is assumed until windows have passed.
+            known: what was known when it was made.
         """
-        known = Situation(0, 0, acceptance)
         decisions, tokens = [first], collections.Counter[Choice]()
         while True:
             choice = decisions[-1].choice
@@ -104,12 +106,25 @@ class Decoding:
             tokens[choice] += int(np.sum(seen.emitted - before.emitted))
             if self.decide is None or seen.finished:
                 break
-            known = _learn(known, self.strategies[choice], before, seen)
+            known = self._replay(state, _learn(known, self.strategies[choice], before, seen), before)
             full = self._windows_of_draft(self.strategies[choice], seen) == 0
             decisions.append(self._without_draft() if full else self.decide(known))
             if self.on_decision is not None:
                 self.on_decision(decisions[-1])
         return Decoded(state, _most(tokens), decisions if self.decide is not None else [])
+
+    def _replay(self, state: DecodeState, known: Situation, before: _Seen) -> Situation:
+        """What looking up would have found of a segment's tokens, if it was another strategy that wrote them."""
+        if self.replays is None:
+            return known
+        tokens, found = (sum(getattr(one, name) for one in self.replays) for name in ("tokens", "found"))
+        for replay, new, begun in zip(self.replays, new_tokens(state), before.emitted, strict=True):
+            replay.push(new[int(begun) :])
+        if known.current is not None and self.strategies[known.current].drafter is Drafter.TEXT:
+            return known
+        tokens = sum(one.tokens for one in self.replays) - tokens
+        found = sum(one.found for one in self.replays) - found
+        return known._replace(text_acceptance=known.text_acceptance.observe(1, tokens, found))
 
     def _ready(self, state: DecodeState, choice: Choice, known: Situation) -> tuple[DecodeState, Situation]:
         """Lets the chosen strategy take over, and compiles its programs."""
@@ -240,12 +255,14 @@ def _learn(known: Situation, strategy: Strategy, before: _Seen, seen: _Seen) -> 
     then, now = before.statistics, seen.statistics
     windows = int(np.sum(now.windows) - np.sum(then.windows))
     accepted = int(np.sum(now.accepted) - np.sum(then.accepted))
-    known = known._replace(context=seen.context, remaining=seen.wanted)
-    if not strategy.window or not windows:
+    proposed = int(np.sum(now.drafted) - np.sum(then.drafted))
+    can_draft = known.can_draft and strategy.needs_draft
+    known = known._replace(context=seen.context, remaining=seen.wanted, can_draft=can_draft)
+    if not proposed or not windows:
         return known
     if not strategy.lossless:
         known = known._replace(kv_reduction=1.0 - float(np.sum(np.mean(now.read - then.read, axis=1))) / windows)
-    return known._replace(acceptance=known.acceptance.observe(strategy.window, windows, accepted))
+    return known.observe(strategy, round(proposed / windows), windows, accepted)
 
 
 def _most(tokens: collections.Counter[Choice]) -> Choice:

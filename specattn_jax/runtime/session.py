@@ -18,7 +18,7 @@ from specattn_jax.decoding.protocol import DecodeSettings, Models, Strategy
 from specattn_jax.decoding.sampling import choose, is_sound, penalise
 from specattn_jax.decoding.state import DecodeState, begin
 from specattn_jax.loading.memory import check_memory
-from specattn_jax.models.cache import KVCache
+from specattn_jax.models.cache import KVCache, Reach
 from specattn_jax.models.forward import prefill
 from specattn_jax.models.sharding import device_cache_bytes, fetch
 from specattn_jax.models.transformer import LanguageModel
@@ -26,7 +26,9 @@ from specattn_jax.runtime.clock import Clock
 
 # What the activations of a prefill may take. More tokens at a time make products no faster; on a CPU they would leave
 # the caches.
-_ACTIVATION_BYTES, _ACTIVATION_BYTES_ON_CPU = 2 << 30, 64 << 20
+_ACTIVATION_BYTES, _ACTIVATION_BYTES_ON_CPU = 3 << 29, 16 << 20
+# How far back a draft sees while it prefills, unless somebody says otherwise (docs/results.md says what that costs).
+DRAFT_REACH = Reach(4096)
 # A chunk is a multiple of so many tokens.
 _CHUNK_STEP = 64
 
@@ -38,10 +40,13 @@ class Session:
     Attributes:
         models: target, and the draft if there is one.
         implementation: backend of the attention ops of both; None lets the library choose.
+        draft_reach: how far back the draft's tokens see in a prefill; None is everything. It is there to point, not to
+            be right, and its attention over a long prompt is a large part of the bill.
     """
 
     models: Models
     implementation: Implementation | None = None
+    draft_reach: Reach | None = None
 
     def of(self, strategy: Strategy) -> Models:
         """The models that a strategy works with."""
@@ -55,6 +60,7 @@ class Session:
         settings: DecodeSettings | None = None,
         window: int = 0,
         with_draft: bool = True,
+        with_prompt: bool = False,
         keys: Key[Array, " B"] | None = None,
         chunk: int | None = None,
         clock: Clock | None = None,
@@ -72,6 +78,7 @@ class Session:
             settings: how the first token is drawn, and where sequences end.
             window: drafted tokens of the longest window for which there has to be room.
             with_draft: whether the draft, if there is one, reads the prompts too.
+            with_prompt: whether the state holds the prompts' tokens.
             keys: one random key per sequence; those of seed 0 by default.
             chunk: prompt tokens read at a time; without it whole prompts where activations fit, else the largest equal
                 parts that do.
@@ -89,13 +96,16 @@ class Session:
         if with_draft and self.models.draft is not None:
             models["draft"] = self.models.draft
         kept = {} if memory is None else memory.take(prompts)
-        chunk = min(chunk or _largest_chunk(models.values(), batch, longest), _round_up(longest, _CHUNK_STEP))
-        padded = _round_up(longest, chunk)
+        most = min(chunk or _largest_chunk(models.values(), batch, longest), _round_up(longest, _CHUNK_STEP))
+        reaches = {"target": None, "draft": self.draft_reach}
+        # What is in reach is read anew with every chunk: chunks that are longer than it cost more than they save.
+        chunks = {
+            role: most if reach is None else min(most, _round_up(reach.recent, _CHUNK_STEP))
+            for role, reach in reaches.items()
+        }
+        positions = {role: _round_up(longest, chunks[role]) for role in models}
         # A window may write W + 1 entries beyond the last token that is kept.
-        slots = _round_up(max(padded, longest + new_tokens + window + 1), 128)
-        tokens = np.zeros((batch, padded), np.int32)
-        for row, prompt in zip(tokens, prompts, strict=True):
-            row[: len(prompt)] = prompt
+        slots = _round_up(max(*positions.values(), longest + new_tokens + window + 1), 128)
         check_memory(
             {
                 f"the KV cache of the {role}": device_cache_bytes(
@@ -105,20 +115,25 @@ class Session:
                 if role not in kept
             }
         )
-        read = {}
-        for index, (role, model) in enumerate(models.items()):
+        read: dict[str, tuple[Float[Array, "B D"], KVCache]] = {}
+        for role, model in models.items():
 
-            def progress(position: int, before: int = index * padded) -> None:
+            def progress(position: int, before: int = sum(positions[done] for done in read)) -> None:
                 clock.lap("compile" if position == 0 else "prefill")
                 if on_prefill is not None:
-                    on_prefill(before + position, padded * len(models))
+                    on_prefill(before + position, sum(positions.values()))
 
             if role in kept:
-                read[role] = _read_on(model, kept[role], prompts[0], slots, chunk, progress)
+                read[role] = _read_on(model, kept[role], prompts[0], slots, chunks[role], reaches[role], progress)
                 continue
-            cache = KVCache.empty(model.config, batch, slots, model.dtype, self.implementation, model.split)
             read[role] = prefill(
-                model, jnp.asarray(tokens), jnp.asarray(lengths), cache, chunk=chunk, progress=progress
+                model,
+                _padded(prompts, positions[role]),
+                jnp.asarray(lengths),
+                KVCache.empty(model.config, batch, slots, model.dtype, self.implementation, model.split),
+                chunk=chunks[role],
+                reach=reaches[role],
+                progress=progress,
             )
         hidden, target_cache = read["target"]
         state = _begin(
@@ -130,6 +145,7 @@ class Session:
             jnp.full((batch,), new_tokens, jnp.int32),
             seed_keys(0, batch) if keys is None else keys,
             self._history(prompts) if settings.sampling.minds_history else None,
+            _padded(prompts, target_cache.num_slots) if with_prompt else None,
             settings=settings,
             room=new_tokens + window + 1,
         )
@@ -203,26 +219,35 @@ class Memory:
             self.caches["draft"] = state.draft_cache
 
 
+def _padded(prompts: Sequence[Sequence[int]], width: int) -> Int32[Array, "B width"]:
+    """Prompts of any lengths in one array, padded on the right."""
+    tokens = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return jnp.asarray(tokens)
+
+
 def _read_on(
     model: LanguageModel,
     cache: KVCache,
     prompt: Sequence[int],
     slots: int,
     chunk: int,
+    reach: Reach | None,
     progress: Callable[[int], None],
 ) -> tuple[Float[Array, "B D"], KVCache]:
     """Reads what a cache does not yet hold of a prompt."""
     begun = int(fetch(cache.lengths)[0])
-    rest = np.asarray(prompt[begun:], np.int32)
+    rest = prompt[begun:]
     chunk = min(chunk, _round_up(len(rest), _CHUNK_STEP))
-    padded = np.zeros((1, _round_up(len(rest), chunk)), np.int32)
-    padded[0, : len(rest)] = rest
+    padded = _padded([rest], _round_up(len(rest), chunk))
     return prefill(
         model,
-        jnp.asarray(padded),
+        padded,
         jnp.asarray([len(rest)], jnp.int32),
         cache.with_room(_round_up(max(slots, begun + padded.shape[1]), 128)),
         chunk=chunk,
+        reach=reach,
         progress=progress,
     )
 
@@ -237,6 +262,7 @@ def _begin(
     limit: Int32[Array, " B"],
     keys: Key[Array, " B"],
     history: Bool[Array, "B V"] | None,
+    prompt: Int32[Array, "B S"] | None,
     *,
     settings: DecodeSettings,
     room: int,
@@ -255,6 +281,7 @@ def _begin(
         stop_tokens=settings.stop_tokens,
         sound=is_sound(logits),
         history=history,
+        prompt=prompt,
     )
 
 

@@ -44,6 +44,10 @@ class OwnReads:
         if not 0.0 < self.share <= 1.0:
             raise UserError(f"draft_reads is {self.share}; expected a share in (0, 1].")
 
+    def share_of(self, context: int) -> float:
+        """The share that is read of so many entries, which is all of few."""
+        return min(1.0, max(self.share, self.least / context))
+
     def plan(self, looks: Sequence[Look], cache: KVCache, past: Int32[Array, " B"], new: int) -> SelectionPlan:
         """What each kv head reads from now on: what the looks want most of the first `past` slots.
 

@@ -1,0 +1,127 @@
+"""RULER's tasks (Hsieh et al. 2024) that need no internet, made and scored by an unmodified lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from specattn_jax.errors import UserError
+from specattn_jax.evaluation.tasks.harness import SpecAttnLM
+from specattn_jax.loading.tokenizer import Tokenizer
+
+# The harness' own defaults, so that its own command makes the same samples.
+_SEED, _NUMPY_SEED, _FEWSHOT_SEED = 0, 1234, 1234
+# Below it, and for tokenizers that know no words, the harness looks for samples that fit for ever: this text, which is
+# like its example of a chain of variables, must take no more than so many tokens.
+_SHORTEST, _MOST_TOKENS = 1024, 400
+_LIKE_ITS_EXAMPLE = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n" * 5
+    + "Memorize and track the chain of variable assignment hidden in the following text. VAR QWE = VAR RTZ " * 3
+)
+
+
+class Scored(NamedTuple):
+    """A task's answers.
+
+    Attributes:
+        scores: of each sample, from 0 to 1.
+        prompts: digestible texts of the samples.
+        texts: what was answered.
+    """
+
+    scores: list[float]
+    prompts: list[str]
+    texts: list[str]
+
+
+@contextlib.contextmanager
+def without_download() -> Iterator[None]:
+    """Lets RULER's module be imported offline.
+
+    It fetches data for splitting essays into sentences as soon as it is imported. The tasks here have no essays, so an
+    empty folder in its place is enough to find.
+    """
+    import nltk
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "tokenizers" / "punkt_tab").mkdir(parents=True)
+        nltk.data.path.append(folder)
+        try:
+            yield
+        finally:
+            nltk.data.path.remove(folder)
+
+
+def load_task(name: str, length: int, tokenizer: Tokenizer) -> Any:
+    """One task of the harness with its samples, the same ones every time.
+
+    Args:
+        name: of the task.
+        length: most tokens of a prompt and its answer.
+        tokenizer: that measures it.
+
+    Raises:
+        UserError: samples of this length cannot be made.
+    """
+    if length < _SHORTEST:
+        raise UserError(f"lengths names {length}; expected at least {_SHORTEST} for RULER's tasks.")
+    if (count := len(tokenizer.encode(_LIKE_ITS_EXAMPLE))) > _MOST_TOKENS:
+        raise UserError(
+            f"tasks names {name}, but the pair's tokenizer cuts {len(_LIKE_ITS_EXAMPLE)} letters into {count} tokens, "
+            f"where RULER's samples are made for {_MOST_TOKENS} at most; choose tasks of our own or another pair."
+        )
+    with tempfile.TemporaryDirectory() as folder, without_download(), contextlib.redirect_stdout(None):
+        from lm_eval import tasks
+
+        tokenizer.save(Path(folder))
+        # As in a fresh process, whatever was made before: this module draws from a source of chance of its own.
+        sys.modules.pop("lm_eval.tasks.ruler.cwe_utils", None)
+        random.seed(_SEED)
+        np.random.seed(_NUMPY_SEED)
+        manager = tasks.TaskManager(
+            # All tasks of the harness would take long to list.
+            include_path=Path(tasks.__file__).parent / "ruler",
+            include_defaults=False,
+            metadata={"max_seq_lengths": [length], "tokenizer": folder},
+        )
+        task = manager.load([name])["tasks"][name]
+        task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+    if not all(task.dataset["test"]["outputs"]):
+        raise UserError(f"lengths names {length}, which has no room for a question of {name}; give a larger one.")
+    return task
+
+
+def run_task(model: SpecAttnLM, name: str, task: Any, length: int, samples: int, chat: bool = False) -> Scored:
+    """Scores of a task's first samples, by the harness.
+
+    Args:
+        model: the pair and the method.
+        name: of the task.
+        task: from `load_task`.
+        length: for which it was loaded.
+        samples: how many.
+        chat: whether prompts are messages in the model's chat format.
+    """
+    from lm_eval import evaluate
+
+    found = evaluate(
+        model,
+        {"tasks": {name: task}, "groups": {}},
+        limit=samples,
+        bootstrap_iters=0,
+        log_samples=True,
+        apply_chat_template=chat,
+    )
+    logged: Sequence[dict[str, Any]] = sorted(found["samples"][name], key=lambda one: one["doc_id"])
+    return Scored(
+        [float(one[str(length)]) for one in logged],
+        [str(one["arguments"][0][0]) for one in logged],
+        [str(one["resps"][0][0]) for one in logged],
+    )
