@@ -258,6 +258,7 @@ class TestAuto:
         assert "predicted" in real["reason"]
 
 
+@pytest.mark.slow
 def test_constants_are_found_again():
     true = dataclasses.replace(GPU, weights_share=0.7, sparse_share=0.5, draft_layer_s=25e-6, selecting_layer_s=10e-6)
     terms = fit_terms([made_up(true), made_up(dataclasses.replace(true, bandwidth=4e12))])

@@ -119,6 +119,7 @@ class TestAcceptance:
 
 
 class TestDecision:
+    @pytest.mark.slow
     @pytest.mark.parametrize("profile", [GPU, CPU], ids=["gpu", "cpu"])
     @pytest.mark.parametrize("scenario", [LLAMA, SMOLLM2], ids=["llama", "smollm2"])
     def test_nothing_faster_is_left_out(self, scenario, profile):

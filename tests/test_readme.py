@@ -84,6 +84,13 @@ def test_commands_exist(page):
 def check_command(group: Any, words: list[str]) -> None:
     """Fails where a command line names a command or an option that there is not."""
     context, command = click.Context(group), group
+    # Options of the program itself stand before the command, each with a value.
+    while (
+        words
+        and words[0].startswith("--")
+        and words[0] in {one for parameter in group.params for one in parameter.opts}
+    ):
+        words = words[2:]
     while hasattr(command, "commands") and words and not words[0].startswith("-"):
         assert words[0] in command.commands
         command, words = command.commands[words[0]], words[1:]

@@ -168,14 +168,26 @@ def assert_same_distribution(sequences: list[list[int]], exact: dict[tuple[int, 
 @pytest.mark.parametrize(
     ("make", "sampling"),
     [
-        (lambda how, _: Autoregressive(how), Sampling(1.0)),
-        (lambda how, _: Speculative(settings=how, window=1), Sampling(1.0)),
+        pytest.param(lambda how, _: Autoregressive(how), Sampling(1.0), marks=pytest.mark.slow),
+        pytest.param(lambda how, _: Speculative(settings=how, window=1), Sampling(1.0), marks=pytest.mark.slow),
         (lambda how, _: Speculative(settings=how, window=2), Sampling(1.0)),
-        (lambda how, _: Speculative(settings=how, window=3), Sampling(1.3, top_k=6, top_p=0.95)),
+        pytest.param(
+            lambda how, _: Speculative(settings=how, window=3),
+            Sampling(1.3, top_k=6, top_p=0.95),
+            marks=pytest.mark.slow,
+        ),
         (lambda how, selection: SpecAttn(selection, how, window=2), Sampling(0.8)),
-        (lambda how, _: Speculative(settings=how, window=2), Sampling(1.2, min_p=0.05)),
-        (lambda how, _: Autoregressive(how), Sampling(1.0, repetition_penalty=PENALTY)),
-        (lambda how, _: Speculative(settings=how, window=2), Sampling(1.0, repetition_penalty=PENALTY)),
+        pytest.param(
+            lambda how, _: Speculative(settings=how, window=2), Sampling(1.2, min_p=0.05), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            lambda how, _: Autoregressive(how), Sampling(1.0, repetition_penalty=PENALTY), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            lambda how, _: Speculative(settings=how, window=2),
+            Sampling(1.0, repetition_penalty=PENALTY),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=[
         "autoregressive",

@@ -219,6 +219,7 @@ def test_the_tpu_kernel_has_no_races(capsys):
     assert "RACE DETECTED" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, which compiles for TPUs, is not here")
 def test_compiles_for_tpus():
     command = [sys.executable, tpu_program.__file__, *TOPOLOGIES]
