@@ -18,7 +18,7 @@ from specattn_jax.runtime.writer import Pace
 @pytest.mark.parametrize(("mode", "windows"), [("autoregressive", 1), ("specattn", 1), ("specattn", None)])
 def test_text_arrives_in_pieces_of_whole_characters(tiny_pair, monkeypatch, mode, windows):
     if windows is not None:
-        monkeypatch.setattr("specattn_jax.runtime.generate.Pace", lambda: Pace(windows))
+        monkeypatch.setattr("specattn_jax.runtime.generate.Pace", lambda *_: Pace(windows))
     pieces: dict[int, list[str]] = {0: [], 1: []}
     run = generate(
         tiny_pair,
