@@ -38,6 +38,26 @@ TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens with t
 AlignmentFolder = Annotated[
     Path | None, typer.Option(help="specattn: folder written by `specattn calibrate`.", show_default="the preset's")
 ]
+# Of the commands that compare methods.
+MethodsAlignment = Annotated[
+    Path | None, typer.Option(help="Folder written by `specattn calibrate`.", show_default="the preset's")
+]
+_SAVINGS = "0.75,0.9"
+Savings = Annotated[
+    str | None,
+    typer.Option(
+        help="Shares of the cache reads to save; where a method has no budgets, p is searched for.",
+        metavar="R,...",
+        show_default=_SAVINGS,
+    ),
+]
+Masses = Annotated[
+    str | None,
+    typer.Option("--p", help="Instead: attention masses to read, in (0, 1].", metavar="P,...", show_default=False),
+]
+Policies = Annotated[
+    str, typer.Option(help="specattn: default, paper, paper_exact; one line each.", metavar="NAME,...")
+]
 Seed = Annotated[int, typer.Option(help="Of everything random.", min=0, max=2**32 - 1)]
 Out = Annotated[Path, typer.Option(help="Folder to write; it appears complete or not at all.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
@@ -90,3 +110,16 @@ def split_numbers(given: str, option: str) -> list[float]:
         except ValueError as error:
             raise UserError(f"{option} names {part!r}; expected numbers, such as 0.75,0.9.") from error
     return sorted(numbers)
+
+
+def split_reading(kv_reduction: str | None, p: str | None) -> tuple[list[float], list[float]]:
+    """The savings and the masses that `Savings` and `Masses` say: one of them is empty.
+
+    Raises:
+        UserError: both are given, or one of them holds what is no number.
+    """
+    savings = split_numbers(kv_reduction or ("" if p else _SAVINGS), "--kv-reduction")
+    masses = split_numbers(p or "", "--p")
+    if savings and masses:
+        raise UserError("--p and --kv-reduction both say how much to read; give one of them.")
+    return savings, masses

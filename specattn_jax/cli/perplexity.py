@@ -21,7 +21,6 @@ from specattn_jax.errors import UserError
 if TYPE_CHECKING:
     from specattn_jax.evaluation.tables import Row
 
-_SAVINGS = "0.75,0.9"
 _TABLE_WIDTH = 100
 
 
@@ -33,9 +32,7 @@ def perplexity_command(
     ],
     target: options.Target = "smollm2",
     draft: options.Draft = "default",
-    alignment: Annotated[
-        Path | None, typer.Option(help="Folder written by `specattn calibrate`.", show_default="the preset's")
-    ] = None,
+    alignment: options.MethodsAlignment = None,
     text: Annotated[
         list[str] | None,
         typer.Option(
@@ -60,21 +57,9 @@ def perplexity_command(
             metavar="M,...",
         ),
     ] = "full,streaming,quest,oracle,specattn",
-    kv_reduction: Annotated[
-        str | None,
-        typer.Option(
-            help="Shares of the cache reads to save; where a method has no budgets, p is searched for.",
-            metavar="R,...",
-            show_default=_SAVINGS,
-        ),
-    ] = None,
-    p: Annotated[
-        str | None,
-        typer.Option("--p", help="Instead: attention masses to read, in (0, 1].", metavar="P,...", show_default=False),
-    ] = None,
-    policy: Annotated[
-        str, typer.Option(help="specattn: default, paper, paper_exact; one line each.", metavar="NAME,...")
-    ] = "default,paper",
+    kv_reduction: options.Savings = None,
+    p: options.Masses = None,
+    policy: options.Policies = "default,paper",
     window: options.Window = 5,
     drift_tokens: Annotated[
         int,
@@ -90,10 +75,7 @@ def perplexity_command(
     Writes table.json, table.md, pareto.png, alignment.png, selection.png and run.json.
     """
     names, policies = options.split_names(methods, "--methods"), options.split_names(policy, "--policy")
-    savings = options.split_numbers(kv_reduction or ("" if p else _SAVINGS), "--kv-reduction")
-    masses = options.split_numbers(p or "", "--p")
-    if savings and masses:
-        raise UserError("--p and --kv-reduction both say how much to read; give one of them.")
+    savings, masses = options.split_reading(kv_reduction, p)
     if dataset is not None and (text or more_texts):
         raise UserError(f"--text and --dataset {dataset} both say what to read; give one of them.")
     paths = options.find_texts(text, more_texts, "valid") if dataset is None else []

@@ -18,7 +18,6 @@ from specattn_jax.cli.process import importing
 from specattn_jax.cli.terminal import StageBar, console, on_terminal, print_json, print_table, say, stage_bar
 from specattn_jax.errors import UserError
 
-_SAVINGS = "0.75,0.9"
 _TABLE_WIDTH = 120
 
 
@@ -30,9 +29,7 @@ def tasks_command(
     ],
     target: options.Target = "smollm2",
     draft: options.Draft = "default",
-    alignment: Annotated[
-        Path | None, typer.Option(help="Folder written by `specattn calibrate`.", show_default="the preset's")
-    ] = None,
+    alignment: options.MethodsAlignment = None,
     tasks: Annotated[
         str,
         typer.Option(
@@ -49,21 +46,9 @@ def tasks_command(
             metavar="M,...",
         ),
     ] = "full,streaming,quest,specattn",
-    kv_reduction: Annotated[
-        str | None,
-        typer.Option(
-            help="Shares of the cache reads to save; where a method has no budgets, p is searched for.",
-            metavar="R,...",
-            show_default=_SAVINGS,
-        ),
-    ] = None,
-    p: Annotated[
-        str | None,
-        typer.Option("--p", help="Instead: attention masses to read, in (0, 1].", metavar="P,...", show_default=False),
-    ] = None,
-    policy: Annotated[
-        str, typer.Option(help="specattn: default, paper, paper_exact; one line each.", metavar="NAME,...")
-    ] = "default,paper",
+    kv_reduction: options.Savings = None,
+    p: options.Masses = None,
+    policy: options.Policies = "default,paper",
     window: options.Window = 5,
     chat: Annotated[bool, typer.Option("--chat", help="Ask in the model's chat format.")] = False,
     dtype: options.Dtype = "auto",
@@ -74,10 +59,7 @@ def tasks_command(
     Writes table.json, table.md, scores.png and run.json.
     """
     counts = [_whole(number) for number in options.split_numbers(lengths, "--lengths")]
-    savings = options.split_numbers(kv_reduction or ("" if p else _SAVINGS), "--kv-reduction")
-    masses = options.split_numbers(p or "", "--p")
-    if savings and masses:
-        raise UserError("--p and --kv-reduction both say how much to read; give one of them.")
+    savings, masses = options.split_reading(kv_reduction, p)
     began = time.perf_counter()
 
     with importing():

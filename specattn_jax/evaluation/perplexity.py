@@ -18,11 +18,11 @@ from specattn_jax.errors import UserError
 from specattn_jax.evaluation.forced import Reading, read_documents
 from specattn_jax.evaluation.methods import FULL, Case, make_selection
 from specattn_jax.evaluation.search import find_left_out
-from specattn_jax.evaluation.store import Store
+from specattn_jax.evaluation.store import Store, identify
 from specattn_jax.evaluation.tables import Measured, Row, make_row, markdown
 from specattn_jax.files import atomic_file
 from specattn_jax.loading.pair import ModelPair
-from specattn_jax.reporting.provenance import alignment_digest, documents_digest, model_digest
+from specattn_jax.reporting.provenance import documents_digest
 from specattn_jax.selection.protocol import Selection
 
 TABLE, MARKDOWN = "table.json", "table.md"
@@ -60,10 +60,7 @@ def open_store(out: Path, pair: ModelPair, documents: Sequence[Sequence[int]], s
         UserError: it belongs to something else.
     """
     configuration = {
-        "target": model_digest(pair.target),
-        "draft": model_digest(pair.need_draft()),
-        "alignment": alignment_digest(pair.alignment),
-        "dtype": str(pair.target.dtype),
+        **identify(pair),
         "texts": documents_digest(documents),
         "documents": len(documents),
         "context": len(documents[0]),

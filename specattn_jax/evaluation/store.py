@@ -9,6 +9,8 @@ from typing import Any
 
 from specattn_jax.errors import UserError
 from specattn_jax.files import atomic_file, exists, is_taken, sensible
+from specattn_jax.loading.pair import ModelPair
+from specattn_jax.reporting.provenance import alignment_digest, model_digest
 
 SETTINGS, PARTS = "settings.json", "parts"
 
@@ -83,3 +85,17 @@ class Store:
 
     def _path(self, name: str) -> Path:
         return self._parts / f"{name}.json"
+
+
+def identify(pair: ModelPair) -> dict[str, Any]:
+    """What a configuration says of a pair, so that results of other models do not mix with its own.
+
+    Raises:
+        UserError: the pair has no draft.
+    """
+    return {
+        "target": model_digest(pair.target),
+        "draft": model_digest(pair.need_draft()),
+        "alignment": alignment_digest(pair.alignment),
+        "dtype": str(pair.target.dtype),
+    }

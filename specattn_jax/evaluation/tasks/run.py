@@ -16,11 +16,10 @@ from specattn_jax.errors import UserError
 from specattn_jax.evaluation.forced import read_documents
 from specattn_jax.evaluation.methods import FULL, METHODS, Case, list_cases, make_selection
 from specattn_jax.evaluation.search import find_left_out
-from specattn_jax.evaluation.store import Store
+from specattn_jax.evaluation.store import Store, identify
 from specattn_jax.evaluation.tasks.answering import LOSSLESS, SPECULATIVE, Answers, Asked, answer
 from specattn_jax.evaluation.tasks.own import OWN_TASKS, Sample, make_samples
 from specattn_jax.loading.pair import ModelPair
-from specattn_jax.reporting.provenance import alignment_digest, model_digest
 
 # Those of the harness' tasks that are made without the internet.
 RULER = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")
@@ -93,14 +92,7 @@ def open_task_store(out: Path, pair: ModelPair, settings: TaskSettings) -> Store
     Raises:
         UserError: it belongs to something else.
     """
-    configuration = {
-        "target": model_digest(pair.target),
-        "draft": model_digest(pair.need_draft()),
-        "alignment": alignment_digest(pair.alignment),
-        "dtype": str(pair.target.dtype),
-        **dataclasses.asdict(settings),
-    }
-    return Store(out, configuration)
+    return Store(out, {**identify(pair), **dataclasses.asdict(settings)})
 
 
 class TaskRun:
