@@ -18,7 +18,7 @@ def test_every_turn_is_as_if_all_had_been_read_anew(tiny_pair, mode):
     memory, history = Memory(), list[int]()
     for turn in TURNS:
         history += tiny_pair.tokenizer.encode(turn, add_special=False)
-        before = len(memory.tokens)
+        before = sum(map(len, memory.tokens))
         got = generate(tiny_pair, [history], mode=mode, max_new_tokens=11, memory=memory).results[0]
         assert got.tokens == generate(tiny_pair, [history], mode=mode, max_new_tokens=11).results[0].tokens
         if before:
@@ -36,8 +36,19 @@ def test_a_history_that_changed_is_read_from_there(tiny_pair):
     got = generate(tiny_pair, [other], mode="speculative", max_new_tokens=9, memory=memory).results[0]
     assert got.tokens == generate(tiny_pair, [other], mode="speculative", max_new_tokens=9).results[0].tokens
     assert memory.prefilled["target"] == len(other) - 4
-    with pytest.raises(UserError, match="one conversation"):
+    with pytest.raises(UserError, match="prompts holds 2, but memory 1 sequences"):
         generate(tiny_pair, [other, other], memory=memory)
+
+
+def test_sequences_of_a_batch_are_asked_again_in_another_mode(tiny_pair):
+    prompts = [tiny_pair.tokenizer.encode(text) for text in ("abcdefgh" * 5, "xyz", "Call me Ishmael. " * 3)]
+    memory = Memory(slots=400, new_tokens=20)
+    for mode in ("autoregressive", "specattn", "speculative", "specattn"):
+        got = generate(tiny_pair, prompts, mode=mode, max_new_tokens=9, memory=memory).results
+        alone = generate(tiny_pair, prompts, mode=mode, max_new_tokens=9).results
+        assert [one.tokens for one in got] == [one.tokens for one in alone]
+        assert memory.caches["target"].num_slots == 512
+    assert memory.prefilled == {"target": 3, "draft": 3}
 
 
 def test_the_terminal(tiny_pair, monkeypatch):

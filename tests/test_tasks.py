@@ -18,7 +18,7 @@ from specattn_jax import generate
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.methods import FULL, SPECATTN, Case
 from specattn_jax.evaluation.tasks import run
-from specattn_jax.evaluation.tasks.answering import SPECULATIVE, Asked, answer
+from specattn_jax.evaluation.tasks.answering import SPECULATIVE, Answering, Asked
 from specattn_jax.evaluation.tasks.likelihood import Continuation, likelihoods
 from specattn_jax.evaluation.tasks.own import OWN_TASKS, make_samples
 from specattn_jax.evaluation.tasks.report import write_results
@@ -80,7 +80,7 @@ def prompts(pair: ModelPair, count: int, length: int = 60) -> list[tuple[int, ..
 
 def test_answers_are_those_of_one_prompt_at_a_time(pair):
     asked = [Asked(tokens, 8) for tokens in prompts(pair, 5)]
-    together = answer(pair, Case(FULL), asked, batch=2)
+    together = Answering(pair, [Case(FULL)], batch=2)(Case(FULL), asked)
     for one, result in zip(asked, together.results, strict=True):
         alone = generate(pair, [one.tokens], mode="autoregressive", max_new_tokens=one.limit).results[0]
         assert (result.tokens, result.text) == (alone.tokens, alone.text)
@@ -90,8 +90,9 @@ def test_answers_are_those_of_one_prompt_at_a_time(pair):
 
 def test_sparse_methods_answer_and_save_reads(pair):
     asked = [Asked(tokens, 12) for tokens in prompts(pair, 2)]
+    answering = Answering(pair, SPARSE, batch=2)
     for case in SPARSE:
-        found = answer(pair, case, asked, batch=2)
+        found = answering(case, asked)
         assert all(0 < one.kv_reduction < 1 and one.windows > 1 for one in found.results), case
 
 
@@ -247,7 +248,7 @@ def test_tasks_go_on_where_they_stopped(pair, tmp_path, monkeypatch):
     told = []
     again = TaskRun(pair, settings, store, lambda done, total, cell, result: told.append((done, total, result)))
     # Nothing is answered a second time.
-    monkeypatch.setattr(run, "answer", None)
+    monkeypatch.setattr(Answering, "__call__", None)
     assert again.run(["book_needle"], [500], cases) == first
     assert told[-1] == (3, 3, "")
     full, speculative, sparse = first

@@ -72,7 +72,8 @@ def generate(
         on_prefill: receives positions read and positions to read.
         on_decision: receives each decision of mode `auto` when it is made.
         decide: decides in mode `auto` in place of the library.
-        memory: of a conversation: what the caches hold of a single prompt is not read again, and they are kept.
+        memory: of these sequences, such as a conversation: what the caches hold of the prompts is not read again, and
+            they are kept.
         changes: attributes of `Request` that are to be different: `mode`, `max_new_tokens`, `kv_reduction`,
             `temperature`, `seed` and so on.
 
@@ -103,8 +104,10 @@ def generate(
         raise UserError(f"prompts is one text, {prompts[:40]!r}; expected a list of prompts: put it into brackets.")
     request = (request or Request()).change(**changes)
     strategies, selection = find_candidates(pair, request)
-    if memory is not None and len(prompts) != 1:
-        raise UserError(f"prompts holds {len(prompts)}, but memory is of one conversation; expected one prompt.")
+    if memory is not None and memory.tokens and len(prompts) != len(memory.tokens):
+        raise UserError(
+            f"prompts holds {len(prompts)}, but memory {len(memory.tokens)} sequences; expected as many, or new memory."
+        )
     encoded = [encode_prompt(pair, prompt, index) for index, prompt in enumerate(prompts)]
     check_lengths(pair, encoded, request.max_new_tokens)
     keys = prompt_keys(request, len(encoded))
@@ -164,7 +167,7 @@ def generate(
     check_sound(session.models, decoded.state, [before + after for before, after in zip(encoded, new, strict=True)])
     writer.finish(new)
     if memory is not None:
-        memory.keep(decoded.state, [*encoded[0], *new[0]])
+        memory.keep(decoded.state, [[*before, *after] for before, after in zip(encoded, new, strict=True)])
     results = _results(pair, encoded, new, decoded, by_choice[decoded.choice].lossless, watched, request)
     told = decoded.decisions or ([first] if first.reason else [])
     return Generations(results, Timing(**clock.seconds), told)

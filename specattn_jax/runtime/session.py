@@ -84,7 +84,7 @@ class Session:
                 parts that do.
             clock: told what took how long.
             on_prefill: receives positions read and positions to read.
-            memory: of a conversation of one, whose beginning the caches hold already; they are donated.
+            memory: what the caches hold already of the prompts' beginnings; they are donated.
 
         Raises:
             UserError: the device has not enough memory.
@@ -95,8 +95,10 @@ class Session:
         models = {"target": self.models.target}
         if with_draft and self.models.draft is not None:
             models["draft"] = self.models.draft
-        kept = {} if memory is None else memory.take(prompts)
-        most = min(chunk or _largest_chunk(models.values(), batch, longest), _round_up(longest, _CHUNK_STEP))
+        memory = Memory() if memory is None else memory
+        kept = memory.take(prompts)
+        extent = max(longest, memory.slots)
+        most = min(chunk or _largest_chunk(models.values(), batch, extent), _round_up(extent, _CHUNK_STEP))
         reaches = {"target": None, "draft": self.draft_reach}
         # What is in reach is read anew with every chunk: chunks that are longer than it cost more than they save.
         chunks = {
@@ -105,7 +107,7 @@ class Session:
         }
         positions = {role: _round_up(longest, chunks[role]) for role in models}
         # A window may write W + 1 entries beyond the last token that is kept.
-        slots = _round_up(max(*positions.values(), longest + new_tokens + window + 1), 128)
+        slots = _round_up(max(*positions.values(), extent, longest + new_tokens + window + 1), 128)
         check_memory(
             {
                 f"the KV cache of the {role}": device_cache_bytes(
@@ -124,7 +126,7 @@ class Session:
                     on_prefill(before + position, sum(positions.values()))
 
             if role in kept:
-                read[role] = _read_on(model, kept[role], prompts[0], slots, chunks[role], reaches[role], progress)
+                read[role] = _read_on(model, kept[role], prompts, slots, chunks[role], reaches[role], progress)
                 continue
             read[role] = prefill(
                 model,
@@ -147,7 +149,7 @@ class Session:
             self._history(prompts) if settings.sampling.minds_history else None,
             _padded(prompts, target_cache.num_slots) if with_prompt else None,
             settings=settings,
-            room=new_tokens + window + 1,
+            room=max(new_tokens, memory.new_tokens) + window + 1,
         )
         clock.lap("prefill", state)
         return state
@@ -180,43 +182,52 @@ def seed_keys(seed: int, batch: int) -> Key[Array, " B"]:
 
 @dataclasses.dataclass
 class Memory:
-    """What a conversation of one sequence holds between two calls of `generate`: caches, and the tokens in them.
+    """What sequences hold between two calls of `generate`: caches, and the tokens in them.
 
     Attributes:
-        tokens: what was read and written so far.
-        caches: by role, each with the length that is known to hold these tokens.
-        prefilled: tokens of the last prompt that had to be read, by role.
+        slots: entries per sequence that caches have room for from the start. Calls that need no more share programs.
+        new_tokens: likewise, new tokens of a call.
+        tokens: what was read and written so far, of each sequence.
+        caches: by role, each with lengths that are known to hold these tokens.
+        prefilled: tokens of the last prompts that had to be read, by role.
     """
 
-    tokens: list[int] = dataclasses.field(default_factory=list)
+    slots: int = 0
+    new_tokens: int = 0
+    tokens: list[list[int]] = dataclasses.field(default_factory=list)
     caches: dict[str, KVCache] = dataclasses.field(default_factory=dict)
     prefilled: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def take(self, prompts: Sequence[Sequence[int]]) -> dict[str, KVCache]:
-        """The caches, rolled back to what they share with the prompt; they belong to the caller from now on."""
-        prompt = prompts[0]
-        same = next((i for i, (a, b) in enumerate(zip(self.tokens, prompt, strict=False)) if a != b), None)
-        shared = min(len(self.tokens), len(prompt)) if same is None else same
-        taken = {}
+        """The caches, rolled back to what they share with the prompts; they belong to the caller from now on."""
+        shared = [_shared(held, prompt) for held, prompt in zip(self.tokens, prompts, strict=bool(self.tokens))]
+        taken, self.prefilled = {}, {}
         for role, cache in self.caches.items():
-            # The prompt's last token is always read: what comes next is chosen by it.
-            length = min(shared, int(fetch(cache.lengths)[0]), len(prompt) - 1)
-            taken[role] = cache.at(jnp.full((1,), length, jnp.int32))
-        self.prefilled = {role: len(prompt) - int(fetch(cache.lengths)[0]) for role, cache in taken.items()}
+            # A prompt's last token is always read: what comes next is chosen by it.
+            most = np.array([len(prompt) - 1 for prompt in prompts], np.int32)
+            lengths = np.minimum(np.minimum(shared, fetch(cache.lengths)), most).astype(np.int32)
+            taken[role] = cache.at(jnp.asarray(lengths))
+            self.prefilled[role] = sum(map(len, prompts)) - int(lengths.sum())
         self.caches, self.tokens = {}, []
         return taken
 
-    def keep(self, state: DecodeState, tokens: list[int]) -> None:
+    def keep(self, state: DecodeState, tokens: list[list[int]]) -> None:
         """Keeps the caches of a finished state, which nobody else may use any more.
 
         Args:
-            state: with one sequence.
-            tokens: its prompt and what was made of it.
+            state: where decoding ended.
+            tokens: of each sequence, its prompt and what was made of it.
         """
-        self.tokens = list(tokens)
+        self.tokens = tokens
         self.caches = {"target": state.target_cache}
         if state.draft_cache is not None:
             self.caches["draft"] = state.draft_cache
+
+
+def _shared(held: Sequence[int], prompt: Sequence[int]) -> int:
+    """How many tokens two sequences begin with in common."""
+    differ = (index for index, (a, b) in enumerate(zip(held, prompt, strict=False)) if a != b)
+    return next(differ, min(len(held), len(prompt)))
 
 
 def _padded(prompts: Sequence[Sequence[int]], width: int) -> Int32[Array, "B width"]:
@@ -230,22 +241,23 @@ def _padded(prompts: Sequence[Sequence[int]], width: int) -> Int32[Array, "B wid
 def _read_on(
     model: LanguageModel,
     cache: KVCache,
-    prompt: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     slots: int,
     chunk: int,
     reach: Reach | None,
     progress: Callable[[int], None],
 ) -> tuple[Float[Array, "B D"], KVCache]:
-    """Reads what a cache does not yet hold of a prompt."""
-    begun = int(fetch(cache.lengths)[0])
-    rest = prompt[begun:]
-    chunk = min(chunk, _round_up(len(rest), _CHUNK_STEP))
-    padded = _padded([rest], _round_up(len(rest), chunk))
+    """Reads what a cache does not yet hold of its prompts."""
+    begun = fetch(cache.lengths)
+    rests = [prompt[int(first) :] for prompt, first in zip(prompts, begun, strict=True)]
+    longest = max(map(len, rests))
+    chunk = min(chunk, _round_up(longest, _CHUNK_STEP))
+    padded = _padded(rests, _round_up(longest, chunk))
     return prefill(
         model,
         padded,
-        jnp.asarray([len(rest)], jnp.int32),
-        cache.with_room(_round_up(max(slots, begun + padded.shape[1]), 128)),
+        jnp.asarray([len(rest) for rest in rests], jnp.int32),
+        cache.with_room(_round_up(max(slots, int(begun.max()) + padded.shape[1]), 128)),
         chunk=chunk,
         reach=reach,
         progress=progress,

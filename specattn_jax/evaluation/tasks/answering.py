@@ -16,12 +16,17 @@ from specattn_jax.loading.pair import ModelPair
 from specattn_jax.runtime.generate import generate
 from specattn_jax.runtime.request import Request
 from specattn_jax.runtime.results import Generation
+from specattn_jax.runtime.session import Memory
 
 # Drafts, and verifies densely: lossless, so that its scores are those of full attention.
 SPECULATIVE = "speculative"
 LOSSLESS = (FULL, SPECULATIVE)
 # Batches without which a median says nothing.
 _TIMED = 3
+# Answers of up to so many tokens, or a multiple, share their programs.
+_LIMIT_STEP = 256
+# What is read on where a prompt is read already: a chunk's least length.
+_READ_ON = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,47 +91,94 @@ def strategy_for(pair: ModelPair, case: Case, settings: DecodeSettings, window: 
     return SpecAttn(selection, settings, window)
 
 
-def answer(
-    pair: ModelPair,
-    case: Case,
-    asked: Sequence[Asked],
-    *,
-    window: int = 5,
-    batch: int = 1,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> Answers:
-    """Answers prompts with one method, those of equal settings and like lengths together.
+class Answering:
+    """Answers prompts with one method after another. What several methods are asked is read once for all of them."""
 
-    Args:
-        pair: the models.
-        case: the method with its setting.
-        asked: the prompts.
-        window: W, of all methods that draft.
-        batch: prompts answered at a time. A last batch that is not full is filled up with copies, whose answers are
-            dropped: compiling another program would take longer.
-        seed: of the draws; greedy answers do not depend on it.
-        progress: told the prompts answered and all of them.
+    def __init__(
+        self,
+        pair: ModelPair,
+        cases: Sequence[Case],
+        *,
+        window: int = 5,
+        batch: int = 1,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Answers nothing yet.
 
-    Raises:
-        UserError: a prompt is too long for the models, or the method cannot be had.
-    """
-    if batch < 1:
-        raise UserError(f"batch is {batch}; expected at least 1 prompt at a time.")
-    found: dict[int, Generation] = {}
-    seconds = []
-    for indices in _batches(asked, batch):
-        like = asked[indices[0]]
-        settings = DecodeSettings(like.sampling, pair.tokenizer.eos_ids)
-        request = Request(
-            mode=strategy_for(pair, case, settings, window), max_new_tokens=like.limit, stop=like.stop, seed=seed
-        )
-        run = generate(pair, [asked[index].tokens for index in indices], request)
-        seconds.append(run.timing.prefill_s + run.timing.decode_s)
-        found.update(zip(indices, run.results, strict=True))
-        if progress is not None:
-            progress(len(found), len(asked))
-    return Answers([found[index] for index in range(len(asked))], seconds, batch)
+        Args:
+            pair: the models.
+            cases: the methods with their settings.
+            window: W, of all methods that draft.
+            batch: prompts answered at a time. A last batch that is not full is filled up with copies, whose answers are
+                dropped: compiling another program would take longer.
+            seed: of the draws; greedy answers do not depend on it.
+            progress: told the prompts answered by all methods and all of them.
+
+        Raises:
+            UserError: no prompt at a time is wanted.
+        """
+        if batch < 1:
+            raise UserError(f"batch is {batch}; expected at least 1 prompt at a time.")
+        # Those that need no draft come first: the time of their reading is the target's alone.
+        self._cases = sorted(cases, key=lambda case: case.method != FULL)
+        self._pair, self._window, self._batch, self._seed, self._progress = pair, window, batch, seed, progress
+        self._asked: Sequence[Asked] = ()
+        self._answers: dict[Case, Answers] = {}
+
+    def __call__(self, case: Case, asked: Sequence[Asked]) -> Answers:
+        """What a method answers; prompts of equal settings and like lengths are answered together.
+
+        Args:
+            case: one of the methods. The first one that is asked these prompts waits for all of them.
+            asked: the prompts.
+
+        Raises:
+            UserError: a prompt is too long for the models, or a method cannot be had.
+        """
+        if not self._answers or list(asked) != list(self._asked):
+            self._asked, self._answers = asked, self._answer(asked)
+        return self._answers[case]
+
+    def _answer(self, asked: Sequence[Asked]) -> dict[Case, Answers]:
+        """What all methods answer."""
+        found = {case: dict[int, Generation]() for case in self._cases}
+        seconds = {case: list[float]() for case in self._cases}
+        slots = _bucket(max((len(one.tokens) + one.limit + self._window + _READ_ON for one in asked), default=1))
+        done = 0
+        for indices in _batches(asked, self._batch):
+            like = asked[indices[0]]
+            settings = DecodeSettings(like.sampling, self._pair.tokenizer.eos_ids)
+            memory, reading = Memory(slots, _round_up(like.limit, _LIMIT_STEP)), 0.0
+            for case in self._cases:
+                strategy = strategy_for(self._pair, case, settings, self._window)
+                run = generate(
+                    self._pair,
+                    [asked[index].tokens for index in indices],
+                    Request(mode=strategy, max_new_tokens=like.limit, stop=like.stop, seed=self._seed),
+                    memory=memory,
+                )
+                if strategy.needs_draft or not reading:
+                    # Later ones read a token of each prompt: what the others needed is theirs too.
+                    reading += run.timing.prefill_s
+                seconds[case].append(reading + run.timing.decode_s)
+                found[case].update(zip(indices, run.results, strict=True))
+            done += len(set(indices))
+            if self._progress is not None:
+                self._progress(done, len(asked))
+        return {
+            case: Answers([found[case][index] for index in range(len(asked))], seconds[case], self._batch)
+            for case in self._cases
+        }
+
+
+def _bucket(slots: int) -> int:
+    """Slots for which prompts of about this length share their programs: at most a sixteenth more."""
+    return _round_up(slots, max(_LIMIT_STEP, 1 << (slots.bit_length() - 5)))
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
 
 
 def _batches(asked: Sequence[Asked], batch: int) -> Iterator[list[int]]:

@@ -15,7 +15,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from specattn_jax.decoding.sampling import Sampling
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.methods import FULL, METHODS, SPECATTN, Case, list_cases
-from specattn_jax.evaluation.tasks.answering import SPECULATIVE, Answers, Asked, answer
+from specattn_jax.evaluation.tasks.answering import SPECULATIVE, Answering, Answers, Asked
 from specattn_jax.evaluation.tasks.likelihood import Continuation, likelihoods
 from specattn_jax.loading.pair import ModelPair, load_pair
 from specattn_jax.runtime.request import DEFAULT_KV_REDUCTION, DEFAULT_WINDOW
@@ -39,6 +39,7 @@ class SpecAttnLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         batch_size: int = 1,
         max_length: int | None = None,
         seed: int = 0,
+        answering: Answering | None = None,
     ) -> None:
         """Wraps what is loaded already; the harness itself calls `create_from_arg_string`.
 
@@ -49,9 +50,11 @@ class SpecAttnLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
             batch_size: prompts at a time.
             max_length: most tokens of a prompt and its answer; the shorter context of the two models without it.
             seed: of draws with a temperature.
+            answering: answers in its place, where several methods are asked the same.
         """
         super().__init__()
-        self.pair, self.case, self.window, self.batch_size, self.seed = pair, case, window, batch_size, seed
+        self.pair, self.case, self.window, self.batch_size = pair, case, window, batch_size
+        self._answering = answering or Answering(pair, [case], window=window, batch=batch_size, seed=seed)
         models = (pair.target,) if case.method == FULL else (pair.target, pair.need_draft())
         context = min(model.config.max_context for model in models)
         self.max_length = context if max_length is None else min(max_length, context)
@@ -124,7 +127,7 @@ class SpecAttnLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Answers, each up to its first stop text or the end token."""
         asked = [self.ask(*request.args) for request in requests]
-        self.answers = answer(self.pair, self.case, asked, window=self.window, batch=self.batch_size, seed=self.seed)
+        self.answers = self._answering(self.case, asked)
         texts = [result.text for result in self.answers.results]
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from specattn_jax.errors import UserError
-from specattn_jax.evaluation.tasks.harness import SpecAttnLM
 from specattn_jax.loading.tokenizer import Tokenizer
 
 # The harness' own defaults, so that its own command makes the same samples.
@@ -98,11 +97,11 @@ def load_task(name: str, length: int, tokenizer: Tokenizer) -> Any:
     return task
 
 
-def run_task(model: SpecAttnLM, name: str, task: Any, length: int, samples: int, chat: bool = False) -> Scored:
+def run_task(model: Any, name: str, task: Any, length: int, samples: int, chat: bool = False) -> Scored:
     """Scores of a task's first samples, by the harness.
 
     Args:
-        model: the pair and the method.
+        model: one of the harness, such as `SpecAttnLM`.
         name: of the task.
         task: from `load_task`.
         length: for which it was loaded.

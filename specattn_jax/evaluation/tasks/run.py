@@ -17,7 +17,7 @@ from specattn_jax.evaluation.forced import read_documents
 from specattn_jax.evaluation.methods import FULL, METHODS, Case, list_cases, make_selection
 from specattn_jax.evaluation.search import find_left_out
 from specattn_jax.evaluation.store import Store, identify
-from specattn_jax.evaluation.tasks.answering import LOSSLESS, SPECULATIVE, Answers, Asked, answer
+from specattn_jax.evaluation.tasks.answering import LOSSLESS, SPECULATIVE, Answering, Answers, Asked
 from specattn_jax.evaluation.tasks.own import OWN_TASKS, Sample, make_samples
 from specattn_jax.loading.pair import ModelPair
 
@@ -27,8 +27,8 @@ TASKS = (*RULER, *OWN_TASKS)
 _EXTRA = ("lm_eval", "wonderwords", "nltk", "scipy")
 # Told the cells done and all of them, the cell at hand, and what was just measured (or nothing).
 Progress = Callable[[int, int, str, str], None]
-# Of the texts that p is searched on: documents, and the share that is prefilled.
-_SEARCH_DOCUMENTS, _SEARCH_PREFILL = 2, 0.9
+# Of the texts that p is searched on: documents, and the share that is prefilled, or the tokens that are not.
+_SEARCH_DOCUMENTS, _SEARCH_PREFILL, _SEARCH_TOKENS = 2, 0.9, 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +141,20 @@ class TaskRun:
         return rows
 
     def _task(self, task: str, length: int, cases: Sequence[Case]) -> list[dict[str, Any]]:
-        """One task with every method; its samples are made only if a method was not run yet."""
+        """One task with every method; its samples are made only if a method was not run yet.
+
+        All methods that were not are asked together, so that prompts are read once.
+        """
         kept = {case: self.store.load(_cell(task, length, case), case.describe()) for case in cases}
+        missing = [case for case in cases if kept[case] is None]
+
+        def progress(done: int, asked: int) -> None:
+            self._tell(f"{task}, {length} tokens, {done} of {asked} questions", "")
+
+        settings = self.settings
+        answering = Answering(
+            self.pair, missing, window=settings.window, batch=settings.batch, progress=progress
+        )  # fmt: skip
         make = _Ruler if task in RULER else _Own
         source = None
         rows = []
@@ -151,7 +163,7 @@ class TaskRun:
             self._tell(f"{task}, {length} tokens, {case.label}", "")
             measured = values is None
             if values is None:
-                source = source or make(task, length, self.pair, self.settings)
+                source = source or make(task, length, self.pair, settings, answering)
                 values = self.store.save(_cell(task, length, case), case.describe(), source.measure(case))
             self._done += 1
             row = _row(task, length, case, values)
@@ -172,12 +184,13 @@ class TaskRun:
             tokens = [self.pair.tokenizer.encode(sample.prompt) for sample in samples]
             shortest = min(map(len, tokens))
             documents = [row[-shortest:] for row in tokens]
+            prefill_share = max(_SEARCH_PREFILL, 1.0 - _SEARCH_TOKENS / shortest)
 
             def saving(left_out: float) -> float:
                 selection = make_selection(self.pair, case.with_p(round(1.0 - left_out, 10)))
                 reading = read_documents(
                     self.pair.target, self.pair.need_draft(), selection, documents,
-                    prefill_share=_SEARCH_PREFILL, window=self.settings.window,
+                    prefill_share=prefill_share, window=self.settings.window,
                 )  # fmt: skip
                 return reading.kv_reduction
 
@@ -199,19 +212,18 @@ def _cell(task: str, length: int, case: Case) -> str:
 class _Own:
     """A task of our own with its samples."""
 
-    def __init__(self, name: str, length: int, pair: ModelPair, settings: TaskSettings) -> None:
-        self._task, self._pair, self._settings = OWN_TASKS[name], pair, settings
+    def __init__(self, name: str, length: int, pair: ModelPair, settings: TaskSettings, answering: Answering) -> None:
+        self._task, self._pair, self._settings, self._answering = OWN_TASKS[name], pair, settings, answering
         self._samples = make_samples(name, length, settings.samples, pair.tokenizer)
 
     def measure(self, case: Case) -> dict[str, Any]:
         """Answers all questions."""
-        settings = self._settings
         prompts = [self._prompt(sample) for sample in self._samples]
         asked = [
             Asked(tuple(self._pair.tokenizer.encode(prompt)), sample.limit, sample.stop)
             for prompt, sample in zip(prompts, self._samples, strict=True)
         ]
-        answers = answer(self._pair, case, asked, window=settings.window, batch=settings.batch)
+        answers = self._answering(case, asked)
         texts = [result.text for result in answers.results]
         scores = [self._task.score(sample, text) for sample, text in zip(self._samples, texts, strict=True)]
         names = list(scores[0])
@@ -228,11 +240,11 @@ class _Own:
 class _Ruler:
     """A task of the harness with its samples."""
 
-    def __init__(self, name: str, length: int, pair: ModelPair, settings: TaskSettings) -> None:
+    def __init__(self, name: str, length: int, pair: ModelPair, settings: TaskSettings, answering: Answering) -> None:
         from specattn_jax.evaluation.tasks.ruler import load_task
 
         self._name, self._length, self._pair, self._settings = name, length, pair, settings
-        self._task = load_task(name, length, pair.tokenizer)
+        self._answering, self._task = answering, load_task(name, length, pair.tokenizer)
 
     def measure(self, case: Case) -> dict[str, Any]:
         """Lets the harness ask, and score what was answered."""
@@ -240,7 +252,7 @@ class _Ruler:
         from specattn_jax.evaluation.tasks.ruler import run_task
 
         settings = self._settings
-        model = SpecAttnLM(self._pair, case, window=settings.window, batch_size=settings.batch)
+        model = SpecAttnLM(self._pair, case, window=settings.window, answering=self._answering)
         scored = run_task(model, self._name, self._task, self._length, settings.samples, settings.chat)
         assert model.answers is not None
         return _values(scored.scores, model.answers, scored.prompts, scored.texts, {})
