@@ -66,7 +66,7 @@ def main() -> None:
     )  # fmt: skip
     rows = []
     for name in options.tasks:
-        task = load_task(name, options.length, pair.tokenizer)
+        task = load_task(name, options.length, pair.tokenizer, options.samples)
         found = [run_task(model, name, task, options.length, options.samples) for model in (ours, theirs)]
         rows.append(row(name, *found))
         print({key: value for key, value in rows[-1].items() if key != "differing"}, flush=True)

@@ -157,7 +157,7 @@ def test_the_harness_runs_rulers_offline_tasks(harness, few_words, pair):
 
     sparse = Case(SPECATTN, "default", p=0.7)
     for name in RULER:
-        task, found = load_task(name, LENGTH, pair.tokenizer), {}
+        task, found = load_task(name, LENGTH, pair.tokenizer, 2), {}
         # Each method compiles for a while: one task compares them all.
         for case in (Case(FULL), Case(SPECULATIVE), sparse) if name == "ruler_vt" else (sparse,):
             model = harness.SpecAttnLM(pair, case, batch_size=2)
@@ -173,9 +173,9 @@ def test_what_the_harness_would_look_for_for_ever_is_refused(harness):
     from specattn_jax.evaluation.tasks.ruler import load_task
 
     with pytest.raises(UserError, match="lengths names 500; expected at least 1024"):
-        load_task("ruler_vt", 500, words_tokenizer())
+        load_task("ruler_vt", 500, words_tokenizer(), 1)
     with pytest.raises(UserError, match="cuts 750 letters into 750 tokens"):
-        load_task("ruler_vt", 2000, byte_tokenizer())
+        load_task("ruler_vt", 2000, byte_tokenizer(), 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import itertools
 import random
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 
@@ -20,6 +23,8 @@ _SEED, _NUMPY_SEED, _FEWSHOT_SEED = 0, 1234, 1234
 # Below it, and for tokenizers that know no words, the harness looks for samples that fit for ever: this text, which is
 # like its example of a chain of variables, must take no more than so many tokens.
 _SHORTEST, _MOST_TOKENS = 1024, 400
+# The modules that make samples.
+_MAKERS = ("prepare_niah", "vt_utils", "cwe_utils", "fwe_utils")
 _LIKE_ITS_EXAMPLE = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n" * 5
     + "Memorize and track the chain of variable assignment hidden in the following text. VAR QWE = VAR RTZ " * 3
@@ -58,13 +63,31 @@ def without_download() -> Iterator[None]:
             nltk.data.path.remove(folder)
 
 
-def load_task(name: str, length: int, tokenizer: Tokenizer) -> Any:
+@contextlib.contextmanager
+def first_samples(count: int) -> Iterator[None]:
+    """Lets RULER's modules make only the first of their 500 samples, which are the same ones: they are drawn in turn.
+
+    Five hundred prompts of 30,000 tokens take minutes. The modules count them by `tqdm`, whatever is asked for.
+    """
+    modules = [importlib.import_module(f"lm_eval.tasks.ruler.{name}") for name in _MAKERS]
+
+    def counted(numbers: Iterable[int], **_: Any) -> Iterator[int]:
+        return itertools.islice(numbers, count)
+
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(mock.patch.object(module, "tqdm", counted))
+        yield
+
+
+def load_task(name: str, length: int, tokenizer: Tokenizer, samples: int) -> Any:
     """One task of the harness with its samples, the same ones every time.
 
     Args:
         name: of the task.
         length: most tokens of a prompt and its answer.
         tokenizer: that measures it.
+        samples: how many are made.
 
     Raises:
         UserError: samples of this length cannot be made.
@@ -76,7 +99,10 @@ def load_task(name: str, length: int, tokenizer: Tokenizer) -> Any:
             f"tasks names {name}, but the pair's tokenizer cuts {len(_LIKE_ITS_EXAMPLE)} letters into {count} tokens, "
             f"where RULER's samples are made for {_MOST_TOKENS} at most; choose tasks of our own or another pair."
         )
-    with tempfile.TemporaryDirectory() as folder, without_download(), contextlib.redirect_stdout(None):
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(without_download())
+        stack.enter_context(contextlib.redirect_stdout(None))
         from lm_eval import tasks
 
         tokenizer.save(Path(folder))
@@ -84,6 +110,7 @@ def load_task(name: str, length: int, tokenizer: Tokenizer) -> Any:
         sys.modules.pop("lm_eval.tasks.ruler.cwe_utils", None)
         random.seed(_SEED)
         np.random.seed(_NUMPY_SEED)
+        stack.enter_context(first_samples(samples))
         manager = tasks.TaskManager(
             # All tasks of the harness would take long to list.
             include_path=Path(tasks.__file__).parent / "ruler",

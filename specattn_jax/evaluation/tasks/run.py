@@ -244,7 +244,7 @@ class _Ruler:
         from specattn_jax.evaluation.tasks.ruler import load_task
 
         self._name, self._length, self._pair, self._settings = name, length, pair, settings
-        self._answering, self._task = answering, load_task(name, length, pair.tokenizer)
+        self._answering, self._task = answering, load_task(name, length, pair.tokenizer, settings.samples)
 
     def measure(self, case: Case) -> dict[str, Any]:
         """Lets the harness ask, and score what was answered."""
