@@ -74,9 +74,12 @@ def test_a_mesh_gives_the_same_tokens():
     assert met["waits"] > 2 * met["latency_s"]
 
 
+@pytest.mark.slow
 def test_a_mesh_calibrates_as_one_device_does():
     want, got = run_in_a_process("calibration")["fits"]
     assert got["layer_map"] == want["layer_map"]
+    # Not all of the draft's layers say the same.
+    assert len(set(want["layer_map"])) > 1
     for name, array in want["arrays"].items():
         np.testing.assert_allclose(got["arrays"][name], array, rtol=1e-5, atol=1e-5, err_msg=name)
 
