@@ -1,12 +1,13 @@
-"""Decodes on meshes of eight virtual CPU devices, and on one device; prints what came out.
+"""Decodes and calibrates on meshes of eight virtual CPU devices, and on one device; prints what came out.
 
-    JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/mesh_runs.py few|all
+    JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/mesh_runs.py few|all|calibration
 
 A process of its own: how many devices there are is settled when JAX starts.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from tiny import outputs, selection_for, start, tiny_model
 
+from specattn_jax.calibration.calibrate import CalibrationSettings
 from specattn_jax.decoding import loop
 from specattn_jax.decoding.autoregressive import Autoregressive
 from specattn_jax.decoding.hierarchical import Hierarchical
@@ -27,8 +29,13 @@ from specattn_jax.decoding.sampling import Sampling
 from specattn_jax.decoding.speculative import SpecAttn, Speculative
 from specattn_jax.decoding.state import DecodeState
 from specattn_jax.evaluation.forced import read_documents
+from specattn_jax.examples import tiny_pair
 from specattn_jax.models.sharding import make_mesh, place, replicated, split_target
+from specattn_jax.planning.device import measure_profile
+from specattn_jax.planning.gate import make_gate
+from specattn_jax.planning.mesh import measure_link
 from specattn_jax.runtime.session import Session
+from specattn_jax.texts import find_text
 
 MESHES = ("heads=8", "data=2,heads=4", "data=4,heads=2", "data=8")
 NEW = 12
@@ -110,8 +117,44 @@ def perplexity(models: Models) -> float:
     return float(read_documents(models.target, models.draft, selection, documents, window=3).perplexity)
 
 
+def calibration(mesh: str | None) -> dict[str, Any]:
+    """What is fitted on a text."""
+    pair = tiny_pair()
+    if mesh is not None:
+        split = split_target(make_mesh(mesh), pair.target.config)
+        pair = dataclasses.replace(pair, target=place(pair.target, split), draft=place(pair.need_draft(), split))
+    settings = CalibrationSettings(context=128, passages=2, windows=4)
+    fitted = pair.calibrate([find_text("northanger_abbey")], settings=settings).alignment
+    assert fitted is not None
+    arrays = ("weights", "savings", "left_out", "length_knots", "length_scale")
+    notes = json.loads(fitted.provenance)
+    return {
+        "layer_map": fitted.layer_map,
+        "arrays": {name: getattr(fitted, name).tolist() for name in arrays}
+        | {name: notes[name] for name in ("mixture_kl", "layer_map_kl")},
+    }
+
+
+def meeting() -> dict[str, Any]:
+    """How fast devices meet, and what the gate of a pair makes of it."""
+    mesh = make_mesh("data=4,heads=2")
+    pair = tiny_pair()
+    split = split_target(mesh, pair.target.config)
+    gate = make_gate(dataclasses.replace(pair, target=place(pair.target, split)), 4, (Autoregressive(),), None)
+    link, alone = measure_link(mesh), measure_profile()
+    assert link is not None
+    return {
+        **link._asdict(),
+        "alone": measure_link(make_mesh("data=8")),
+        "believed": [gate.profile.link_latency_s, gate.profile.link_bandwidth],
+        "waits": gate.profile.target_layer_s - alone.target_layer_s,
+    }
+
+
 def run(which: str) -> dict[str, Any]:
     """What is asked for: tokens on meshes and on one device, and facts of the window's programs."""
+    if which == "calibration":
+        return {"fits": [calibration(mesh) for mesh in (None, "data=4,heads=2")]}
     few = which == "few"
     batch, meshes = (4, MESHES[1:2]) if few else (8, MESHES)
     found: dict[str, Any] = {"runs": [], "perplexity": []}
@@ -128,7 +171,7 @@ def run(which: str) -> dict[str, Any]:
                     found["runs"].append({"case": case, "got": got, "want": want, "window": facts})
     if not few:
         found["perplexity"] = [perplexity(models_on(mesh, whole_draft=False)) for mesh in (None, *MESHES[:3])]
-    return found
+    return found | ({"meeting": meeting()} if few else {})
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from specattn_jax.bench.decode_methods import (
     ImposedAcceptance,
     methods,
 )
-from specattn_jax.bench.decode_report import decode_table, mesh_table
+from specattn_jax.bench.decode_report import decode_table, describe_links, mesh_table
 from specattn_jax.bench.decode_roofline import predict, roofline
 from specattn_jax.bench.decode_workload import Workload, bench_strategy
 from specattn_jax.bench.runner import Limits, rewrite_report, run_benchmark
@@ -343,6 +343,8 @@ def test_what_a_mesh_gains_is_told():
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[-3:]]
     assert [row[2] for row in rows] == ["one device", "heads=2", "data=4"]
     assert [row[5:7] for row in rows] == [["1.00", "100%"], ["1.80", "90%"], ["3.60", "90%"]]
+    links = {"heads=2": {"latency_s": 12e-6, "bandwidth": 3e11}, "data=2": None}
+    assert describe_links({"links": links}).strip() == "On heads=2 devices meet in 12 us, and send 300.0 GB/s."
 
 
 def test_the_grid_of_meshes():
@@ -351,5 +353,9 @@ def test_the_grid_of_meshes():
     # One sequence cannot be split.
     assert {point.case.mesh for point in points if point.case.batch == 1} == {"", "heads=2"}
     moved = on_mesh(decode_grid("tiny"), "heads=2")
-    assert all(point.case.mesh == "heads=2" and not point.case.real for point in moved)
-    assert {point.case.devices for point in moved} == {2}
+    assert not any(point.case.real for point in moved)
+    # One run compares the two.
+    half = len(moved) // 2
+    assert [one.name for one in moved[:half]] == [one.name for one in moved[half:]]
+    assert [one.case.devices for one in moved] == [1] * half + [2] * half
+    assert {(point.case.mesh, point.title.split(" on ")[-1]) for point in moved[half:]} == {("heads=2", "heads=2")}

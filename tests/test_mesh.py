@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -64,6 +65,30 @@ def test_a_mesh_gives_the_same_tokens():
     window = found["runs"][0]["window"]
     assert window["cache_spec"] == "P('data', 'heads')"
     assert window["moved"] > 0
+    met = found["meeting"]
+    assert met["latency_s"] > 0
+    assert 0 < met["bandwidth"] < math.inf
+    # Devices that only share sequences never meet.
+    assert met["alone"] is None
+    assert met["believed"] == [met["latency_s"], met["bandwidth"]]
+    assert met["waits"] > 2 * met["latency_s"]
+
+
+@pytest.mark.slow
+def test_a_mesh_calibrates_as_one_device_does():
+    want, got = run_in_a_process("calibration")["fits"]
+    assert got["layer_map"] == want["layer_map"]
+    # Not all of the draft's layers say the same.
+    assert len(set(want["layer_map"])) > 1
+    for name, array in want["arrays"].items():
+        np.testing.assert_allclose(got["arrays"][name], array, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("command", ["generate", "perplexity", "calibrate", "tasks"])
+def test_commands_that_run_a_model_take_a_mesh(tiny_folders, tmp_path, command):
+    options = ["--prompt", "a"] if command == "generate" else ["--out", tmp_path / "out"]
+    pair = ["--target", tiny_folders.target, "--draft", tiny_folders.draft]
+    assert "mesh is data=1,heads=64, which takes" in mistake(command, *pair, *options, "--mesh", "heads=64")
 
 
 @pytest.mark.slow

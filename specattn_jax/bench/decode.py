@@ -20,9 +20,9 @@ from specattn_jax.bench.decode_hlo import loop_facts
 from specattn_jax.bench.decode_methods import Method, methods
 from specattn_jax.bench.decode_parts import time_parts
 from specattn_jax.bench.decode_real import measure_real
-from specattn_jax.bench.decode_report import decode_table, draw_decode, mesh_table
+from specattn_jax.bench.decode_report import decode_table, draw_decode
 from specattn_jax.bench.decode_roofline import compare, roofline
-from specattn_jax.bench.decode_workload import Workload, backend_of, bench_strategy
+from specattn_jax.bench.decode_workload import Workload, backend_of, bench_strategy, link_facts, peak_bytes
 from specattn_jax.bench.runner import Benchmark, Point, Report
 from specattn_jax.decoding.loop import decode
 from specattn_jax.decoding.protocol import Strategy
@@ -48,7 +48,7 @@ def decode_benchmark(grid: DecodeGrid = "small", mesh: str | None = None) -> Ben
 
     Args:
         grid: which points.
-        mesh: devices that share the work, such as heads=2; None: one.
+        mesh: devices that share the work, such as heads=2, which are compared with one of them; None: one alone.
     """
     # The tiny grid only shows that everything runs.
     timing = TimingSettings(seconds=0.01, repeats=2) if grid == "tiny" else TimingSettings(0.3, 5)
@@ -62,9 +62,15 @@ def decode_benchmark(grid: DecodeGrid = "small", mesh: str | None = None) -> Ben
         open=lambda report: _Bench(timing, report["copy_bytes_per_second"]).measure,
         conclude=_conclude,
         files=_files,
-        # For what `auto` would choose; of accelerators it is a constant.
-        facts=lambda: {"flops": measure_profile().flops if jax.default_backend() == "cpu" else None},
+        facts=functools.partial(_facts, () if mesh is None else (mesh,)),
     )
+
+
+def _facts(meshes: Sequence[str]) -> Report:
+    """What is measured before the points: how fast devices meet; and for what `auto` would choose, arithmetic."""
+    # Of accelerators it is a constant.
+    flops = measure_profile().flops if jax.default_backend() == "cpu" else None
+    return {"flops": flops, **({"links": link_facts(meshes)} if meshes else {})}
 
 
 def _conclude(report: Report) -> None:
@@ -82,14 +88,15 @@ def _files(report: Report, folder: Path) -> dict[str, bytes]:
 def mesh_benchmark(meshes: Sequence[str]) -> Benchmark:
     """The decode benchmark of two long contexts, on one device and on meshes such as heads=2 and data=2.
 
-    Writes mesh.json, and mesh.md with what the devices gain.
+    Writes mesh.json, with how fast the devices meet, and mesh.md with what they gain.
     """
     return dataclasses.replace(
         decode_benchmark(),
         file="mesh",
         points=mesh_grid(meshes),
         conclude=lambda report: compare(report["points"]),
-        files=lambda report, _: {"mesh.md": (mesh_table(report) + "\n" + decode_table(report)).encode()},
+        files=lambda report, _: {"mesh.md": decode_table(report).encode()},
+        facts=functools.partial(_facts, meshes),
     )
 
 
@@ -120,7 +127,7 @@ class _Bench:
         loop = _Loop(self._at(case), method)
         strategy, found = _tune(loop)
         found |= {**loop.facts, **_time_loop(loop, strategy, self._timing)}
-        found["memory"]["process_peak"] = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        found["memory"]["process_peak"] = peak_bytes()
         if point.parts and isinstance(strategy, Speculative):
             part_timing = self._timing._replace(seconds=self._timing.seconds / 3)
             parts = time_parts(loop.workload, strategy, loop.start(strategy), part_timing)

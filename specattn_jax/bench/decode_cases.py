@@ -87,11 +87,18 @@ class DecodeCase:
 
 
 def on_mesh(points: Sequence[Point], mesh: str | None) -> list[Point]:
-    """The points on a mesh: those with random weights, as a real pair is measured on one device."""
+    """The points on one device and then on a mesh, case by case; without a mesh as they are.
+
+    A real pair is measured on one device alone, and so left out.
+    """
     if mesh is None:
         return list(points)
-    moved = [(point, dataclasses.replace(point.case, mesh=mesh)) for point in points if not point.case.real]
-    return [Point(case, point.name, f"{point.title} on {mesh}", point.parts) for point, case in moved]
+    both: list[Point] = []
+    for case, members in itertools.groupby((point for point in points if not point.case.real), lambda one: one.case):
+        alone = list(members)
+        moved = dataclasses.replace(case, mesh=mesh)
+        both += [*alone, *(one._replace(case=moved, title=f"{one.title} on {mesh}") for one in alone)]
+    return both
 
 
 def mesh_grid(meshes: Sequence[str]) -> list[Point]:

@@ -35,6 +35,8 @@ def decode_table(report: dict[str, Any], peers: dict[str, Any] | None = None) ->
     ]
     if not report["complete"]:
         parts.append("The run stopped before its end.\n")
+    if any(case.mesh for case in by_case(report["points"])):
+        parts.append(mesh_table(report))
     for case, points in by_case(report["points"]).items():
         parts.append(_real_section(case, points) if case.real else _section(case, points))
     if report.get("auto"):
@@ -59,7 +61,16 @@ def mesh_table(report: dict[str, Any]) -> str:
         what = f"{case.batch} x {case.slots:,}", point["method"], case.mesh or "one device"
         rows.append((*what, *_speeds(point), *shares))
     columns = ("caches", "method", "mesh", "tokens/s", "ms/window", "over one device", "of as many", "of copy")
-    return f"### Devices together\n\n{markdown(columns, rows)}"
+    return f"### Devices together\n{describe_links(report)}\n{markdown(columns, rows)}"
+
+
+def describe_links(report: dict[str, Any]) -> str:
+    """How fast devices meet on the meshes of a report, a sentence for each; empty where they do not."""
+    links = {mesh: link for mesh, link in report.get("links", {}).items() if link is not None}
+    return "".join(
+        f"\nOn {mesh} devices meet in {link['latency_s'] * 1e6:.0f} us, and send {link['bandwidth'] / 1e9:.1f} GB/s.\n"
+        for mesh, link in links.items()
+    )
 
 
 def _heading(case: DecodeCase) -> str:

@@ -9,7 +9,9 @@ from specattn_jax.bench.decode_methods import AUTOREGRESSIVE, MOSAIC, RIVAL, SPE
 from specattn_jax.decoding.judging import judge_exactly
 from specattn_jax.decoding.protocol import Strategy
 from specattn_jax.decoding.work import Scenario, Work
+from specattn_jax.models.sharding import MeshShape, abstract_mesh, split_draft
 from specattn_jax.planning.cost import window_bytes
+from specattn_jax.planning.mesh import share_of
 from specattn_jax.selection.reads import ReadEverything
 
 
@@ -53,7 +55,7 @@ def predict(case: DecodeCase, method: Method, density: float | None = None) -> P
 
 
 def roofline(case: DecodeCase, method: Method, found: dict[str, Any], copy: float) -> dict[str, Any]:
-    """The bytes that a window has to move, and how near to the copy bandwidth of its devices it came.
+    """The bytes that each device has to move in a window, and how near to its copy bandwidth the window came.
 
     Args:
         case: what was decoded.
@@ -62,9 +64,12 @@ def roofline(case: DecodeCase, method: Method, found: dict[str, Any], copy: floa
         copy: bytes per second of a copy.
     """
     _, scenario, work = predict(case, method, found["density"])
+    if case.mesh:
+        mesh = MeshShape.parse(case.mesh)
+        split = split_draft(abstract_mesh(mesh), scenario.draft, scenario.itemsize)
+        scenario = share_of(scenario, mesh, whole_draft=split.heads is None)
     moved = window_bytes(scenario, work)
-    share = moved.total / case.devices / found["window_seconds"] / copy
-    return {"bytes": moved._asdict(), "share_of_copy_bandwidth": share}
+    return {"bytes": moved._asdict(), "share_of_copy_bandwidth": moved.total / found["window_seconds"] / copy}
 
 
 def compare(points: list[dict[str, Any]]) -> None:

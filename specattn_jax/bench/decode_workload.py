@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,15 @@ from specattn_jax.models.cache import KVCache
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.models.sharding import (
     device_bytes,
+    device_cache_bytes,
+    device_weight_bytes,
     make_mesh,
     split_draft,
     split_target,
     weight_shardings,
 )
 from specattn_jax.models.transformer import LanguageModel, abstract_model
+from specattn_jax.planning.mesh import measure_link
 from specattn_jax.runtime.session import Session
 from specattn_jax.selection.alignment import Alignment, NucleusMass
 from specattn_jax.selection.make import make_selection
@@ -62,6 +66,18 @@ def random_model(config: ModelConfig, key: PRNGKeyArray, dtype: str, split: Spli
     return dataclasses.replace(empty, params=jax.tree.unflatten(structure, made), split=split)
 
 
+def case_splits(case: DecodeCase) -> tuple[Split | None, Split | None]:
+    """How target and draft of a case are split over its mesh.
+
+    Raises:
+        UserError: the mesh does not fit the target or this machine.
+    """
+    if not case.mesh:
+        return None, None
+    mesh, itemsize = make_mesh(case.mesh), jnp.dtype(case.dtype).itemsize
+    return split_target(mesh, shape(case.target)), split_draft(mesh, shape(case.draft), itemsize)
+
+
 def random_models(case: DecodeCase) -> Models:
     """The models of a case, on its mesh.
 
@@ -69,13 +85,25 @@ def random_models(case: DecodeCase) -> Models:
         UserError: the mesh does not fit the target or this machine.
     """
     configs = shape(case.target), shape(case.draft)
-    splits: tuple[Split | None, Split | None] = None, None
-    if case.mesh:
-        mesh, itemsize = make_mesh(case.mesh), jnp.dtype(case.dtype).itemsize
-        splits = split_target(mesh, configs[0]), split_draft(mesh, configs[1], itemsize)
     keys = jax.random.split(jax.random.key(1))
-    made = zip(configs, keys, splits, strict=True)
+    made = zip(configs, keys, case_splits(case), strict=True)
     return Models(*(random_model(config, key, case.dtype, split) for config, key, split in made))
+
+
+def link_facts(meshes: Sequence[str]) -> dict[str, dict[str, float] | None]:
+    """How fast the devices of each mesh meet, measured; None where they do not.
+
+    Raises:
+        UserError: there are fewer devices than a mesh takes.
+    """
+    links = {mesh: measure_link(make_mesh(mesh)) for mesh in meshes}
+    return {mesh: None if link is None else link._asdict() for mesh, link in links.items()}
+
+
+def peak_bytes() -> int | None:
+    """The most that any device of this process has held so far; None where nobody counts."""
+    counts = [device.memory_stats() for device in jax.local_devices()]
+    return max((count["peak_bytes_in_use"] for count in counts if count and "peak_bytes_in_use" in count), default=None)
 
 
 def random_cache(
@@ -110,6 +138,12 @@ class Workload:
     """Models and caches of one case; each state borrows the caches and gives them back.
 
     A second pair of caches would not fit beside the first, so that there is one, donated from call to call.
+
+    Attributes:
+        case: what is decoded.
+        session: the models.
+        cache_bytes: what each device holds of the caches.
+        weight_bytes: likewise, of the weights.
     """
 
     def __init__(self, case: DecodeCase, models: Models | None = None) -> None:
@@ -120,22 +154,21 @@ class Workload:
             models: those of the case, see `models_for`.
 
         Raises:
-            UserError: the device has not enough memory.
+            UserError: a device has not enough memory, or the mesh does not fit the target or this machine.
         """
         self.case = case
-        configs = shape(case.target), shape(case.draft)
-        item = jnp.dtype(case.dtype).itemsize
-        self.cache_bytes = sum(config.cache_bytes(case.batch, case.slots, item) for config in configs)
-        self.weight_bytes = sum(config.parameter_count() * item for config in configs)
-        needed = {"weights": 0 if models else self.weight_bytes, "caches": self.cache_bytes}
-        check_memory({name: size // case.devices for name, size in needed.items()})
+        configs, splits = (shape(case.target), shape(case.draft)), case_splits(case)
+        both, dtype = list(zip(configs, splits, strict=True)), jnp.dtype(case.dtype)
+        self.cache_bytes = sum(
+            device_cache_bytes(config, case.batch, case.slots, dtype.itemsize, split) for config, split in both
+        )
+        self.weight_bytes = sum(device_weight_bytes(config, dtype, split) for config, split in both)
+        check_memory({"weights": 0 if models else self.weight_bytes, "caches": self.cache_bytes})
         self.session = Session(random_models(case) if models is None else models)
-        both = self.session.models.target, self.session.models.draft
-        splits = [None if model is None else model.split for model in both]
         keys = jax.random.split(jax.random.key(2))
         self._target_cache, self._draft_cache = (
             random_cache(config, case.batch, case.slots, key, case.dtype, split)
-            for config, key, split in zip(configs, keys, splits, strict=True)
+            for (config, split), key in zip(both, keys, strict=True)
         )
         jax.block_until_ready((self._target_cache, self._draft_cache))
 

@@ -29,7 +29,7 @@ from specattn_jax.bench.decode_methods import (
 )
 from specattn_jax.bench.decode_real import measure_real
 from specattn_jax.bench.decode_roofline import predict
-from specattn_jax.bench.decode_workload import random_alignment, random_models
+from specattn_jax.bench.decode_workload import link_facts, peak_bytes, random_alignment, random_models
 from specattn_jax.bench.request_report import draw_requests, request_table
 from specattn_jax.bench.runner import Benchmark, Point, Report
 from specattn_jax.decoding.protocol import Models, Strategy
@@ -63,7 +63,7 @@ def request_benchmark(grid: RequestGrid = "small", mesh: str | None = None) -> B
 
     Args:
         grid: which points.
-        mesh: devices that share the work, such as heads=2; None: one.
+        mesh: devices that share the work, such as heads=2, which are compared with one of them; None: one alone.
     """
     repeats = 1 if grid == "tiny" else 2
     return Benchmark(
@@ -77,6 +77,7 @@ def request_benchmark(grid: RequestGrid = "small", mesh: str | None = None) -> B
             "matrix_flops": _matrix_flops(),
             # For what `auto` would choose; of accelerators it is a constant.
             "flops": measure_profile().flops if jax.default_backend() == "cpu" else None,
+            **({} if mesh is None else {"links": link_facts((mesh,))}),
         },
     )
 
@@ -143,8 +144,7 @@ class _Bench:
         request.prefill(strategy)
         prefills = [request.prefill(strategy) for _ in range(self._repeats)]
         # Of the process, so that it tells of the first case alone.
-        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-        facts: dict[str, Any] = {"prefill_repeats": prefills, "peak_bytes": peak}
+        facts: dict[str, Any] = {"prefill_repeats": prefills, "peak_bytes": peak_bytes()}
         if point.name == SPECULATIVE:
             request.prefill(strategy, None)
             facts["prefill_seconds_draft_sees_all"] = request.prefill(strategy, None)

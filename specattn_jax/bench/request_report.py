@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from specattn_jax.bench.decode_methods import AUTOREGRESSIVE
+from specattn_jax.bench.decode_report import describe_links
 from specattn_jax.bench.drawing import failed_row, make_panels, markdown
+from specattn_jax.models.sharding import MeshShape
 from specattn_jax.reporting.plots import as_png
 
 _COLUMNS = (
@@ -18,11 +20,22 @@ _COLUMNS = (
     "over transformers",
     "pays from",
 )
+_MESH = (
+    "case",
+    "method",
+    "first token of one device",
+    "of the mesh",
+    "gain",
+    "decoding of one device",
+    "of the mesh",
+    "gain",
+)
 _PREFILL = ("case", "seconds", "transformers", "over transformers", "of the causal bound", "draft besides")
 
 
 def _title(case: dict[str, Any]) -> str:
-    return f"{case['target']} {case['batch']} x {case['slots'] - case['room']:,} + {case['room']}"
+    where = f" on {case['mesh']}" if case.get("mesh") else ""
+    return f"{case['target']} {case['batch']} x {case['slots'] - case['room']:,} + {case['room']}{where}"
 
 
 def _at(points: list[dict[str, Any]], case: dict[str, Any], method: str) -> dict[str, Any] | None:
@@ -59,10 +72,29 @@ def request_table(report: dict[str, Any], peers: dict[str, Any] | None) -> str:
         "### Prefill of the target\n",
         markdown(_PREFILL, _prefill_rows(report, peers)),
     ]
+    together = _mesh_rows(points)
+    if together:
+        parts += [f"### Devices together\n{describe_links(report)}", markdown(_MESH, together)]
     if report.get("auto"):
         rows = [(_title(one["case"]), one["chosen"], one["best"], f"{one['of_best']:.2f}") for one in report["auto"]]
         parts += ["### What `--mode auto` chooses\n", markdown(("case", "chosen", "fastest", "of the best"), rows)]
     return "\n".join(parts)
+
+
+def _mesh_rows(points: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """What meshes gain over one device of the same run: the prompt, and decoding."""
+    rows = []
+    for point in points:
+        case = point["case"]
+        if point["failure"] is not None or not case.get("mesh"):
+            continue
+        alone = _at(points, {**case, "mesh": ""}, point["method"])
+        if alone is not None:
+            parts = ("prefill_seconds", "decode_seconds_median")
+            gains = [f"{alone[part] / point[part]:.2f}" for part in parts]
+            seconds = [f"{one[part]:.3f}" for part in parts for one in (alone, point)]
+            rows.append((_title(case), point["method"], *seconds[:2], gains[0], *seconds[2:], gains[1]))
+    return rows
 
 
 def _row(points: list[dict[str, Any]], point: dict[str, Any], peers: dict[str, Any] | None) -> tuple[str, ...]:
@@ -98,7 +130,8 @@ def _prefill_rows(report: dict[str, Any], peers: dict[str, Any] | None) -> list[
         if point["method"] != AUTOREGRESSIVE or "arithmetic" not in point:
             continue
         case, mine = point["case"], point["prefill_seconds"]
-        theirs, bound = _peer(peers, case, "prefill"), sum(point["arithmetic"].values()) / report["matrix_flops"]
+        flops = report["matrix_flops"] * (MeshShape.parse(case["mesh"]).devices if case.get("mesh") else 1)
+        theirs, bound = _peer(peers, case, "prefill"), sum(point["arithmetic"].values()) / flops
         both = next(
             (one for one in points if one["case"] == case and one["method"] != AUTOREGRESSIVE and not one["failure"]),
             None,

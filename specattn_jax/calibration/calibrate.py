@@ -29,6 +29,7 @@ from specattn_kernels import top_p_threshold
 from specattn_jax.errors import UserError
 from specattn_jax.files import atomic_folder
 from specattn_jax.models.forward import causal_attention, read_sequence
+from specattn_jax.models.sharding import fetch
 from specattn_jax.models.transformer import LanguageModel
 from specattn_jax.reporting.plots import alignment_heatmap
 from specattn_jax.selection.alignment import (
@@ -313,8 +314,9 @@ def price_passage(
         predicted = predict(weights[index * heads : (index + 1) * heads], sources)
         gradients = jnp.stack([sample[index] for sample in samples])
         cost, density = price_layer(layer, predicted, gradients, starts, masses, policy=policy, units=units)
-        costs.append(np.asarray(cost))
-        densities.append(np.asarray(density))
+        cost, density = fetch((cost, density))
+        costs.append(cost)
+        densities.append(density)
     return np.concatenate(costs), np.concatenate(densities)
 
 
@@ -331,8 +333,8 @@ def calibrate(
     """Fits everything that an `Alignment` holds.
 
     Args:
-        target: the target.
-        draft: the draft.
+        target: the target; on a mesh where its weights lie on one.
+        draft: the draft, likewise.
         documents: token ids of each text.
         policy: the mixture policy for which budgets are fitted.
         settings: what to read.
@@ -362,7 +364,8 @@ def calibrate(
         sources.append(draft_sources(draft, passage, settings.granularity, settings.window))
     tell("fitting the mixture", half, total)
     attention, basis = jnp.concatenate(wanted, axis=1), jnp.concatenate(sources, axis=1)
-    weights = jax.jit(fit_mixture, static_argnums=2)(attention, basis, settings.iterations)
+    # Of an artifact every device has all, whatever mesh it was fitted on.
+    weights = jnp.asarray(fetch(jax.jit(fit_mixture, static_argnums=2)(attention, basis, settings.iterations)))
     mixture_kl = attention_kl(attention, jnp.einsum("ar,rns->ans", weights, basis))
     similarity = _similarity(attention, basis, target, draft)
     layer_map = monotone_map(similarity)
@@ -381,7 +384,7 @@ def calibrate(
         **(provenance or {}),
         "settings": dataclasses.asdict(settings),
         "policy": dataclasses.asdict(policy),
-        "mixture_kl": float(jnp.mean(mixture_kl)),
+        "mixture_kl": float(fetch(jnp.mean(mixture_kl))),
         "layer_map_kl": float(-np.mean([similarity[i, j] for j, i in enumerate(layer_map)])),
     }
     tell("done", total, total)
@@ -424,4 +427,5 @@ def _similarity(
     """Published similarity `[M, L]` from rows that are already averaged within groups (groups are of equal size)."""
     per_layer = attention.reshape(target.config.num_layers, -1, *attention.shape[1:]).mean(axis=1)
     drafts = basis.reshape(draft.config.num_layers, -1, *basis.shape[1:]).mean(axis=1)
-    return np.asarray(jax.jit(layer_similarity)(per_layer, drafts))
+    found: np.ndarray = fetch(jax.jit(layer_similarity)(per_layer, drafts))
+    return found

@@ -30,6 +30,7 @@ def calibrate_command(
     window: options.Window = 5,
     seed: options.Seed = 0,
     dtype: options.Dtype = "auto",
+    mesh: options.Mesh = None,
     as_json: options.Json = False,
 ) -> None:
     """Fit how the draft's attention predicts the target's; writes alignment.json, alignment.npz and heatmap.png."""
@@ -54,7 +55,7 @@ def calibrate_command(
     began = time.perf_counter()
     with stage_bar() as bar:
         bar.wait("starting")
-        pair = load_pair(target, draft, alignment=None, dtype=dtype, progress=bar.bytes)
+        pair = load_pair(target, draft, alignment=None, dtype=dtype, mesh=mesh, progress=bar.bytes)
         documents = bar.read_documents(paths, pair.tokenizer)
         texts = [path.name for path in paths]
         alignment = pair.calibrate(

@@ -52,6 +52,7 @@ def tasks_command(
     window: options.Window = 5,
     chat: Annotated[bool, typer.Option("--chat", help="Ask in the model's chat format.")] = False,
     dtype: options.Dtype = "auto",
+    mesh: options.Mesh = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure scores against cache reads saved: RULER, needles and long answers in books, code completion.
@@ -88,7 +89,7 @@ def tasks_command(
     settings = TaskSettings(samples=samples, window=window, batch=batch, chat=chat)
     with stage_bar() as bar:
         bar.wait("starting")
-        pair = load_pair(target, draft, alignment=alignment or "default", dtype=dtype, progress=bar.bytes)
+        pair = load_pair(target, draft, alignment=alignment or "default", dtype=dtype, mesh=mesh, progress=bar.bytes)
         run = TaskRun(pair, settings, open_task_store(out, pair, settings), functools.partial(_show, bar))
         rows = run.run(names, counts, cases)
     about = (

@@ -16,8 +16,8 @@ from specattn_jax.loading.presets import get_preset, preset_names
 from specattn_jax.models.cache import Reach
 from specattn_jax.models.sharding import mesh_shape
 from specattn_jax.planning.acceptance import OWN_ACCEPTANCE, TEXT_ACCEPTANCE, Acceptance
-from specattn_jax.planning.device import DeviceProfile, measure_profile, prefill_seconds, seconds_per_token
-from specattn_jax.planning.mesh import share
+from specattn_jax.planning.device import DeviceProfile, prefill_seconds, seconds_per_token
+from specattn_jax.planning.mesh import measure_mesh, share
 from specattn_jax.selection.make import DraftedSelection
 
 # Drafted tokens per window that `auto` considers; longer ones pay for drafts that accept nearly everything only.
@@ -357,10 +357,11 @@ def make_gate(
         policy = selection.policy
         scenario = scenario._replace(kv_reduction=expected_saving(selection), draft_reads=policy.draft_reads)
         always_read = policy.num_sink + policy.num_recent
-    profile = profile or measure_profile()
-    if pair.target.split is not None:
+    split = pair.target.split
+    profile = profile or measure_mesh(None if split is None else split.mesh)
+    if split is not None:
         whole = pair.draft is None or pair.draft.split is None or pair.draft.split.heads is None
-        scenario, profile = share(scenario, profile, mesh_shape(pair.target.split), whole_draft=whole)
+        scenario, profile = share(scenario, profile, mesh_shape(split), whole_draft=whole)
     return Gate(scenario, profile, tuple(strategies), always_read)
 
 
