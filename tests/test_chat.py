@@ -73,7 +73,12 @@ def talk(tiny_pair, monkeypatch):
 
 def test_what_is_said_is_read_as_files_are(talk, monkeypatch):
     heard = list[str]()
-    monkeypatch.setattr(chat._Conversation, "hear", lambda _, line: heard.append(line) or True)
+
+    def hear(_, line):
+        heard.append(line)
+        return True
+
+    monkeypatch.setattr(chat._Conversation, "hear", hear)
     done = talk(b"\xef\xbb\xbfHello\r\n\xff\xfe\r\n \n\xc3\xa9")
     assert done.exit_code == 0
     assert heard == ["Hello", "é"]
