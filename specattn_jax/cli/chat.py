@@ -10,7 +10,7 @@ import typer
 
 from specattn_jax.cli import options
 from specattn_jax.cli.process import importing
-from specattn_jax.cli.terminal import open_stdin, say, stage_bar
+from specattn_jax.cli.terminal import open_stdin, say, say_error, stage_bar
 from specattn_jax.errors import UserError
 from specattn_jax.texts import decode_text
 
@@ -65,7 +65,7 @@ def chat_command(
                 break
         except UserError as error:
             # A conversation goes on after a mistake.
-            say(f"Error: {error}", style="red")
+            say_error(str(error))
         except KeyboardInterrupt:
             say("")
 

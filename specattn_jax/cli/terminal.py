@@ -52,9 +52,9 @@ def print_errors_alone() -> None:
 
 
 def say_error(message: str) -> None:
-    """One line that says what went wrong."""
+    """One line that says what went wrong, also where it quotes a name of several lines."""
     console.quiet = False
-    console.print(Text.assemble(("Error: ", "bold red"), message), soft_wrap=True)
+    console.print(Text.assemble(("Error: ", "bold red"), "\\n".join(message.splitlines())), soft_wrap=True)
 
 
 @contextlib.contextmanager
