@@ -68,10 +68,10 @@ def decode_text(data: bytes, origin: str) -> str:
         origin: what to call them in messages.
 
     Raises:
-        UserError: they are not UTF-8 (says where, and what they look like).
+        UserError: they are not UTF-8 (says where, and what they look like), or surely meant as something else.
     """
     try:
-        return data.decode("utf-8").removeprefix("\ufeff")
+        text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         other = " (it begins like UTF-16)" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else ""
@@ -79,6 +79,13 @@ def decode_text(data: bytes, origin: str) -> str:
             f"{origin} is not valid UTF-8: byte 0x{data[error.start]:02x} at offset {error.start} (line {line})"
             f"{other}; convert it to UTF-8."
         ) from error
+    # Plain letters in UTF-16 or UTF-32 are valid UTF-8, of which every other byte is zero.
+    if 4 * data.count(0) > len(data):
+        raise UserError(
+            f"{origin} is no text in UTF-8: {data.count(0):,} of its {len(data):,} bytes are zero, as in UTF-16; "
+            "convert it to UTF-8."
+        )
+    return text
 
 
 def without_final_newline(text: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from command import run
 
@@ -68,6 +70,67 @@ def test_the_terminal(tiny_pair, monkeypatch):
     first, again = (tiny_pair.tokenizer.decode(_answer(tiny_pair)) for _ in range(2))
     assert done.stdout.count(first) >= 2
     assert first == again
+
+
+@pytest.fixture
+def talk(tiny_pair, monkeypatch):
+    """A conversation with the tiny pair, whose template is what was said and nothing else."""
+    monkeypatch.setattr(
+        type(tiny_pair.tokenizer), "apply_chat", lambda _, messages: "".join(m["content"] for m in messages)
+    )
+    monkeypatch.setattr("specattn_jax.loading.pair.load_pair", lambda *_, **__: tiny_pair)
+    return lambda lines, *options: run("chat", "--mode", "autoregressive", *options, stdin=lines)
+
+
+def test_what_is_said_is_read_as_files_are(talk, monkeypatch):
+    heard = list[str]()
+
+    def hear(_, line):
+        heard.append(line)
+        return True
+
+    monkeypatch.setattr(chat._Conversation, "hear", hear)
+    done = talk(b"\xef\xbb\xbfHello\r\n\xff\xfe\r\n \n\xc3\xa9")
+    assert done.exit_code == 0
+    assert heard == ["Hello", "é"]
+    assert "Error: what you said is not valid UTF-8: byte 0xff at offset 0" in done.stderr
+
+
+def test_a_conversation_ends_with_the_context_and_begins_anew(talk, tiny_pair):
+    context = tiny_pair.target.config.max_context
+    long = b"a" * (context - 5)
+    done = talk(long + b"\nb\n/reset\nb\n", "--max-new-tokens", 8)
+    assert done.exit_code == 0
+    said = " ".join(done.stderr.split())
+    assert f"(the context of {context} tokens is full; /reset begins anew)" in said
+    assert f"but the context of {tiny_pair.target_name} is {context}; say less, or begin anew with /reset." in said
+    assert done.stdout.count("\n") >= 2
+
+
+def test_what_cannot_be_a_conversation(talk, tiny_pair, monkeypatch):
+    assert "--max-new-tokens is 0; expected at least 1." in talk(b"Hello\n", "--max-new-tokens", 0).stderr
+    alone = dataclasses.replace(tiny_pair, draft=None, alignment=None)
+    monkeypatch.setattr("specattn_jax.loading.pair.load_pair", lambda *_, **__: alone)
+    assert "but mode speculative needs one" in talk(b"Hello\n", "--mode", "speculative", "--draft", "none").stderr
+    changed = talk(b"/mode speculative\n/mode specattn\n/saved\n", "--draft", "none")
+    assert (changed.exit_code, changed.stderr.count("Error: ")) == (0, 2)
+    wordless = dataclasses.replace(alone, tokenizer=dataclasses.replace(alone.tokenizer, chat_template=None))
+    monkeypatch.setattr("specattn_jax.loading.pair.load_pair", lambda *_, **__: wordless)
+    done = talk(b"Hello\n", "--draft", "none")
+    assert done.exit_code == 1
+    assert "has no chat template; name a chat model, or use `generate`." in done.stderr
+
+
+def test_ctrl_c_never_ends_a_conversation(talk, tiny_pair, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        # Before the model is asked.
+        patched.setattr(type(tiny_pair.tokenizer), "encode_chat", interrupted)
+        done = talk(b"Hello\n/saved\n/quit\n")
+    assert done.exit_code == 0
+    assert "nothing was answered yet" in done.stderr
 
 
 def _answer(pair):

@@ -240,6 +240,10 @@ class TestMistakes:
     def test_no_such_model(self):
         assert "found nothing of that name" in mistake("generate", "--target", "no-such-model", "--prompt", "a")
 
+    def test_a_name_of_several_lines_stays_in_one(self):
+        assert r"model 'a\nb': found" in mistake("info", "a\nb")
+        assert r"folder /a\nb, and" in mistake("info", "/a\nb")
+
     @pytest.mark.parametrize("name", ["x" * 300, "~nobody-of-that-name/model"])
     def test_impossible_names(self, tiny_folders, name):
         assert "found nothing of that name" in mistake("info", name)

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from command import mistake
 
+from specattn_jax.calibration.calibrate import CalibrationSettings
 from specattn_jax.decoding.sampling import is_sound
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.forced import read_documents
+from specattn_jax.evaluation.methods import FULL, Case
+from specattn_jax.evaluation.tasks.likelihood import Continuation, likelihoods
 from specattn_jax.loading import save_hf
 from specattn_jax.loading.pair import load_pair
 from specattn_jax.models.transformer import LanguageModel
@@ -83,6 +86,21 @@ def test_perplexity_is_no_nan(tiny_pair):
     target = with_weight(tiny_pair.target, "down", jnp.nan)
     with pytest.raises(UserError, match=r"^target: .* in document 1, as its weight "):
         read_documents(target, tiny_pair.draft, None, np.arange(120).reshape(2, 60))
+
+
+@pytest.mark.parametrize("role", ["target", "draft"])
+def test_calibration_fits_nothing_to_nan(tiny_pair, role, tmp_path):
+    pair = dataclasses.replace(tiny_pair, **{role: with_weight(getattr(tiny_pair, role), "down", jnp.nan, layer=0)})
+    few = CalibrationSettings(context=64, passages=2, windows=2, window=2, iterations=2)
+    with pytest.raises(UserError, match=f"^{role}: what it computes of the texts is NaN or infinite, in float32; "):
+        pair.calibrate([list(range(128))], settings=few, out=tmp_path / "alignment")
+    assert not (tmp_path / "alignment").exists()
+
+
+def test_a_likelihood_is_no_nan(tiny_pair):
+    pair = dataclasses.replace(tiny_pair, target=with_weight(tiny_pair.target, "down", jnp.nan))
+    with pytest.raises(UserError, match=r"^target: .* in a text that is scored, as its weight "):
+        likelihoods(pair, Case(FULL), [Continuation(list(range(20)), 4)])
 
 
 def test_the_command_says_it_and_fails(tiny_folders, tmp_path):

@@ -33,6 +33,10 @@ def test_a_byte_order_mark_is_no_text(tmp_path, name):
 def test_stdin_is_read_as_files_are(monkeypatch):
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(BOM + b"hello\r\n")))
     assert read_stdin() == "hello\r\n"
+    # Closed by whoever started the program.
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match="stdin is closed"):
+        read_stdin()
 
 
 @given(text=st.text(max_size=8), end=st.sampled_from(["", "\n", "\r\n", "\r"]))
@@ -49,6 +53,14 @@ def test_where_bytes_are_no_text():
         decode_text(BOM + b"\n\xff", "x")
     with pytest.raises(UserError, match=r"offset 0 \(line 1\) \(it begins like UTF-16\); convert it"):
         decode_text("hello".encode("utf-16"), "x")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_wide_characters_without_a_mark_are_no_text(encoding):
+    # They are valid UTF-8, of which no model makes sense.
+    with pytest.raises(UserError, match=r"x is no text in UTF-8: .* bytes are zero, as in UTF-16; convert it to UTF-8"):
+        decode_text("Call me Ishmael.\n".encode(encoding), "x")
+    assert decode_text(b"Call\0me", "x") == "Call\0me"
 
 
 @pytest.mark.parametrize("content", [b"Call me", b"Call me\n", b"Call me\r\n", BOM + b"Call me", BOM + b"Call me\r\n"])

@@ -267,7 +267,7 @@ def draft_sources(
         )
     )
     per_layer = [reduce(layer, rows) for layer in capture(draft, passage.tokens, rows)]
-    return jnp.swapaxes(jnp.concatenate(per_layer, axis=1), 0, 1)
+    return _finite("draft", draft, jnp.swapaxes(jnp.concatenate(per_layer, axis=1), 0, 1))
 
 
 def target_rows(target: LanguageModel, passage: Passage, window: int) -> Float[Array, "rows Q T"]:
@@ -278,7 +278,23 @@ def target_rows(target: LanguageModel, passage: Passage, window: int) -> Float[A
             attention_at(layer, rows).reshape(heads, -1, rows.shape[0], layer.k.shape[1]), axis=1
         )
     )
-    return jnp.concatenate([average(layer, rows) for layer in capture(target, passage.tokens, rows)])
+    return _finite(
+        "target", target, jnp.concatenate([average(layer, rows) for layer in capture(target, passage.tokens, rows)])
+    )
+
+
+def _finite(role: str, model: LanguageModel, found: Array) -> Array:
+    """What was found about a model, if it consists of numbers.
+
+    Raises:
+        UserError: it does not; names the model.
+    """
+    if not bool(jnp.all(jnp.isfinite(found))):
+        raise UserError(
+            f"{role}: what it computes of the texts is NaN or infinite, in {model.dtype.name}; check its files, or "
+            "load it with dtype float32."
+        )
+    return found
 
 
 def price_passage(
@@ -345,7 +361,7 @@ def calibrate(
         The alignment, and the similarity `[M, L]` of draft and target layers (for the heat-map).
 
     Raises:
-        UserError: the texts are too short, or the context exceeds a model's.
+        UserError: the texts are too short, the context exceeds a model's, or a model computes NaN or infinity.
     """
     settings = settings or CalibrationSettings()
     limit = min(target.config.max_context, draft.config.max_context)
@@ -375,6 +391,7 @@ def calibrate(
     for index, passage in enumerate(passages[half:]):
         tell("pricing layers", half + 1 + index, total)
         cost, density = price_passage(target, draft, weights, passage, policy, settings, jax.random.fold_in(key, index))
+        _finite("target", target, jnp.asarray(cost))
         costs.append(cost)
         densities.append(density)
     tell("fitting budgets", total - 1, total)

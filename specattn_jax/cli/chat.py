@@ -10,8 +10,9 @@ import typer
 
 from specattn_jax.cli import options
 from specattn_jax.cli.process import importing
-from specattn_jax.cli.terminal import say, stage_bar
+from specattn_jax.cli.terminal import open_stdin, say, say_error, stage_bar
 from specattn_jax.errors import UserError
+from specattn_jax.texts import decode_text
 
 if TYPE_CHECKING:
     from specattn_jax.loading.pair import ModelPair
@@ -51,41 +52,66 @@ def chat_command(
         top_p=top_p,
         seed=seed,
     )
+    if max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens is {max_new_tokens}; expected at least 1.")
+    request.check_drafted(draft)
     with stage_bar() as bar:
         pair = load_pair(target, draft, alignment=alignment or "default", dtype=dtype, mesh=mesh, progress=bar.bytes)
-    say(_HELP, style="dim")
     conversation = _Conversation(pair, request)
+    say(_HELP, style="dim")
     for line in _lines():
         try:
-            if not conversation.hear(line):
+            if not conversation.hear(decode_text(line, "what you said").strip()):
                 break
         except UserError as error:
             # A conversation goes on after a mistake.
-            say(f"Error: {error}", style="red")
+            say_error(str(error))
+        except KeyboardInterrupt:
+            say("")
 
 
-def _lines() -> Iterator[str]:
-    """What the person says, line by line."""
+def _lines() -> Iterator[bytes]:
+    """What the person says, line by line; as bytes, because one that is no UTF-8 must not end the conversation."""
+    stdin = open_stdin()
     while True:
-        if sys.stdin.isatty():
+        if stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
         try:
-            line = sys.stdin.readline()
+            line = stdin.readline()
         except KeyboardInterrupt:
             say("")
             continue
         if not line:
             return
         if line.strip():
-            yield line.strip()
+            yield line
 
 
 class _Conversation:
     """Messages so far, how to answer, and what the caches hold."""
 
     def __init__(self, pair: ModelPair, request: Request) -> None:
-        self._pair, self._request = pair, request
+        """Begins one.
+
+        Raises:
+            UserError: the target is no chat model, or the pair cannot answer in this mode.
+        """
+        if pair.tokenizer.chat_template is None:
+            raise UserError(f"target: {pair.target_name} has no chat template; name a chat model, or use `generate`.")
+        self._pair = pair
+        self._answer_by(request)
         self._forget()
+
+    def _answer_by(self, request: Request) -> None:
+        """Takes a request for all that follows.
+
+        Raises:
+            UserError: the pair cannot answer it.
+        """
+        from specattn_jax.runtime.request import find_candidates
+
+        find_candidates(self._pair, request)
+        self._request = request
 
     def _forget(self) -> None:
         """Begins anew."""
@@ -101,7 +127,7 @@ class _Conversation:
         if command == "/quit":
             return False
         if command == "/mode":
-            self._request = self._request.change(mode=argument.strip())
+            self._answer_by(self._request.change(mode=argument.strip()))
             say(f"mode {self._request.mode}", style="dim")
         elif command == "/saved":
             say(self._saved(), style="dim")
@@ -120,16 +146,28 @@ class _Conversation:
         messages = [*self._messages, {"role": "user", "content": line}]
         said = list[str]()
         prompt = self._pair.tokenizer.encode_chat(messages)
+        context = self._pair.target.config.max_context
+        room = context - len(prompt)
+        if room < 1:
+            raise UserError(
+                f"the conversation has {len(prompt)} tokens, but the context of {self._pair.target_name} is {context}; "
+                "say less, or begin anew with /reset."
+            )
+        wanted = self._request.max_new_tokens
+        request = self._request.change(max_new_tokens=min(wanted, room))
+        self._last = None
 
         def on_text(_: int, text: str) -> None:
             said.append(text)
             print(text, end="", flush=True)
 
         try:
-            self._last = generate(self._pair, [prompt], self._request, on_text=on_text, memory=self._memory)
+            self._last = generate(self._pair, [prompt], request, on_text=on_text, memory=self._memory)
         except KeyboardInterrupt:
             say(" (stopped)", style="dim")
         print(flush=True)
+        if self._last is not None and self._last.results[0].finish_reason == "length" and room < wanted:
+            say(f"(the context of {context} tokens is full; /reset begins anew)", style="dim")
         self._messages = [*messages, {"role": "assistant", "content": "".join(said)}]
 
     def _saved(self) -> str:

@@ -34,7 +34,8 @@ def prepare_process() -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     _hide_tpu_library()
-    logging.disable(logging.WARNING)
+    # What libraries log as an error they raise too, and that becomes one sentence.
+    logging.disable(logging.ERROR)
     warnings.simplefilter("ignore")
     sys.unraisablehook = _interrupt_again
     for stream in (sys.stdout, sys.stderr):

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from rich.console import Console
 from rich.progress import (
@@ -52,9 +52,9 @@ def print_errors_alone() -> None:
 
 
 def say_error(message: str) -> None:
-    """One line that says what went wrong."""
+    """One line that says what went wrong, also where it quotes a name of several lines."""
     console.quiet = False
-    console.print(Text.assemble(("Error: ", "bold red"), message), soft_wrap=True)
+    console.print(Text.assemble(("Error: ", "bold red"), "\\n".join(message.splitlines())), soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -233,9 +233,20 @@ def read_stdin() -> str:
     """All of stdin, as UTF-8.
 
     Raises:
-        UserError: it is not UTF-8 (says where).
+        UserError: it is not UTF-8 (says where), or closed.
     """
-    return decode_text(sys.stdin.buffer.read(), "stdin")
+    return decode_text(open_stdin().read(), "stdin")
+
+
+def open_stdin() -> BinaryIO:
+    """Stdin, as bytes.
+
+    Raises:
+        UserError: whoever started the program has closed it.
+    """
+    if sys.stdin is None:
+        raise UserError("stdin is closed; expected a text there: give it one, or name a file.")
+    return sys.stdin.buffer
 
 
 def check_out(out: Path) -> None:

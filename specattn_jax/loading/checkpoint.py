@@ -64,8 +64,13 @@ def save_checkpoint(model: LanguageModel, tokenizer: Tokenizer, out_dir: Path) -
     _check_finite(model, str(out_dir))
     with atomic_folder(out_dir, needed=weight_bytes(model.config, model.dtype)) as work:
         tokenizer.save(work)
-        with ocp.StandardCheckpointer() as writer:
-            writer.save(work / _WEIGHTS, _named(model.params))
+        try:
+            with ocp.StandardCheckpointer() as writer:
+                writer.save(work / _WEIGHTS, _named(model.params))
+        except Exception as error:  # Orbax and TensorStore raise errors of many kinds where a disk is full
+            raise UserError(
+                f"{out_dir}: cannot be written ({first_line(error)[:200]}); free some room or choose another folder."
+            ) from error
         marker = {"format": _FORMAT, "config": model.config.to_json(), "files": _digests(work)}
         write_json(work / MARKER, marker)
 

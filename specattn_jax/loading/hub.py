@@ -31,7 +31,9 @@ def cached_snapshot(folder: Path) -> Path | None:
         return None
     found = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
     main = folder / "refs" / "main"
-    named = folder / "snapshots" / main.read_text(encoding="utf-8").strip() if main.is_file() else None
+    named = (
+        folder / "snapshots" / main.read_text(encoding="utf-8", errors="replace").strip() if main.is_file() else None
+    )
     if named in found:
         return named
     if len(found) != 1:

@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
+from tokenizers import models
 
 from specattn_jax.errors import UserError
+from specattn_jax.files import first_line
 
 # Tokens that end a generation in one chat format or another. They count only where the tokenizer marks them as special.
 _END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>", "</s>")
+# The longest text that transformers shortens is " n't": a space may go until so many characters have followed it.
+_TIDIED = 3
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -88,7 +92,12 @@ class Tokenizer:
             )
         except TemplateError as error:
             raise UserError(
-                f"messages: the model's chat template refuses them ({error}); expected its roles."
+                f"messages: the model's chat template refuses them ({first_line(error)}); expected its roles."
+            ) from error
+        except Exception as error:  # a template is a program, and may fail in any way
+            raise UserError(
+                f"messages: the model's chat template fails on them ({type(error).__name__}: {first_line(error)}); use "
+                "a sound one, or give plain text."
             ) from error
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
@@ -137,6 +146,15 @@ class Tokenizer:
         if decoder is None or b"ByteFallback" not in decoder.__getstate__():
             return frozenset()
         return frozenset(index for index, token in self._tokens.items() if _BYTE_TOKEN.fullmatch(token))
+
+    @functools.cached_property
+    def tidies(self) -> bool:
+        """Whether `decode` takes away spaces before punctuation, which some folders ask of transformers."""
+        if not getattr(self.wrapped, "clean_up_tokenization_spaces", False):
+            return False
+        # Since transformers 5, byte pairs are tidied only where a folder insists.
+        insists = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+        return not isinstance(self.backend.model, models.BPE) or bool(getattr(self.wrapped, insists, True))
 
     @functools.cached_property
     def _wrapped(self) -> Any:
@@ -216,8 +234,8 @@ class TextStream:
     """Turns ids that arrive one by one into text that can be printed at once.
 
     A character may take several tokens; it is held back until it is complete. So are byte tokens until another token
-    follows, because one broken byte decides about the text of its whole run. The pieces joined are the decoding of all
-    ids, whatever the tokenizer does with spaces between words.
+    follows, because one broken byte decides about the text of its whole run, and spaces that what follows may take
+    away. The pieces joined are the decoding of all ids, whatever the tokenizer does with spaces between words.
 
     Example:
         stream = TextStream(tokenizer)
@@ -237,7 +255,7 @@ class TextStream:
         self._pending += ids
         text = self._text()
         # An unfinished character decodes to U+FFFD.
-        return "" if text.endswith("\ufffd") or self._in_bytes() else self._emit(text)
+        return "" if text.endswith("\ufffd") or self._in_bytes() or self._at_space() else self._emit(text)
 
     def flush(self) -> str:
         """What is left at the end, an unfinished character included."""
@@ -252,6 +270,13 @@ class TextStream:
         known = self._tokenizer.byte_ids
         hidden = self._tokenizer.special_ids if self._skip_special else frozenset()
         return next((index in known for index in reversed(self._pending) if index not in hidden), False)
+
+    def _at_space(self) -> bool:
+        """Whether what follows may take a space away."""
+        if not self._tokenizer.tidies:
+            return False
+        untidied = self._tokenizer.backend.decode(self._context + self._pending, self._skip_special)
+        return " " in untidied[-_TIDIED:]
 
     def _emit(self, text: str) -> str:
         if text:

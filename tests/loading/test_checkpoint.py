@@ -69,6 +69,16 @@ def test_weights_that_are_no_numbers_are_not_written(model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_orbax_cannot_write_is_one_sentence(model, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("OUT_OF_RANGE: Failed writing\nmany more lines")
+
+    monkeypatch.setattr("orbax.checkpoint.StandardCheckpointer.save", fail)
+    with pytest.raises(UserError, match=r"out: cannot be written \(OUT_OF_RANGE: Failed writing\); free some room"):
+        save_checkpoint(model, tiny_tokenizer(), tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
 def test_what_orbax_cannot_read_is_one_sentence(folder, monkeypatch):
     def fail(*_args):
         raise ValueError("corrupt\nand forty more lines")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from pathlib import Path
 
 import gguf
@@ -378,6 +379,24 @@ def test_no_chat_template_and_refused_messages():
     picky = make_tokenizer(backend(), {}, [], "{{ raise_exception('no system role') }}")
     with pytest.raises(UserError, match="no system role"):
         picky.apply_chat([{"role": "system", "content": "hi"}])
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ messages[0]['content'] + 1 }}", "fails on them (TypeError: "),
+        ("{{ 1 / 0 }}", "fails on them (ZeroDivisionError: "),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails on them (RecursionError: "),
+        ("{{ range(10 ** 10) | list }}", "fails on them (OverflowError: "),
+        ("{% if %}", "refuses them ("),
+        ("{{ missing.more }}", "refuses them ("),
+    ],
+)
+def test_a_chat_template_that_fails_is_one_sentence(template, said):
+    broken = make_tokenizer(backend(), {}, [], template)
+    with pytest.raises(UserError, match=f"chat template {re.escape(said)}") as error:
+        broken.apply_chat([{"role": "user", "content": "hi"}])
+    assert "\n" not in str(error.value)
 
 
 def test_different_tokenizers_are_refused_with_the_first_difference():

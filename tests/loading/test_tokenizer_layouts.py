@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from loading.tiny_tokenizer import CHAT
 from specattn_jax.errors import UserError
 from specattn_jax.loading.hf_tokenizer import hf_tokenizer
+from specattn_jax.loading.tokenizer import TextStream
 
 SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 NEW = {"content": "<|new|>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
@@ -185,6 +186,21 @@ def test_ids_and_texts_are_those_of_transformers(both, texts):
         assert ours.encode(text, add_special=False) == theirs.encode(text, add_special_tokens=False), text
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
         assert ours.decode(ids, skip_special=False) == theirs.decode(ids)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_streamed_text_of_any_ids_is_their_decoding(both, data):
+    ours, _ = both
+    # Tokens that decoding may join or shorten, and any others.
+    pointed = ours.encode(" . a !, n't ' s  he 're é🙂", add_special=False)
+    ids = data.draw(st.lists(st.sampled_from(pointed) | st.integers(0, ours.vocab_size - 1), max_size=12))
+    stream, pieces, start = TextStream(ours), [], 0
+    while start < len(ids):
+        size = data.draw(st.integers(1, 3))
+        pieces.append(stream.push(ids[start : start + size]))
+        start += size
+    assert "".join(pieces) + stream.flush() == ours.decode(ids)
 
 
 def test_end_tokens_and_chat_prompts_are_those_of_transformers(both):

@@ -18,6 +18,7 @@ from specattn_jax.evaluation.methods import Case, make_selection
 from specattn_jax.evaluation.tasks.answering import LOSSLESS
 from specattn_jax.loading.pair import ModelPair
 from specattn_jax.models.transformer import LanguageModel
+from specattn_jax.runtime.faults import unsound
 from specattn_jax.runtime.session import Session
 from specattn_jax.selection.protocol import Selection
 
@@ -64,6 +65,9 @@ def likelihoods(
         asked: what is scored.
         window: W of the forced windows.
         batch: texts read at a time.
+
+    Raises:
+        UserError: the target computes NaN or infinity.
     """
     sparse = case.method not in LOSSLESS
     selection = make_selection(pair, case) if sparse else None
@@ -81,6 +85,9 @@ def likelihoods(
             scored = [
                 _joined(next(early), end) if one.first < _DENSE else end for one, end in zip(part, late, strict=True)
             ]
+        for one, likelihood in zip(part, scored, strict=True):
+            if not np.isfinite(likelihood.log_prob):
+                raise unsound("target", pair.target, "in a text that is scored", one.tokens)
         found.update(zip(indices, scored, strict=True))
     return [found[index] for index in range(len(asked))]
 
