@@ -174,6 +174,7 @@ def test_whole_blocks_are_counted_where_slots_inside_are_read():
     np.testing.assert_allclose(state.read, [(32 + 5) / 2 / 37, 7 / 23], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_centroids_stand_for_what_was_not_read():
     rng = np.random.default_rng(0)
     slots, past = TAIL + 200, np.array([TAIL + 100, 40])

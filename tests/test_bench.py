@@ -87,6 +87,7 @@ def test_grids_hold_each_case_once_and_every_case_has_rivals(grid):
         assert work.nbytes > 0
 
 
+@pytest.mark.slow
 def test_requests_are_measured_to_the_end(tmp_path):
     report = json.loads(run("bench", "request", "--grid", "tiny", "--out", tmp_path, "--json").stdout)
     assert (report["complete"], report["failed"]) == (True, 0)

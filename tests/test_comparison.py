@@ -67,6 +67,7 @@ class TestCompare:
 
 
 class TestSweep:
+    @pytest.mark.slow
     def test_points_are_single_readings(self):
         found = sweep(PAIR, TEXT, p=[0.5, 0.9], window=[3, 5], context=96)
         assert [(point.window, point.p) for point in found.points] == [(3, 0.5), (3, 0.9), (5, 0.5), (5, 0.9)]

@@ -51,6 +51,7 @@ def lower_decode(slots: int, policy: str):
 
 
 @pytest.mark.parametrize("policy", ["default", pytest.param("paper", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_temporaries_stay_under_five_percent_of_the_cache(policy):
     temporaries = {}
     for slots in (4096, 8192):

@@ -166,6 +166,7 @@ class TestMesh:
         # Norms are whole everywhere.
         assert halves.target_weights == pytest.approx(whole.target_weights / 2, rel=1e-3)
 
+    @pytest.mark.slow
     def test_devices_that_meet_slowly_gain_little(self):
         fast, slow = (
             dataclasses.replace(load_profile("gpu", bandwidth=H100_COPY), link_latency_s=seconds)

@@ -94,7 +94,14 @@ def masks(plans, past, slots):
     return out
 
 
-@pytest.mark.parametrize("name", [*BASELINES, "default", "paper"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "quest",
+        "default",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("paper", *BASELINES) if name != "quest"),
+    ],
+)
 def test_the_cached_sparse_path_is_a_masked_dense_pass(target, draft, documents, name):
     """The logits of all windows at once, from one dense pass with the plans' slots as its mask."""
     tokens = jnp.asarray(documents, jnp.int32)
@@ -131,6 +138,7 @@ def read_dense(target, tokens):
     return read_sequence(target, tokens, lambda _, q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True))
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_full_distributions(target, draft, documents):
     dense = read_text(target, draft, None, documents)
     log_probs = np.asarray(jax.nn.log_softmax(target.logits(read_dense(target, jnp.asarray(documents)))), np.float64)
@@ -151,6 +159,7 @@ def test_numbers_are_those_of_full_distributions(target, draft, documents):
     assert ((sparse.mass > 0.7) & (sparse.mass <= 1 + 1e-5)).all()
 
 
+@pytest.mark.slow
 def test_documents_do_not_depend_on_each_other(target, draft, documents):
     both = read_text(target, draft, BASELINES["quest"], documents)
     for index in range(2):
@@ -170,6 +179,7 @@ def test_documents_of_impossible_length_are_refused(target, draft, length):
 PAST = np.array([37, 9])
 
 
+@pytest.mark.slow
 def test_readings_together_are_the_readings_alone(target, draft, documents):
     dense = read_text(target, draft, None, documents)
     chosen = [Streaming(saving(share), CONFIG, dense_layers=1) for share in (0.4, 0.7)]

@@ -82,6 +82,7 @@ def test_one_bad_prompt_of_several_is_named(tiny_pair):
         generate(pair, ["Call me", "Zebra", "me"], mode="speculative", max_new_tokens=8)
 
 
+@pytest.mark.slow
 def test_perplexity_is_no_nan(tiny_pair):
     target = with_weight(tiny_pair.target, "down", jnp.nan)
     with pytest.raises(UserError, match=r"^target: .* in document 1, as its weight "):

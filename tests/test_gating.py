@@ -291,6 +291,7 @@ class TestSwitching:
         assert switch(SMOLLM2, GPU, known._replace(acceptance=few)).choice == known.current
         assert switch(SMOLLM2, GPU, known._replace(acceptance=many)).window < 5
 
+    @pytest.mark.slow
     def test_little_is_not_enough(self):
         """Just past the point where two modes are equally fast, either goes on if it runs."""
         crossing = next(context for context in range(256, 2**17, 256) if choose(LLAMA, GPU, context).mode == "specattn")
@@ -347,6 +348,7 @@ def alone():
 
 
 class TestGenerate:
+    @pytest.mark.slow
     def test_switches_leave_a_lossless_text_as_it_is(self, alone):
         named = [("speculative", 2), ("specattn", 6), ("specattn", 4), ("autoregressive", 0)]
         choices = [Choice(*one) for one in named]

@@ -95,6 +95,7 @@ def test_the_table_and_everything_beside_it(evaluate, tmp_path):
     assert report["drift"] == []
 
 
+@pytest.mark.slow
 def test_drift_beside_the_table(evaluate, tmp_path):
     options = ["--methods", "specattn", "--policy", "default", "--kv-reduction", 0.5, "--drift-tokens", 12, "--json"]
     report, out = json.loads(run(*evaluate, *options).stdout), tmp_path / "out"

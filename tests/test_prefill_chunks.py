@@ -156,6 +156,7 @@ class TestSlotsThatAreNotInUse:
                 few[:, :, :256] if few.ndim > 1 else few, many[:, :, :256] if few.ndim > 1 else many
             )
 
+    @pytest.mark.slow
     def test_no_step_reads_them(self, monkeypatch):
         steps = []
         update = xla_prefill._update
@@ -225,6 +226,7 @@ def test_what_is_in_reach_is_attended_and_nothing_else(reach):
         np.testing.assert_allclose(np.asarray(got[row]).reshape(want.shape), want, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_draft_within_reach_of_everything_is_what_it_was():
     model, prompts = model_of(2), [draw_prompts(5, [1])[0, :200].tolist(), draw_prompts(6, [1])[0, :90].tolist()]
     models = Models(model, model)

@@ -21,18 +21,27 @@ def measures(*groups: Callable[[], Iterator[tuple[str, Callable[[], Any]]]]) -> 
 TINY = measures(record.tiny_tokens, record.tiny_single)
 CALIBRATION = measures(record.calibration)
 EMBEDDED = measures(record.embedded_tokens)
+# Each compiles programs of its own; the others are run when decoding or calibration are touched.
+QUICK = {
+    "tiny/autoregressive/greedy", "tiny/speculative/top", "tiny/specattn/greedy", "tiny/specattn, paper/top",
+    "calibration/kv_head",
+}  # fmt: skip
 
 
 def test_everything_that_is_recorded_is_measured():
     assert {*TINY, *CALIBRATION, *EMBEDDED} == set(RECORDED)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
+)
 def test_tokens_of_the_tiny_pair(name):
     assert TINY[name]() == RECORDED[name]
 
 
-@pytest.mark.parametrize("name", CALIBRATION)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CALIBRATION]
+)
 def test_calibration(name):
     found, expected = CALIBRATION[name](), RECORDED[name]
     assert found.keys() == expected.keys()

@@ -170,7 +170,7 @@ def assert_same_distribution(sequences: list[list[int]], exact: dict[tuple[int, 
     [
         pytest.param(lambda how, _: Autoregressive(how), Sampling(1.0), marks=pytest.mark.slow),
         pytest.param(lambda how, _: Speculative(settings=how, window=1), Sampling(1.0), marks=pytest.mark.slow),
-        (lambda how, _: Speculative(settings=how, window=2), Sampling(1.0)),
+        pytest.param(lambda how, _: Speculative(settings=how, window=2), Sampling(1.0), marks=pytest.mark.slow),
         pytest.param(
             lambda how, _: Speculative(settings=how, window=3),
             Sampling(1.3, top_k=6, top_p=0.95),

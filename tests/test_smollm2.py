@@ -47,6 +47,7 @@ def expected(smollm2: ModelPair, prompts: list[list[int]]) -> list[list[int]]:
     ],
     ids=["speculative", "specattn", "specattn-paper"],
 )
+@pytest.mark.slow
 def test_greedy_decoding_is_lossless(smollm2, prompts, expected, arguments):
     run = generate(smollm2, prompts, max_new_tokens=NEW_TOKENS, stop_at_eos=False, **arguments)
     assert [result.tokens for result in run.results] == expected

@@ -124,6 +124,7 @@ def test_likelihoods_are_sums_of_log_probabilities(pair):
         assert found.greedy == greedy
 
 
+@pytest.mark.slow
 def test_a_sparse_method_that_reads_everything_is_as_likely(pair):
     asked = [Continuation(list(tokens), first) for tokens, first in zip(prompts(pair, 3), (1, 2, 50), strict=True)]
     everything = Case(SPECATTN, "default", p=1.0)

@@ -38,6 +38,7 @@ def compile_for(*topologies):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_every_op_is_a_kernel(programs, topology):
     target, draft = tpu_window.TARGET.num_layers, tpu_window.DRAFT.num_layers
@@ -54,6 +55,7 @@ def test_every_op_is_a_kernel(programs, topology):
 
 @pytest.mark.parametrize("name", ["decode", "target", "draft"])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.slow
 def test_no_program_touches_the_host(programs, topology, name):
     program = programs[topology][name]
     assert program["callbacks"] == program["host_arrays"] == 0
@@ -66,6 +68,7 @@ def test_no_program_touches_the_host(programs, topology, name):
 # operands are turned copies.
 @pytest.mark.parametrize("name", ["decode", "target"])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.slow
 def test_caches_are_updated_where_they_lie(programs, topology, name):
     program = programs[topology][name]
     assert program["aliased_bytes"] >= program["cache_bytes"]

@@ -71,6 +71,7 @@ def test_an_interrupted_run_goes_on_and_its_draft_serves(train, tiny_folders, tm
     assert (out / "alignment" / "alignment.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_log_file_gets_a_line_for_every_checkpoint(train):
     assert not console.is_terminal
     lines = run(*train).stderr.splitlines()
@@ -116,6 +117,7 @@ def test_another_run_in_the_same_folder(train, text, monkeypatch):
     assert "other texts or settings" in mistake(*train)
 
 
+@pytest.mark.slow
 def test_a_full_disk(train, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
