@@ -3,13 +3,15 @@
     python scripts/measure_tasks.py --pair qwen2.5-coder --lengths 4096 8192 16384 30000 --out scripts/results/NAME
 
 It is `specattn tasks` with more savings for the method that counts: 75, 90 and 95 % for `default`, 75 and 90 % for the
-others. The same command goes on where it stopped; `--minutes` ends it after the task at hand.
+others; or, with `--policies`, these alone at 75 and 90 %. The same command goes on where it stopped; `--minutes` ends it
+after the task at hand.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from specattn_jax.evaluation.methods import FULL, SPECATTN, Case
@@ -39,9 +41,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=50)
     parser.add_argument("--batch", type=int, default=17, help="three of them hold 50 questions")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--policies", nargs="+", help="of configs/policies.toml, in place of all methods")
     parser.add_argument("--minutes", type=float, help="begin no task after so many")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    cases: Sequence[Case] = CASES
+    if options.policies:
+        cases = [Case(FULL), *(Case(SPECATTN, name, saving=part) for name in options.policies for part in (0.75, 0.9))]
     began = time.monotonic()
     pair = load_pair(options.pair, dtype=options.dtype)
     settings = TaskSettings(samples=options.samples, batch=options.batch)
@@ -58,7 +64,7 @@ def main() -> None:
         for task in options.tasks:
             if options.minutes is not None and time.monotonic() - began > 60 * options.minutes:
                 return
-            rows += run.run([task], [length], CASES)
+            rows += run.run([task], [length], cases)
             write_results(options.out, rows, about, command)
 
 
