@@ -3,8 +3,8 @@
     python scripts/measure_tasks.py --pair qwen2.5-coder --lengths 4096 8192 16384 30000 --out scripts/results/NAME
 
 It is `specattn tasks` with more savings for the method that counts: 75, 90 and 95 % for `default`, 75 and 90 % for the
-others; or, with `--policies`, these alone at 75 and 90 %. The same command goes on where it stopped; `--minutes` ends it
-after the task at hand.
+others; or, with `--policies`, these alone at 75 and 90 %. The same command goes on where it stopped; `--minutes` ends
+it after the task at hand.
 """
 
 from __future__ import annotations
