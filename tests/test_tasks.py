@@ -159,6 +159,7 @@ def test_the_harness_runs_rulers_offline_tasks(harness, few_words, pair):
     sparse = Case(SPECATTN, "default", p=0.7)
     for name in RULER:
         task, found = load_task(name, LENGTH, pair.tokenizer, 2), {}
+        assert len(task.dataset["test"]) == 2
         # Each method compiles for a while: one task compares them all.
         for case in (Case(FULL), Case(SPECULATIVE), sparse) if name == "ruler_vt" else (sparse,):
             model = harness.SpecAttnLM(pair, case, batch_size=2)

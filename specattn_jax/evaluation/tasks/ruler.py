@@ -70,6 +70,9 @@ def first_samples(count: int) -> Iterator[None]:
     Five hundred prompts of 30,000 tokens take minutes. The modules count them by `tqdm`, whatever is asked for.
     """
     modules = [importlib.import_module(f"lm_eval.tasks.ruler.{name}") for name in _MAKERS]
+    for module in modules:
+        # By this the harness knows a module that is loaded; without it, it would load another one, which counts to 500.
+        vars(module)["__mtime__"] = Path(str(module.__file__)).stat().st_mtime_ns
 
     def counted(numbers: Iterable[int], **_: Any) -> Iterator[int]:
         return itertools.islice(numbers, count)
