@@ -30,7 +30,7 @@ _ACTIVATION_BYTES, _ACTIVATION_BYTES_ON_CPU = 3 << 29, 16 << 20
 # How far back a draft sees while it prefills, unless somebody says otherwise (docs/results.md says what that costs).
 DRAFT_REACH = Reach(4096)
 # A chunk is a multiple of so many tokens.
-_CHUNK_STEP = 64
+CHUNK_STEP = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,16 +98,16 @@ class Session:
         memory = Memory() if memory is None else memory
         kept = memory.take(prompts)
         extent = max(longest, memory.slots)
-        most = min(chunk or _largest_chunk(models.values(), batch, extent), _round_up(extent, _CHUNK_STEP))
+        most = min(chunk or _largest_chunk(models.values(), batch, extent), round_up(extent, CHUNK_STEP))
         reaches = {"target": None, "draft": self.draft_reach}
         # What is in reach is read anew with every chunk: chunks that are longer than it cost more than they save.
         chunks = {
-            role: most if reach is None else min(most, _round_up(reach.recent, _CHUNK_STEP))
+            role: most if reach is None else min(most, round_up(reach.recent, CHUNK_STEP))
             for role, reach in reaches.items()
         }
-        positions = {role: _round_up(longest, chunks[role]) for role in models}
+        positions = {role: round_up(longest, chunks[role]) for role in models}
         # A window may write W + 1 entries beyond the last token that is kept.
-        slots = _round_up(max(*positions.values(), extent, longest + new_tokens + window + 1), 128)
+        slots = round_up(max(*positions.values(), extent, longest + new_tokens + window + 1), 128)
         check_memory(
             {
                 f"the KV cache of the {role}": device_cache_bytes(
@@ -251,13 +251,13 @@ def _read_on(
     begun = fetch(cache.lengths)
     rests = [prompt[int(first) :] for prompt, first in zip(prompts, begun, strict=True)]
     longest = max(map(len, rests))
-    chunk = min(chunk, _round_up(longest, _CHUNK_STEP))
-    padded = _padded(rests, _round_up(longest, chunk))
+    chunk = min(chunk, round_up(longest, CHUNK_STEP))
+    padded = _padded(rests, round_up(longest, chunk))
     return prefill(
         model,
         padded,
         jnp.asarray([len(rest) for rest in rests], jnp.int32),
-        cache.with_room(_round_up(max(slots, int(begun.max()) + padded.shape[1]), 128)),
+        cache.with_room(round_up(max(slots, int(begun.max()) + padded.shape[1]), 128)),
         chunk=chunk,
         reach=reach,
         progress=progress,
@@ -301,9 +301,10 @@ def _largest_chunk(models: Iterable[LanguageModel], batch: int, longest: int) ->
     """Tokens of each prompt that are read at a time, so that activations fit and all parts are equally long."""
     room = _ACTIVATION_BYTES_ON_CPU if jax.default_backend() == "cpu" else _ACTIVATION_BYTES
     each = batch * max(model.config.activation_bytes(model.dtype.itemsize) for model in models)
-    parts = -(-longest // max(room // each, _CHUNK_STEP))
-    return _round_up(-(-longest // parts), _CHUNK_STEP)
+    parts = -(-longest // max(room // each, CHUNK_STEP))
+    return round_up(-(-longest // parts), CHUNK_STEP)
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple that is not smaller."""
     return -(-value // multiple) * multiple

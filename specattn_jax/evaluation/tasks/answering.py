@@ -16,7 +16,7 @@ from specattn_jax.loading.pair import ModelPair
 from specattn_jax.runtime.generate import generate
 from specattn_jax.runtime.request import Request
 from specattn_jax.runtime.results import Generation
-from specattn_jax.runtime.session import Memory
+from specattn_jax.runtime.session import CHUNK_STEP, Memory, round_up
 
 # Drafts, and verifies densely: lossless, so that its scores are those of full attention.
 SPECULATIVE = "speculative"
@@ -25,8 +25,6 @@ LOSSLESS = (FULL, SPECULATIVE)
 _TIMED = 3
 # Answers of up to so many tokens, or a multiple, share their programs.
 _LIMIT_STEP = 256
-# What is read on where a prompt is read already: a chunk's least length.
-_READ_ON = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,12 +142,13 @@ class Answering:
         """What all methods answer."""
         found = {case: dict[int, Generation]() for case in self._cases}
         seconds = {case: list[float]() for case in self._cases}
-        slots = _bucket(max((len(one.tokens) + one.limit + self._window + _READ_ON for one in asked), default=1))
+        # Where a prompt is read already, a chunk of the least length is read on.
+        slots = _bucket(max((len(one.tokens) + one.limit + self._window + CHUNK_STEP for one in asked), default=1))
         done = 0
         for indices in _batches(asked, self._batch):
             like = asked[indices[0]]
             settings = DecodeSettings(like.sampling, self._pair.tokenizer.eos_ids)
-            memory, reading = Memory(slots, _round_up(like.limit, _LIMIT_STEP)), 0.0
+            memory, reading = Memory(slots, round_up(like.limit, _LIMIT_STEP)), 0.0
             for case in self._cases:
                 strategy = strategy_for(self._pair, case, settings, self._window)
                 run = generate(
@@ -174,11 +173,7 @@ class Answering:
 
 def _bucket(slots: int) -> int:
     """Slots for which prompts of about this length share their programs: at most a sixteenth more."""
-    return _round_up(slots, max(_LIMIT_STEP, 1 << (slots.bit_length() - 5)))
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+    return round_up(slots, max(_LIMIT_STEP, 1 << (slots.bit_length() - 5)))
 
 
 def _batches(asked: Sequence[Asked], batch: int) -> Iterator[list[int]]:

@@ -152,9 +152,7 @@ class TaskRun:
             self._tell(f"{task}, {length} tokens, {done} of {asked} questions", "")
 
         settings = self.settings
-        answering = Answering(
-            self.pair, missing, window=settings.window, batch=settings.batch, progress=progress
-        )  # fmt: skip
+        answering = Answering(self.pair, missing, window=settings.window, batch=settings.batch, progress=progress)
         make = _Ruler if task in RULER else _Own
         source = None
         rows = []
