@@ -8,6 +8,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -47,6 +48,11 @@ class TestHelp:
         assert result.exit_code == 0
         for command in ("generate", "calibrate", "train-draft", "fetch", "convert", "info", "bench"):
             assert command in result.stdout
+
+    @pytest.mark.parametrize("command", ["generate", "chat"])
+    def test_auto_and_seeds(self, command):
+        said = re.sub(r"[│\s]+|\[0<=x<=\d+\]", " ", run(command, "--help").stdout)
+        assert "With auto it does not fix a sampled text alone: give --mode too." in " ".join(said.split())
 
     def test_imports_nothing_heavy(self):
         code = (

@@ -34,7 +34,7 @@ def chat_command(
     ] = None,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
-    seed: options.Seed = 0,
+    seed: options.TextSeed = 0,
     dtype: options.Dtype = "auto",
     mesh: options.Mesh = None,
     alignment: options.AlignmentFolder = None,

@@ -120,14 +120,7 @@ def generate_command(
         list[str] | None,
         typer.Option(help="A text that ends the output, which ends before it; may be given again.", metavar="TEXT"),
     ] = None,
-    seed: Annotated[
-        int,
-        typer.Option(
-            help="Of everything random. With auto it does not fix a sampled text alone: give --mode and --window too.",
-            min=0,
-            max=2**32 - 1,
-        ),
-    ] = 0,
+    seed: options.TextSeed = 0,
     dtype: options.Dtype = "auto",
     alignment: options.AlignmentFolder = None,
     mesh: options.Mesh = None,

@@ -59,6 +59,15 @@ Policies = Annotated[
     str, typer.Option(help="specattn: default, paper, paper_exact; one line each.", metavar="NAME,...")
 ]
 Seed = Annotated[int, typer.Option(help="Of everything random.", min=0, max=2**32 - 1)]
+# Where text is sampled.
+TextSeed = Annotated[
+    int,
+    typer.Option(
+        help="Of everything random. With auto it does not fix a sampled text alone: give --mode too.",
+        min=0,
+        max=2**32 - 1,
+    ),
+]
 Out = Annotated[Path, typer.Option(help="Folder to write; it appears complete or not at all.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
 Texts = Annotated[

@@ -62,7 +62,7 @@ class Request:
         repetition_penalty: makes tokens that the text holds less likely; 1 does nothing (see `Sampling`).
         seed: of the random draws; sequence i of a batch draws the same whatever the other sequences are. Or a list of
             one seed per prompt: each then draws as it would alone. In mode `auto` a seed alone does not fix a sampled
-            text, because the window, which decides how draws are used, depends on measured speed: fix mode and window.
+            text, because the window, which decides how draws are used, depends on measured speed: fix the mode too.
         stop: texts that end a sequence: its text ends before the first of them, its tokens with the one that completes
             it.
         stop_at_eos: whether the tokenizer's end tokens end a sequence.
