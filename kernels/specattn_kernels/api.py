@@ -227,9 +227,11 @@ def score_cache(
 ) -> Float[Array, "B K S"]:
     """How strongly tokens look at each cache slot: the largest over T tokens of a kv head's mean weight.
 
-    The weight of query head n of token t for slot s is `exp(scale * q[t, n] . k[s] - lse[t, n])`: its softmax weight,
-    if `lse` is that of attention over the whole cache; if it is that of sparse attention, too large by what was left
-    out, the same for all slots. Keys are read once for all tokens, values not at all.
+    The weight of query head n of token t for slot s is `exp(scale * q[t, n] . k[s] - lse[t, n])`, of at most 1. If
+    `lse` is that of attention over the whole cache, that is its softmax weight, and no more than 1 anyhow. If it is
+    that of sparse attention, weights are too large by what was left out, the same factor for all slots of a query: a
+    slot that was left out and mattered would weigh many times as much as all that was read, and its token would drown
+    the other ones. Keys are read once for all tokens, values not at all.
 
     Args:
         q: queries of tokens that were read before, any floating dtype.
@@ -243,7 +245,7 @@ def score_cache(
         split: how the arrays lie on several devices, see the module; None: on one.
 
     Returns:
-        Scores, not negative.
+        Scores, from 0 to 1.
 
     Raises:
         ValueError: if an argument has the wrong shape, dtype or value.

@@ -119,7 +119,7 @@ def score_cache(
     scale: float | Float[Array, ""] | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "B K S"]:
-    """Oracle of `api.score_cache`: every weight, the mean over a group, the largest over the tokens."""
+    """Oracle of `api.score_cache`: every weight, of at most 1, the mean over a group, the largest over the tokens."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     valid = (jnp.arange(k.shape[2]) < lengths[:, None])[:, None]
     keys = jnp.where(valid[..., None], k.astype(jnp.float32), 0.0)
@@ -127,7 +127,7 @@ def score_cache(
     logits = jnp.einsum("btkgh,bksh->btkgs", queries, keys, precision="highest") * scale
 
     total = lse.reshape(queries.shape[:-1])[..., None]
-    weights = jnp.where(total > -jnp.inf, jnp.exp(logits - total), 0.0)
+    weights = jnp.where(total > -jnp.inf, jnp.minimum(jnp.exp(logits - total), 1.0), 0.0)
     largest = weights.mean(axis=3).max(axis=1)
     return jnp.where(valid, largest, 0.0).astype(dtype)
 

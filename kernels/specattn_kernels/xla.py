@@ -89,7 +89,7 @@ def score_cache(
     queries, total = group_queries(q, kv_heads), group_queries(lse[..., None], kv_heads)
     valid = jnp.arange(slots) < lengths[:, None]
     logits = _logits(queries, k, valid[:, None, None], scale)
-    weights = jnp.where(total > -jnp.inf, jnp.exp(logits - total), 0.0)
+    weights = jnp.where(total > -jnp.inf, jnp.exp(jnp.minimum(logits - total, 0.0)), 0.0)
     largest: jax.Array = weights.mean(axis=3).max(axis=2).astype(dtype)
     return largest
 

@@ -50,8 +50,8 @@ def window_looks(watched: Look) -> list[Look]:
 def score_looks(looks: Sequence[Any], cache: KVCache, past: Int32[Array, " B"]) -> Float[Array, "B M K S"]:
     """Largest attention of every kv head over the tokens of a look per layer, in the cache's dtype.
 
-    Where a draft read sparsely all weights of a query are a little too large, by what it left out, so that a step that
-    left out more counts a little more.
+    Where a draft read sparsely all weights of a query are too large by what it left out, but none is above 1: it may be
+    the answer itself that was left out, which else would outweigh a window's other tokens.
     """
     scores = jnp.zeros((past.shape[0], len(looks), cache.num_kv_heads, cache.num_slots), cache.dtype)
     for layer, look in enumerate(looks):

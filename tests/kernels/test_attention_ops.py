@@ -243,6 +243,16 @@ class TestScoreCache:
         want = weights.mean(axis=3).max(axis=1) * (np.arange(shape.slots) < np.asarray(past)[:, None, None])
         assert_close(got, want)
 
+    def test_what_sparse_attention_left_out_weighs_no_more_than_all(self, implementation):
+        shape = shape_for(implementation, SHAPES[2])
+        q, k, _, lengths = draw_attention(16, shape, least=shape.slots)
+        # One key that all queries want, and a log-sum-exp of those that did not read it.
+        k = k.at[:, :, 7].set(40.0 * q[:, 0, :: q.shape[2] // shape.kv_heads])
+        lse = jnp.full(q.shape[:3], -5.0)
+        got = jitted(kernels.score_cache, implementation=implementation)(q, k, lse, lengths)
+        assert_close(got, jitted(reference.score_cache)(q, k, lse, lengths))
+        assert float(got.max()) == 1.0
+
     def test_low_precision_in_and_out(self, implementation):
         q, k, v, lengths = draw_attention(15, shape_for(implementation, SHAPES[2]), dtype=jnp.bfloat16)
         lse = jitted(reference.decode_attention)(q, k, v, lengths).lse

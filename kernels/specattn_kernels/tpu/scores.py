@@ -86,7 +86,7 @@ def _score(
     """One tile of slots of one kv head."""
     tile = k_ref.shape[0]
     slot = pl.program_id(1) * tile + lax.broadcasted_iota(jnp.int32, (1, tile), 1)
-    weights = jnp.exp(dot(q_ref[...], k_ref[...], contract=1) * scale_ref[0] - total_ref[...])
+    weights = jnp.exp(jnp.minimum(dot(q_ref[...], k_ref[...], contract=1) * scale_ref[0] - total_ref[...], 0.0))
     best = jnp.zeros((1, tile), jnp.float32)
     for token in range(tokens):
         one = jnp.sum(weights[token * group : (token + 1) * group], axis=0, keepdims=True)

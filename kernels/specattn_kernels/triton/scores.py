@@ -124,7 +124,7 @@ def _score(
         place = jnp.where(valid, slot, 0)
         keys = [k_ref[place, pl.ds(at, width)] for at, width in parts]
         logits = sum(dot(query, key.T) for query, key in zip(queries, keys, strict=True))
-        weights = jnp.exp2(logits * scale - total[:, None])
+        weights = jnp.exp2(jnp.minimum(logits * scale - total[:, None], 0.0))
         by_token = weights.reshape(rows.padded_tokens, rows.padded_group, block)
         best = jnp.max(jnp.sum(by_token, axis=1), axis=0) / rows.group
         best = jnp.where(valid, best, 0.0).astype(out_ref.dtype)
