@@ -20,6 +20,7 @@ from specattn_jax.models.transformer import abstract_model
 from specattn_jax.planning.cost import WindowBytes, load_shape, shape_names, speedup, weights_read, window_bytes
 from specattn_jax.planning.device import load_profile
 from specattn_jax.planning.mesh import H100_COPY, predict_mesh, share
+from specattn_jax.planning.mesh_choice import Wanted, choose_mesh, default_mesh
 from specattn_jax.selection.policy import load_policy
 
 LLAMA = Scenario(load_shape("llama-3.1-8b"), load_shape("llama-3.2-1b"), batch=8)
@@ -188,3 +189,37 @@ class TestMesh:
             speeds = [f"{found['tokens_per_second'][name]:.0f}" for name in ("speculative", "specattn")]
             cells = [f"`{mesh}`", str(found["devices"]), *held, *times, *speeds]
             assert f"| {' | '.join(cells)} |" in page, cells
+
+
+class TestChoiceOfMesh:
+    """What is taken where nobody says which devices."""
+
+    H100 = load_profile("gpu", bandwidth=2.46e12)
+    LARGE, SMALL = load_shape("llama-3.1-8b"), load_shape("llama-3.2-1b")
+
+    def choose(self, wanted, devices, *, target=LARGE, draft=SMALL, **more):
+        return choose_mesh(target, draft, Wanted(*wanted), devices, self.H100, **more)
+
+    def test_long_prompts_share_heads_and_many_sequences_too(self):
+        assert self.choose((1, 32_000, 256), 2) == MeshShape(heads=2)
+        assert self.choose((8, 32_000, 256), 4).devices == 4
+
+    def test_a_small_model_stays_on_one_device(self):
+        tiny = dataclasses.replace(self.SMALL, num_layers=30, embed_dim=576, mlp_dim=1536, num_heads=8, head_dim=64)
+        assert self.choose((1, 100, 64), 8, target=tiny, draft=None) == MeshShape()
+
+    def test_what_one_device_cannot_hold(self):
+        giant = load_shape("llama-3.1-70b")
+        assert self.choose((1, 8192, 64), 8, target=giant, draft=self.LARGE, room=75e9).heads >= 4
+        # Even with all of them there is no room: loading says so, about the best that can be had.
+        assert self.choose((1, 8192, 64), 2, target=giant, draft=self.LARGE, room=75e9) == MeshShape(heads=2)
+
+    @pytest.mark.parametrize(("batch", "devices"), [(3, 8), (5, 7), (1, 3)])
+    def test_it_divides_heads_and_sequences(self, batch, devices):
+        shape = self.choose((batch, 8192, 128), devices)
+        assert batch % shape.data == 0
+        assert self.LARGE.num_kv_heads % shape.heads == 0
+        assert shape.devices <= devices
+
+    def test_nothing_is_asked_where_there_is_one_device_or_a_cpu(self):
+        assert default_mesh("no such model", "default", "auto", Wanted(1, 100, 10)) is None

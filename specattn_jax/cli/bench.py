@@ -63,7 +63,7 @@ def bench_decode_command(
         list[str] | None, typer.Option(help="A method to measure; may be repeated.", metavar="METHOD")
     ] = None,
     cases: Cases = None,
-    mesh: options.Mesh = None,
+    mesh: options.MeshBesideOne = None,
     as_json: options.Json = False,
 ) -> None:
     """Time whole windows of decoding, with random weights and with a real pair; writes decode.json, .md and plots."""
@@ -83,7 +83,7 @@ def bench_request_command(
         list[str] | None, typer.Option(help="A method to measure; may be repeated.", metavar="METHOD")
     ] = None,
     cases: Cases = None,
-    mesh: options.Mesh = None,
+    mesh: options.MeshBesideOne = None,
     as_json: options.Json = False,
 ) -> None:
     """Time whole requests, from the prompt to the last new token; writes request.json, .md and a plot."""

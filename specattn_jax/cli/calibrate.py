@@ -44,6 +44,7 @@ def calibrate_command(
     with importing():
         from specattn_jax.calibration.calibrate import CalibrationSettings
         from specattn_jax.loading.pair import load_pair
+        from specattn_jax.planning.mesh_choice import Wanted, default_mesh
 
     settings = CalibrationSettings(
         context=context,
@@ -55,6 +56,7 @@ def calibrate_command(
     began = time.perf_counter()
     with stage_bar() as bar:
         bar.wait("starting")
+        mesh = mesh or default_mesh(target, draft, dtype, Wanted(1, context, 0))
         pair = load_pair(target, draft, alignment=None, dtype=dtype, mesh=mesh, progress=bar.bytes)
         documents = bar.read_documents(paths, pair.tokenizer)
         texts = [path.name for path in paths]

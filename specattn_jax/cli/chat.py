@@ -42,6 +42,7 @@ def chat_command(
     """Talk to a chat model; what was said stays in its cache. Lines come from stdin, answers go to stdout."""
     with importing():
         from specattn_jax.loading.pair import load_pair
+        from specattn_jax.planning.mesh_choice import Wanted, default_mesh
         from specattn_jax.runtime.request import Request
 
     request = Request(
@@ -56,6 +57,8 @@ def chat_command(
         raise UserError(f"--max-new-tokens is {max_new_tokens}; expected at least 1.")
     request.check_drafted(draft)
     with stage_bar() as bar:
+        # Nobody knows how long a conversation becomes.
+        mesh = mesh or default_mesh(target, draft, dtype, Wanted(1, 4096, max_new_tokens))
         pair = load_pair(target, draft, alignment=alignment or "default", dtype=dtype, mesh=mesh, progress=bar.bytes)
     conversation = _Conversation(pair, request)
     say(_HELP, style="dim")

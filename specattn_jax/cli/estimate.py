@@ -31,7 +31,7 @@ def estimate_command(
         typer.Option(help="Share of its own cache that the draft reads.", show_default="that of the default policy"),
     ] = None,
     window: options.Window = 5,
-    mesh: options.Mesh = None,
+    mesh: options.MeshBesideOne = None,
     as_json: options.Json = False,
 ) -> None:
     """Estimate, from the bytes that decoding in bfloat16 has to read and write, how the three modes compare.

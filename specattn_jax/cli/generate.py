@@ -140,6 +140,7 @@ def generate_command(
     with importing():
         from specattn_jax.loading.pair import NO_DRAFT, load_pair
         from specattn_jax.models.sharding import describe_split
+        from specattn_jax.planning.mesh_choice import Wanted, default_mesh
         from specattn_jax.runtime.generate import generate
         from specattn_jax.runtime.request import UNDRAFTED, Request
         from specattn_jax.runtime.session import DRAFT_REACH
@@ -173,15 +174,19 @@ def generate_command(
         results = Results(out, jobs, {**models, **dataclasses.asdict(request)}, batch)
     with stage_bar(keep=jobs is not None) as bar:
         bar.wait("starting")
+        drafting = draft if request.may_draft else NO_DRAFT
+        # About four letters are a token.
+        texts = [text] if jobs is None else [job.text or "" for job in jobs]
+        wanted = Wanted(min(batch, len(texts)), max(map(len, texts)) // 4 + 1, max_new_tokens)
         pair = load_pair(
             target,
-            draft if request.may_draft else NO_DRAFT,
+            drafting,
             alignment=(alignment or "default") if request.may_be_sparse else None,
             dtype=dtype,
-            mesh=mesh,
+            mesh=mesh or default_mesh(target, drafting, dtype, wanted),
             progress=bar.bytes,
         )
-        if verbose and mesh is not None:
+        if verbose and pair.target.split is not None:
             bar.hide()
             say(describe_split(pair.target, pair.draft))
         shown = sys.stderr if as_json else sys.stdout

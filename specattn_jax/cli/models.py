@@ -69,7 +69,7 @@ def info_command(
         int | None, typer.Option(help="Tokens in the cache.", show_default="the model's own limit")
     ] = None,
     dtype: options.Dtype = "auto",
-    mesh: options.Mesh = None,
+    mesh: options.MeshBesideOne = None,
     as_json: options.Json = False,
 ) -> None:
     """Describe a model: shape, memory, tokenizer, devices, kernels, alignment. Weights are not read."""

@@ -24,14 +24,17 @@ Reference = Annotated[str, typer.Argument(help=f"The model: {_REFERENCE}.", meta
 Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16, or auto: bfloat16 on an accelerator, float32 on a CPU.", metavar="DTYPE")
 ]
+_MESH = "Devices that share the work, such as data=2,heads=4: sequences along data, kv heads along heads."
+# Of commands that run a model, and of those that compare or predict.
 Mesh = Annotated[
     str | None,
     typer.Option(
-        help="Devices that share the work, such as data=2,heads=4: sequences along data, kv heads along heads.",
+        help=f"{_MESH} data=1 is one device.",
         metavar="MESH",
-        show_default="one device",
+        show_default="the local ones that are predicted to be fastest",
     ),
 ]
+MeshBesideOne = Annotated[str | None, typer.Option(help=_MESH, metavar="MESH", show_default="one device")]
 Window = Annotated[int, typer.Option(help="Drafted tokens per window.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens with this probability.")]

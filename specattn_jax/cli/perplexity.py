@@ -87,6 +87,7 @@ def perplexity_command(
         from specattn_jax.evaluation.perplexity import EvaluationSettings
         from specattn_jax.evaluation.report import evaluate_into
         from specattn_jax.loading.pair import load_pair
+        from specattn_jax.planning.mesh_choice import Wanted, default_mesh
 
     if dataset is not None:
         load_dataset_preset(dataset)
@@ -96,6 +97,7 @@ def perplexity_command(
         say(f"Left out, because they read a given share and know no p: {', '.join(without_p(names))}.")
     with stage_bar() as bar:
         bar.wait("starting")
+        mesh = mesh or default_mesh(target, draft, dtype, Wanted(batch, context, drift_tokens))
         pair = load_pair(target, draft, alignment=alignment or "default", dtype=dtype, mesh=mesh, progress=bar.bytes)
         if dataset is None:
             chosen = cut_documents(bar.read_documents(paths, pair.tokenizer), context, documents)

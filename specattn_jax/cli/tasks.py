@@ -75,6 +75,7 @@ def tasks_command(
             open_task_store,
         )
         from specattn_jax.loading.pair import load_pair
+        from specattn_jax.planning.mesh_choice import Wanted, default_mesh
 
     groups = {"ruler": RULER, "own": tuple(OWN_TASKS)}
     names = [one for name in options.split_names(tasks, "--tasks") for one in groups.get(name, (name,))]
@@ -89,6 +90,7 @@ def tasks_command(
     settings = TaskSettings(samples=samples, window=window, batch=batch, chat=chat)
     with stage_bar() as bar:
         bar.wait("starting")
+        mesh = mesh or default_mesh(target, draft, dtype, Wanted(batch, max(counts), 128))
         pair = load_pair(target, draft, alignment=alignment or "default", dtype=dtype, mesh=mesh, progress=bar.bytes)
         run = TaskRun(pair, settings, open_task_store(out, pair, settings), functools.partial(_show, bar))
         rows = run.run(names, counts, cases)

@@ -84,7 +84,7 @@ def share(scenario: Scenario, profile: DeviceProfile, mesh: MeshShape, *, whole_
 
     def meeting(config: ModelConfig, tokens: int, devices: int) -> float:
         """Seconds of a layer's two sums over devices."""
-        return 2 * _collective(batch * tokens * config.embed_dim * scenario.itemsize, devices, profile)
+        return 2 * collective_seconds(batch * tokens * config.embed_dim * scenario.itemsize, devices, profile)
 
     # Every device gets the scores of the others once a window.
     scores = batch * scenario.context * draft.num_layers * draft.num_kv_heads * _SCORE_BYTES
@@ -93,8 +93,8 @@ def share(scenario: Scenario, profile: DeviceProfile, mesh: MeshShape, *, whole_
         target_layer_s=profile.target_layer_s + meeting(target, scenario.window + 1, parts),
         draft_layer_s=profile.draft_layer_s + meeting(draft, 2, drafting),
         # The embedding, and the largest logit.
-        forward_s=profile.forward_s + 2 * _collective(0, max(parts, drafting), profile),
-        window_s=profile.window_s + _collective(scores / 2, drafting, profile),
+        forward_s=profile.forward_s + 2 * collective_seconds(0, max(parts, drafting), profile),
+        window_s=profile.window_s + collective_seconds(scores / 2, drafting, profile),
     )
     return Shared(mine, waiting)
 
@@ -119,7 +119,7 @@ def _part(config: ModelConfig, parts: int) -> ModelConfig:
     )
 
 
-def _collective(nbytes: float, devices: int, profile: DeviceProfile) -> float:
+def collective_seconds(nbytes: float, devices: int, profile: DeviceProfile) -> float:
     """Seconds in which devices add up arrays of so many bytes; half of them where parts are gathered."""
     if devices == 1:
         return 0.0
