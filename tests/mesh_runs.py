@@ -11,11 +11,14 @@ import dataclasses
 import json
 import re
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from tiny import outputs, selection_for, start, tiny_model
 
 from specattn_jax.calibration.calibrate import CalibrationSettings
@@ -29,8 +32,10 @@ from specattn_jax.decoding.sampling import Sampling
 from specattn_jax.decoding.speculative import SpecAttn, Speculative
 from specattn_jax.decoding.state import DecodeState
 from specattn_jax.evaluation.forced import read_documents
-from specattn_jax.examples import tiny_pair
+from specattn_jax.examples import byte_tokenizer, tiny_pair
+from specattn_jax.loading import save_hf
 from specattn_jax.models.sharding import make_mesh, place, replicated, split_target
+from specattn_jax.planning import mesh_choice
 from specattn_jax.planning.device import measure_profile
 from specattn_jax.planning.gate import make_gate
 from specattn_jax.planning.mesh import measure_link
@@ -151,6 +156,16 @@ def meeting() -> dict[str, Any]:
     }
 
 
+def chosen() -> dict[str, Any]:
+    """The mesh of a folder's model that is taken by default: on a CPU, of all devices, and without room on one."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        save_hf(TARGET, byte_tokenizer(), Path(folder) / "target")
+        asked = (f"{folder}/target", "none", "float32", mesh_choice.Wanted(4, 100, 10))
+        found = {"cpu": mesh_choice.default_mesh(*asked), "all": mesh_choice.default_mesh(*asked, jax.devices())}
+        patch.setattr(mesh_choice, "available_bytes", lambda: 0)
+        return found | {"no room": mesh_choice.default_mesh(*asked, jax.devices())}
+
+
 def run(which: str) -> dict[str, Any]:
     """What is asked for: tokens on meshes and on one device, and facts of the window's programs."""
     if which == "calibration":
@@ -171,7 +186,7 @@ def run(which: str) -> dict[str, Any]:
                     found["runs"].append({"case": case, "got": got, "want": want, "window": facts})
     if not few:
         found["perplexity"] = [perplexity(models_on(mesh, whole_draft=False)) for mesh in (None, *MESHES[:3])]
-    return found | ({"meeting": meeting()} if few else {})
+    return found | ({"meeting": meeting(), "chosen": chosen()} if few else {})
 
 
 if __name__ == "__main__":

@@ -72,6 +72,11 @@ def test_a_mesh_gives_the_same_tokens():
     assert met["alone"] is None
     assert met["believed"] == [met["latency_s"], met["bandwidth"]]
     assert met["waits"] > 2 * met["latency_s"]
+    chosen = found["chosen"]
+    assert chosen["cpu"] is None
+    # Which is the fastest depends on what was measured; that all of them hold least does not.
+    assert chosen["all"] is None or MeshShape.parse(chosen["all"]).devices <= 8
+    assert MeshShape.parse(chosen["no room"]).devices == 8
 
 
 @pytest.mark.slow

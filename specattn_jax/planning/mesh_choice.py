@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -37,28 +37,30 @@ class Wanted(NamedTuple):
     new_tokens: int
 
 
-def default_mesh(target: str, draft: str, dtype: str, wanted: Wanted) -> str | None:
+def default_mesh(
+    target: str, draft: str, dtype: str, wanted: Wanted, devices: Sequence[jax.Device] | None = None
+) -> str | None:
     """The mesh that is taken where nobody says one; None is one device.
-
-    Only devices of this process are taken, and only those that are not parts of one CPU.
 
     Args:
         target: as for `load_pair`.
         draft: likewise.
         dtype: likewise.
         wanted: for what.
+        devices: which may be taken; by default those of the only process, unless they are parts of one CPU.
 
     Raises:
         UserError: a reference cannot be resolved.
     """
-    devices = jax.local_devices()
-    if len(devices) == 1 or devices[0].platform == "cpu" or jax.process_count() > 1:
+    if devices is None:
+        devices = [] if jax.default_backend() == "cpu" or jax.process_count() > 1 else jax.local_devices()
+    if len(devices) < 2:
         return None
     config = resolve(target).config
     drafting = None if draft == NO_DRAFT else resolve(draft_reference(draft, target)).config
     itemsize = choose_dtype(dtype).itemsize
     most = max(shape.heads for shape in _shapes(config, len(devices), wanted.batch))
-    profile = measure_mesh(make_mesh(MeshShape(heads=most)))
+    profile = measure_mesh(make_mesh(MeshShape(heads=most), devices))
     chosen = choose_mesh(config, drafting, wanted, len(devices), profile, itemsize=itemsize, room=available_bytes())
     return None if chosen.devices == 1 else str(chosen)
 
