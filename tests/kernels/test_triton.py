@@ -164,8 +164,15 @@ class TestLongRows:
                 assert (chosen == (row >= thresholds[b, h]) | forced)[~near].all()
             assert p < 1 or chosen.all()
 
-    @pytest.mark.parametrize("measure", ["mass", "count"])
-    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+    @pytest.mark.parametrize(
+        ("measure", "dtype"),
+        [
+            ("mass", jnp.float32),
+            ("count", jnp.bfloat16),
+            pytest.param("mass", jnp.bfloat16, marks=pytest.mark.slow),
+            pytest.param("count", jnp.float32, marks=pytest.mark.slow),
+        ],
+    )
     def test_the_same_as_one_program_a_row(self, monkeypatch, measure, dtype):
         rng = np.random.default_rng(11)
         scores = np.exp(rng.normal(size=(2, 2, 5000)) * 2.5).astype(np.float32)
