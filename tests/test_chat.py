@@ -12,7 +12,7 @@ from specattn_jax.errors import UserError
 from specattn_jax.runtime.generate import generate
 from specattn_jax.runtime.session import Memory
 
-TURNS = ["Call me Ishmael. ", "Some years ago, never mind how long precisely, ", "having little money ", "I went"]
+TURNS = ["Call me Ishmael. ", "Some years ago, never mind how long precisely, ", "I went"]
 
 
 @pytest.mark.parametrize("mode", [pytest.param("autoregressive", marks=pytest.mark.slow), "speculative", "specattn"])

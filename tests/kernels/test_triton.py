@@ -27,8 +27,6 @@ from numpy_oracles import nucleus_size
 from specattn_kernels import Device, SelectionPlan
 from specattn_kernels.triton import attention, long_rows, merge, selection, short_rows
 
-pytestmark = pytest.mark.optimised
-
 SMALL_TILES = (
     (selection, {"TILE_SLOTS": 1024}),
     (short_rows, {"ROW_SLOTS": 1024}),
