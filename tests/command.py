@@ -1,6 +1,11 @@
-"""Running commands in the test's own process."""
+"""Running commands and scripts in the test's own process."""
 
 from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from unittest import mock
 
 from typer.testing import CliRunner, Result
 
@@ -24,3 +29,14 @@ def mistake(*arguments: object, stdin: bytes = b"") -> str:
     assert lines[0].startswith("Error: ")
     assert lines[0].endswith(".")
     return lines[0].removeprefix("Error: ")
+
+
+def run_script(name: str, *arguments: object) -> int:
+    """The exit status of a script, as if it were a program of its own."""
+    path = str(Path(__file__).parents[1] / "scripts" / name)
+    with mock.patch.object(sys, "argv", [path, *map(str, arguments)]):
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as ended:
+            return int(ended.code or 0)
+    return 0

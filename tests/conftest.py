@@ -42,6 +42,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tiny models compile without optimising, which halves their tests' time; the marked tests as users have it."""
     optimised = any(item.get_closest_marker(name) for name in ("optimised", "smollm2"))
     jax.config.update("jax_disable_most_optimizations", not optimised)
+    # Of programs that a test starts.
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(not optimised)
 
 
 @dataclasses.dataclass(frozen=True)

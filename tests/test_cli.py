@@ -93,10 +93,11 @@ class TestGenerate:
         assert "tokens/s" in result.stderr
         assert "drafts accepted" in result.stderr
 
-    def test_no_bar_is_drawn_into_a_pipe(self, specattn):
+    def test_no_bar_is_drawn_into_a_pipe(self, generate):
         # As notebooks do to programs that a cell runs.
         environment = {**os.environ, "FORCE_COLOR": "1", "CLICOLOR_FORCE": "1", "TERM": "xterm-color"}
-        command = [sys.executable, "-m", "specattn_jax.cli", *map(str, specattn("--prompt", PROMPT))]
+        arguments = generate("--prompt", PROMPT, "--mode", "autoregressive")
+        command = [sys.executable, "-m", "specattn_jax.cli", *map(str, arguments)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         assert "compiling" not in done.stderr
         assert "tokens/s" in done.stderr

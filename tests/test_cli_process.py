@@ -29,7 +29,9 @@ def one_sentence(done):
     return line
 
 
-@pytest.mark.parametrize("platform", ["cuda", "rocm", "abacus", "abacus,cpu"])
+@pytest.mark.parametrize(
+    "platform", ["cuda", *(pytest.param(other, marks=pytest.mark.slow) for other in ("rocm", "abacus")), "abacus,cpu"]
+)
 def test_a_platform_that_is_not_there_is_one_sentence(tiny_folders, platform):
     done = specattn("info", tiny_folders.target, JAX_PLATFORMS=platform)
     assert f"JAX_PLATFORMS is '{platform}', but JAX finds no such device here (" in one_sentence(done)
@@ -42,7 +44,7 @@ def test_a_platform_that_is_not_there_is_one_sentence(tiny_folders, platform):
     ids=lambda arguments: " ".join(arguments),
 )
 def test_a_full_disk_behind_stdout_is_one_sentence(tiny_folders, arguments):
-    pair = ["--target", tiny_folders.target, "--draft", tiny_folders.draft, "--mode", "speculative"]
+    pair = ["--target", tiny_folders.target, "--draft", tiny_folders.draft, "--mode", "autoregressive"]
     given = {"MODEL": [tiny_folders.target], "PAIR": [*pair, "--max-new-tokens", 4]}
     with open("/dev/full", "w") as full:
         done = specattn(*[part for each in arguments for part in given.get(each, [each])], stdout=full)

@@ -22,7 +22,7 @@ from specattn_jax.decoding.speculative import SpecAttn, Speculative
 from specattn_jax.errors import UserError
 from specattn_jax.models.forward import read_sequence
 
-DRAWS = 24_000
+DRAWS, FEW_DRAWS = 24_000, 3_000
 PROMPT = [1, 3, 2]
 
 
@@ -76,7 +76,11 @@ def test_every_temperature_has_a_distribution(temperature, seed):
     np.testing.assert_allclose(got, np.exp(scaled) / np.exp(scaled).sum(), atol=1e-5)
 
 
-@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-38, 1e-9, 1e-7, 1e-5])
+# To float32 these are nothing, its smallest number, and one like any other.
+@pytest.mark.parametrize(
+    "temperature",
+    [1e-300, 1e-45, 1e-7, *(pytest.param(other, marks=pytest.mark.slow) for other in (1e-38, 1e-9, 1e-5))],
+)
 def test_the_limit_of_small_temperatures_is_greedy(temperature):
     target, draft = tiny_model(10, scale=6.0), tiny_model(11, scale=6.0)
 
@@ -107,11 +111,13 @@ def penalised(logits: np.ndarray, before: list[int]) -> np.ndarray:
 PENALISED_PROMPTS, PENALISED_TOKENS = [PROMPT, [5]], 20
 
 
-@pytest.mark.parametrize("window", [0, 1, 4])
+# Of one length, so that it is one program: what follows a place does not change it.
+READ = jax.jit(lambda model, tokens: model.logits(read_sequence(model, tokens, causal_attention)))
+
+
+@pytest.mark.parametrize("window", [0, pytest.param(1, marks=pytest.mark.slow), 4])
 def test_greedy_text_with_a_penalty_is_that_of_transformers_rule(window):
     target, draft = tiny_model(10, scale=6.0, vocab_size=40), tiny_model(11, scale=6.0, vocab_size=40)
-    # Of one length, so that it is one program: what follows a place does not change it.
-    read = jax.jit(lambda model, tokens: model.logits(read_sequence(model, tokens, causal_attention)))
 
     def tokens(sampling):
         how = DecodeSettings(sampling)
@@ -123,7 +129,7 @@ def test_greedy_text_with_a_penalty_is_that_of_transformers_rule(window):
         text = list(prompt)
         for _ in range(PENALISED_TOKENS):
             padded = jnp.array([text + [0] * (32 - len(text))])
-            text.append(int(penalised(read(target, padded)[0, len(text) - 1], text).argmax()))
+            text.append(int(penalised(READ(target, padded)[0, len(text) - 1], text).argmax()))
         assert new == text[len(prompt) :]
     assert got != tokens(Sampling())
 
@@ -166,26 +172,31 @@ def assert_same_distribution(sequences: list[list[int]], exact: dict[tuple[int, 
 # Here running takes longer than compiling.
 @pytest.mark.optimised
 @pytest.mark.parametrize(
-    ("make", "sampling"),
+    ("make", "sampling", "draws"),
     [
-        pytest.param(lambda how, _: Autoregressive(how), Sampling(1.0), marks=pytest.mark.slow),
-        pytest.param(lambda how, _: Speculative(settings=how, window=1), Sampling(1.0), marks=pytest.mark.slow),
-        pytest.param(lambda how, _: Speculative(settings=how, window=2), Sampling(1.0), marks=pytest.mark.slow),
+        pytest.param(lambda how, _: Autoregressive(how), Sampling(1.0), DRAWS, marks=pytest.mark.slow),
+        pytest.param(lambda how, _: Speculative(settings=how, window=1), Sampling(1.0), DRAWS, marks=pytest.mark.slow),
+        pytest.param(lambda how, _: Speculative(settings=how, window=2), Sampling(1.0), DRAWS, marks=pytest.mark.slow),
         pytest.param(
             lambda how, _: Speculative(settings=how, window=3),
             Sampling(1.3, top_k=6, top_p=0.95),
+            DRAWS,
             marks=pytest.mark.slow,
         ),
-        (lambda how, selection: SpecAttn(selection, how, window=2), Sampling(0.8)),
+        (lambda how, selection: SpecAttn(selection, how, window=2), Sampling(0.8), FEW_DRAWS),
         pytest.param(
-            lambda how, _: Speculative(settings=how, window=2), Sampling(1.2, min_p=0.05), marks=pytest.mark.slow
+            lambda how, selection: SpecAttn(selection, how, window=2), Sampling(0.8), DRAWS, marks=pytest.mark.slow
         ),
         pytest.param(
-            lambda how, _: Autoregressive(how), Sampling(1.0, repetition_penalty=PENALTY), marks=pytest.mark.slow
+            lambda how, _: Speculative(settings=how, window=2), Sampling(1.2, min_p=0.05), DRAWS, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            lambda how, _: Autoregressive(how), Sampling(1.0, repetition_penalty=PENALTY), DRAWS, marks=pytest.mark.slow
         ),
         pytest.param(
             lambda how, _: Speculative(settings=how, window=2),
             Sampling(1.0, repetition_penalty=PENALTY),
+            DRAWS,
             marks=pytest.mark.slow,
         ),
     ],
@@ -194,17 +205,18 @@ def assert_same_distribution(sequences: list[list[int]], exact: dict[tuple[int, 
         "window 1",
         "window 2",
         "window 3",
+        "specattn, few draws",
         "specattn",
         "min_p",
         "autoregressive, penalty",
         "window 2, penalty",
     ],
 )
-def test_output_has_exactly_the_targets_distribution(make, sampling):
+def test_output_has_exactly_the_targets_distribution(make, sampling, draws):
     target, draft = tiny_model(10, scale=6.0), tiny_model(11, scale=6.0)
     strategy = make(DecodeSettings(sampling), selection_for(target, draft, "default", 1.0))
-    keys = jax.random.split(jax.random.key(42), DRAWS)
-    state = run(strategy, target, draft, [PROMPT] * DRAWS, 3, keys)
+    keys = jax.random.split(jax.random.key(42), draws)
+    state = run(strategy, target, draft, [PROMPT] * draws, 3, keys)
     if strategy.window:
         rate = float(state.statistics.accepted.sum() / state.statistics.drafted.sum())
         assert 0.05 < rate < 0.95, "the test must exercise acceptance and rejection"

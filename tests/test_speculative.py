@@ -25,18 +25,19 @@ def models():
     return tiny_model(0, num_layers=3), tiny_model(1, num_kv_heads=1)
 
 
+@jax.jit
+def logits_of_one_pass(model, tokens):
+    return model.logits(read_sequence(model, tokens, causal_attention))[0]
+
+
 def greedy_by_hand(model, prompt: list[int], limit: int) -> list[int]:
     """Greedy continuation that re-reads the whole sequence densely for every token."""
-
-    @jax.jit
-    def logits(tokens):
-        return model.logits(read_sequence(model, tokens, causal_attention))[0]
-
     tokens = list(prompt)
-    size = len(prompt) + limit
+    # Of one length, so that it is one program for all prompts.
+    size = 64
     for _ in range(limit):
         padded = jnp.array([tokens + [0] * (size - len(tokens))], jnp.int32)
-        tokens.append(int(jnp.argmax(logits(padded)[len(tokens) - 1])))
+        tokens.append(int(jnp.argmax(logits_of_one_pass(model, padded)[len(tokens) - 1])))
     return tokens[len(prompt) :]
 
 
@@ -141,11 +142,10 @@ def test_sampling_does_not_depend_on_the_batch(models):
 
 def test_padded_draft_vocabulary_is_tolerated(models):
     target, _ = models
-    expected = outputs(run(Autoregressive(), target, None, RAGGED, LIMIT))
+    prompts = [[token % 6 for token in prompt] for prompt in RAGGED]
+    expected = outputs(run(Autoregressive(), target, None, prompts, LIMIT))
     for size in (6, 11):
         draft = tiny_model(5, vocab_size=size)
-        prompts = [[token % 6 for token in prompt] for prompt in RAGGED]
-        expected = outputs(run(Autoregressive(), target, None, prompts, LIMIT))
         assert outputs(run(Speculative(), target, draft, prompts, LIMIT)) == expected
 
 
@@ -161,7 +161,7 @@ def test_a_speculative_strategy_needs_a_draft(models):
         run(Speculative(), models[0], None, RAGGED, 2)
 
 
-@pytest.mark.parametrize("window", [1, 2, 5])
+@pytest.mark.parametrize("window", [*(pytest.param(other, marks=pytest.mark.slow) for other in (1, 2)), 5])
 def test_a_sparse_draft_that_has_room_for_all_drafts_as_a_dense_one(models, window):
     """With a share just under 1 every entry is read, but through plans."""
     target, draft = models

@@ -105,6 +105,7 @@ def decode_with(implementation):
         return outputs(state), np.asarray(state.statistics.read), np.asarray(state.statistics.windows)
 
 
+@pytest.mark.slow
 def test_interpreted_window_equals_xla():
     (tokens, read, windows), (want_tokens, want_read, want_windows) = map(decode_with, ("pallas_tpu", "xla"))
     assert len({token for row in tokens for token in row}) > 2

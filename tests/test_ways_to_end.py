@@ -84,7 +84,7 @@ def test_reasons(tiny_pair):
     assert ended.tokens == whole.tokens[: whole.tokens.index(whole.tokens[5]) + 1]
 
 
-@pytest.mark.parametrize("mode", MODES[:3])
+@pytest.mark.parametrize("mode", [*(pytest.param(other, marks=pytest.mark.slow) for other in MODES[:2]), MODES[2]])
 def test_each_prompt_draws_by_its_seed_as_it_would_alone(tiny_pair, mode):
     def texts(prompts, seed):
         run = generate(tiny_pair, prompts, mode=mode, max_new_tokens=12, temperature=1.0, seed=seed)

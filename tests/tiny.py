@@ -40,6 +40,7 @@ def tiny_config(**changes) -> ModelConfig:
     return ModelConfig(**{**base, **changes})
 
 
+@functools.cache
 def tiny_model(seed: int, scale: float = 12.0, **changes) -> LanguageModel:
     """Random weights, large enough that distributions are far from uniform."""
     model = init_model(tiny_config(**changes), jax.random.key(seed))

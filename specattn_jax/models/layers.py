@@ -12,11 +12,24 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from specattn_jax.models.config import ModelConfig, RopeScaling
 
 _INIT = nnx.initializers.normal(stddev=0.02)
+
+
+class Keys:
+    """Random keys, the same as those of `nnx.Rngs`, which traces a model of many layers in quadratic time."""
+
+    def __init__(self, key: PRNGKeyArray) -> None:
+        self._key = key
+        self._drawn = 0
+
+    def draw(self) -> PRNGKeyArray:
+        """Another key."""
+        self._drawn += 1
+        return jax.random.fold_in(self._key, self._drawn - 1)
 
 
 class Rotation(NamedTuple):
@@ -95,13 +108,13 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Projections around grouped-query attention; what is attended is decided by the caller."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, keys: Keys) -> None:
         d, k, g, h = config.embed_dim, config.num_kv_heads, config.group_size, config.head_dim
         self.group_size = g
         # Per kv group: its G query heads, then its key, then its value.
-        self.qkv = nnx.Param(_INIT(rngs.params(), (d, k, g + 2, h), dtype), axes="D K G+2 H")
+        self.qkv = nnx.Param(_INIT(keys.draw(), (d, k, g + 2, h), dtype), axes="D K G+2 H")
         self.qkv_bias = nnx.Param(jnp.zeros((k, g + 2, h), dtype), axes="K G+2 H") if config.qkv_bias else None
-        self.out = nnx.Param(_INIT(rngs.params(), (k, g, h, d), dtype), axes="K G H D")
+        self.out = nnx.Param(_INIT(keys.draw(), (k, g, h, d), dtype), axes="K G H D")
         self.out_bias = nnx.Param(jnp.zeros((d,), dtype), axes="D") if config.out_bias else None
         self.q_norm = RMSNorm(h, config.norm_eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(h, config.norm_eps, dtype=dtype) if config.qk_norm else None
@@ -131,10 +144,10 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SiLU-gated feed-forward."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, keys: Keys) -> None:
         d, f = config.embed_dim, config.mlp_dim
-        self.gate_up = nnx.Param(_INIT(rngs.params(), (d, 2, f), dtype), axes="D 2 F")
-        self.down = nnx.Param(_INIT(rngs.params(), (f, d), dtype), axes="F D")
+        self.gate_up = nnx.Param(_INIT(keys.draw(), (d, 2, f), dtype), axes="D 2 F")
+        self.down = nnx.Param(_INIT(keys.draw(), (f, d), dtype), axes="F D")
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """`down(silu(gate(x)) * up(x))`."""
@@ -146,11 +159,11 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One pre-norm decoder layer, in two halves so that the caller can attend in between."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, keys: Keys) -> None:
         self.attention_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype=dtype)
-        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.attention = Attention(config, dtype=dtype, keys=keys)
         self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype=dtype)
-        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(config, dtype=dtype, keys=keys)
 
     def before(
         self, x: Float[Array, "B T D"], by: Rotation

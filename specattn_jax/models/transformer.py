@@ -17,7 +17,7 @@ from jaxtyping import Array, DTypeLike, Float, Int32, PRNGKeyArray
 from specattn_kernels import Split
 
 from specattn_jax.models.config import ModelConfig
-from specattn_jax.models.layers import Block, RMSNorm, Rotation
+from specattn_jax.models.layers import Block, Keys, RMSNorm, Rotation
 
 Attend = Callable[
     [int, Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]], Float[Array, "B T N H"]
@@ -27,16 +27,16 @@ Attend = Callable[
 class Transformer(nnx.Module):
     """Llama-family decoder. Layers are unrolled: each has weights, cache and plan of its own."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, keys: Keys) -> None:
         init = nnx.initializers.normal(stddev=0.02)
-        self.embedding = nnx.Param(init(rngs.params(), (config.vocab_size, config.embed_dim), dtype), axes="V D")
-        self.layers = nnx.List([Block(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
+        self.embedding = nnx.Param(init(keys.draw(), (config.vocab_size, config.embed_dim), dtype), axes="V D")
+        self.layers = nnx.List([Block(config, dtype=dtype, keys=keys) for _ in range(config.num_layers)])
         self.final_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype=dtype)
         # Laid out like the embedding, [V, D], so that tied and untied outputs are read alike.
         self.output = (
             None
             if config.tie_embeddings
-            else nnx.Param(init(rngs.params(), (config.vocab_size, config.embed_dim), dtype), axes="V D")
+            else nnx.Param(init(keys.draw(), (config.vocab_size, config.embed_dim), dtype), axes="V D")
         )
 
     def __call__(self, tokens: Int32[Array, "B T"], by: Rotation, attend: Attend) -> Float[Array, "B T D"]:
@@ -94,16 +94,17 @@ class LanguageModel:
 
 def abstract_model(config: ModelConfig, dtype: DTypeLike) -> LanguageModel:
     """The model with `jax.ShapeDtypeStruct` leaves in place of weights: what a loader has to fill."""
-    model = nnx.eval_shape(lambda: Transformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Transformer(config, dtype=dtype, keys=Keys(jax.random.key(0))))
     graphdef, params = nnx.split(model)
     return LanguageModel(params=params, graphdef=graphdef, config=config)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def _random_weights(config: ModelConfig, key: PRNGKeyArray, dtype: jnp.dtype) -> nnx.State[Any, Any]:
+    return nnx.state(Transformer(config, dtype=dtype, keys=Keys(key)))
+
+
 def init_model(config: ModelConfig, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32) -> LanguageModel:
     """A model with random weights, for tests, benchmarks and training."""
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def make(config: ModelConfig, key: PRNGKeyArray) -> nnx.State[Any, Any]:
-        return nnx.state(Transformer(config, dtype=dtype, rngs=nnx.Rngs(params=key)))
-
-    return dataclasses.replace(abstract_model(config, dtype), params=make(config, key))
+    params = _random_weights(config, key, jnp.dtype(dtype))
+    return dataclasses.replace(abstract_model(config, dtype), params=params)

@@ -6,10 +6,15 @@ from jax.experimental.pallas import tpu as pltpu
 from specattn_kernels.tpu import attention
 
 
+def do_not_optimise():
+    """What an interpreter runs is compiled in half the time; nobody uses it beyond tests."""
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture
 def tpu_interpreter(monkeypatch):
-    """Interprets TPU kernels, compiled without optimising, which halves their time, in as many steps as can be."""
-    jax.config.update("jax_disable_most_optimizations", True)
+    """Interprets TPU kernels, in as many steps as can be."""
+    do_not_optimise()
     monkeypatch.setattr(attention, "STEP_BYTES", 0)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
         yield
@@ -19,5 +24,8 @@ def tpu_interpreter(monkeypatch):
 def interpreter_of_implementation(request):
     """The interpreter that a test of several implementations needs."""
     callspec = getattr(request.node, "callspec", None)
-    if callspec is not None and callspec.params.get("implementation") == "pallas_tpu":
+    implementation = "" if callspec is None else callspec.params.get("implementation", "")
+    if implementation.startswith("pallas"):
+        do_not_optimise()
+    if implementation == "pallas_tpu":
         request.getfixturevalue("tpu_interpreter")

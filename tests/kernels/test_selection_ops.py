@@ -13,6 +13,7 @@ from specattn_kernels import reference
 
 pytestmark = pytest.mark.optimised
 
+
 # Those with the published bisection.
 LINEAR_IMPLEMENTATIONS = ["xla", "pallas_tpu"]
 
@@ -132,8 +133,15 @@ class TestSelectBlocks:
         assert got.block_ids.dtype == got.counts.dtype == jnp.int32
         assert selected(got) == selected(want)
 
-    @pytest.mark.parametrize("capacity", [None, 5])
-    @pytest.mark.parametrize("block_size", [1, 4])
+    @pytest.mark.parametrize(
+        ("block_size", "capacity"),
+        [
+            (1, None),
+            (4, 5),
+            pytest.param(1, 5, marks=pytest.mark.slow),
+            pytest.param(4, None, marks=pytest.mark.slow),
+        ],
+    )
     @pytest.mark.parametrize("measure", ["mass", "count"])
     def test_many_layers_are_selected_as_each_alone(self, implementation, measure, block_size, capacity):
         rng = np.random.default_rng(5)
@@ -165,25 +173,24 @@ class TestSelectBlocks:
 
     @examples(max_examples=15)
     @given(
+        # Few, because each is compiled.
         options=st.sampled_from(
             [
-                (1, 4, 16, None),
-                (1, 4, 16, 31),
-                (1, 4, 16, 20),
-                (1, 4, 16, 18),
-                (1, 4, 16, 7),
-                (4, 0, 3, 5),
-                (7, 3, 0, 1),
+                (1, 4, 16, None, "count", jnp.float32),
+                (1, 4, 16, 31, "count", jnp.bfloat16),
+                (1, 4, 16, 20, "mass", jnp.float32),
+                (1, 4, 16, 18, "count", jnp.float32),
+                (1, 4, 16, 7, "mass", jnp.bfloat16),
+                (4, 0, 3, 5, "mass", jnp.float32),
+                (7, 3, 0, 1, "count", jnp.bfloat16),
             ]
         ),
-        measure=st.sampled_from(["mass", "count"]),
-        dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
         kinds=st.lists(st.sampled_from([*ROW_KINDS, "zero"]), min_size=4, max_size=4),
         p=PS,
         seed=SEEDS,
     )
-    def test_counts_and_capacity_match_reference(self, implementation, options, measure, dtype, kinds, p, seed):
-        block_size, num_sink, num_recent, capacity = options
+    def test_counts_and_capacity_match_reference(self, implementation, options, kinds, p, seed):
+        block_size, num_sink, num_recent, capacity, measure, dtype = options
         rng = np.random.default_rng(seed)
         lengths = np.array([rng.choice([0, 1, 17, 50]), rng.integers(1, 51)], np.int32)
         rows = []

@@ -27,8 +27,6 @@ from numpy_oracles import nucleus_size
 from specattn_kernels import Device, SelectionPlan
 from specattn_kernels.triton import attention, long_rows, merge, selection, short_rows
 
-pytestmark = pytest.mark.optimised
-
 SMALL_TILES = (
     (selection, {"TILE_SLOTS": 1024}),
     (short_rows, {"ROW_SLOTS": 1024}),
@@ -164,8 +162,15 @@ class TestLongRows:
                 assert (chosen == (row >= thresholds[b, h]) | forced)[~near].all()
             assert p < 1 or chosen.all()
 
-    @pytest.mark.parametrize("measure", ["mass", "count"])
-    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+    @pytest.mark.parametrize(
+        ("measure", "dtype"),
+        [
+            ("mass", jnp.float32),
+            ("count", jnp.bfloat16),
+            pytest.param("mass", jnp.bfloat16, marks=pytest.mark.slow),
+            pytest.param("count", jnp.float32, marks=pytest.mark.slow),
+        ],
+    )
     def test_the_same_as_one_program_a_row(self, monkeypatch, measure, dtype):
         rng = np.random.default_rng(11)
         scores = np.exp(rng.normal(size=(2, 2, 5000)) * 2.5).astype(np.float32)
