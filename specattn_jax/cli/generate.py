@@ -177,7 +177,7 @@ def generate_command(
         drafting = draft if request.may_draft else NO_DRAFT
         # About four letters are a token.
         texts = [text] if jobs is None else [job.text or "" for job in jobs]
-        wanted = Wanted(min(batch, len(texts)), max(map(len, texts)) // 4 + 1, max_new_tokens)
+        wanted = Wanted(min(batch, len(texts)), max(map(len, texts), default=0) // 4 + 1, max_new_tokens)
         pair = load_pair(
             target,
             drafting,
