@@ -279,6 +279,9 @@ def test_the_command_says_what_is_wrong(tiny_folders, tmp_path):
         "tasks names 'chess'": ["--tasks", "chess"],
         "methods names 'magic'": ["--tasks", "own", "--methods", "magic"],
         "--lengths names 0.5": ["--tasks", "own", "--lengths", "0.5"],
+        "--lengths is ''; expected numbers": ["--tasks", "own", "--lengths", ""],
+        "--kv-reduction is ' ,'; expected numbers": ["--tasks", "own", "--kv-reduction", " ,"],
+        "--p is ''; expected numbers": ["--tasks", "own", "--p", ""],
         "lengths names 4096": ["--tasks", "own", "--methods", "full"],
         "length is 256, which has no room": ["--tasks", "own", "--methods", "full", "--lengths", "256"],
     }

@@ -113,7 +113,7 @@ def split_numbers(given: str, option: str) -> list[float]:
     """Numbers separated by commas, each once, in ascending order.
 
     Raises:
-        UserError: one of them is no number.
+        UserError: one of them is no number, or there are none.
     """
     numbers = set()
     for part in filter(None, (part.strip() for part in given.split(","))):
@@ -121,6 +121,8 @@ def split_numbers(given: str, option: str) -> list[float]:
             numbers.add(float(part))
         except ValueError as error:
             raise UserError(f"{option} names {part!r}; expected numbers, such as 0.75,0.9.") from error
+    if not numbers:
+        raise UserError(f"{option} is {given!r}; expected numbers separated by commas.")
     return sorted(numbers)
 
 
@@ -128,10 +130,10 @@ def split_reading(kv_reduction: str | None, p: str | None) -> tuple[list[float],
     """The savings and the masses that `Savings` and `Masses` say: one of them is empty.
 
     Raises:
-        UserError: both are given, or one of them holds what is no number.
+        UserError: both are given, or one of them holds no numbers.
     """
-    savings = split_numbers(kv_reduction or ("" if p else _SAVINGS), "--kv-reduction")
-    masses = split_numbers(p or "", "--p")
-    if savings and masses:
+    if kv_reduction is not None and p is not None:
         raise UserError("--p and --kv-reduction both say how much to read; give one of them.")
-    return savings, masses
+    if p is not None:
+        return [], split_numbers(p, "--p")
+    return split_numbers(_SAVINGS if kv_reduction is None else kv_reduction, "--kv-reduction"), []

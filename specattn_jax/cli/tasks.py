@@ -90,7 +90,7 @@ def tasks_command(
     settings = TaskSettings(samples=samples, window=window, batch=batch, chat=chat)
     with stage_bar() as bar:
         bar.wait("starting")
-        mesh = mesh or default_mesh(target, draft, dtype, Wanted(batch, max(counts, default=1), 128))
+        mesh = mesh or default_mesh(target, draft, dtype, Wanted(batch, max(counts), 128))
         pair = load_pair(target, draft, alignment=alignment or "default", dtype=dtype, mesh=mesh, progress=bar.bytes)
         run = TaskRun(pair, settings, open_task_store(out, pair, settings), functools.partial(_show, bar))
         rows = run.run(names, counts, cases)
