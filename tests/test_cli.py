@@ -93,6 +93,7 @@ class TestGenerate:
         assert "tokens/s" in result.stderr
         assert "drafts accepted" in result.stderr
 
+    @pytest.mark.slow
     def test_no_bar_is_drawn_into_a_pipe(self, generate):
         # As notebooks do to programs that a cell runs.
         environment = {**os.environ, "FORCE_COLOR": "1", "CLICOLOR_FORCE": "1", "TERM": "xterm-color"}
@@ -352,6 +353,7 @@ class TestInterrupt:
         assert list(tmp_path.iterdir()) == []
         assert run(*arguments).exit_code == 0
 
+    @pytest.mark.slow
     @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
     def test_a_real_signal_ends_the_program(self, tiny_folders, tmp_path):
         code = (

@@ -21,7 +21,13 @@ def examples(name: str) -> list[doctest.DocTest]:
 CASES = {test.name: test for name in MODULES for test in examples(name)}
 
 
-@pytest.mark.parametrize("name", CASES)
+# Those of the notebooks compile several modes each.
+_SLOW = ("specattn_jax.notebook.sweep.sweep", "specattn_jax.notebook.compare.compare")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in _SLOW else name for name in CASES]
+)
 def test_example(name, request):
     case = CASES[name]
     if any('"smollm2"' in example.source for example in case.examples):

@@ -429,6 +429,7 @@ class TestGenerate:
         fixed, auto = programs[: len(programs) // 2], programs[len(programs) // 2 :]
         assert fixed == auto
 
+    @pytest.mark.slow
     def test_what_a_start_takes_to_compile_is_no_decoding(self, monkeypatch):
         laps = []
 

@@ -49,7 +49,7 @@ def tolerance_for(implementation, least=2e-5):
 
 @pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
 class TestDecodeAttention:
-    @examples(max_examples=25)
+    @examples(max_examples=12)
     @given(shape=st.sampled_from(SHAPES), seed=SEEDS, dead=st.sampled_from([np.nan, np.inf]))
     def test_matches_reference(self, implementation, shape, seed, dead):
         if not takes_example(implementation, seed):
@@ -139,7 +139,7 @@ class TestDecodeAttention:
 
 @pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
 class TestSparseDecodeAttention:
-    @examples(max_examples=30)
+    @examples(max_examples=12)
     @given(shape=st.sampled_from(SHAPES), seed=SEEDS, kind=PLAN_KINDS, dead=st.sampled_from([np.nan, np.inf]))
     def test_matches_reference(self, implementation, shape, seed, kind, dead):
         if not takes_example(implementation, seed):
@@ -225,7 +225,7 @@ class TestSparseDecodeAttention:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 class TestScoreCache:
-    @examples(max_examples=20)
+    @examples(max_examples=10)
     @given(shape=st.sampled_from(SHAPES), seed=SEEDS, dead=st.sampled_from([np.nan, np.inf]))
     def test_matches_reference(self, implementation, shape, seed, dead):
         q, k, v, lengths = draw_attention(seed, shape_for(implementation, shape), dead=dead)

@@ -129,7 +129,7 @@ class TestEveryBackend:
         seen = np.asarray(starts)[:, None] + np.arange(shape.tokens)
         np.testing.assert_allclose(out, np.broadcast_to(seen[..., None, None] / 2, out.shape), rtol=1e-5)
 
-    @examples(max_examples=25)
+    @examples(max_examples=12)
     @given(number=st.integers(0, 4), seed=SEEDS, dead=st.sampled_from([np.nan, np.inf]))
     def test_matches_float64(self, implementation, number, seed, dead):
         shapes = shapes_of(implementation)

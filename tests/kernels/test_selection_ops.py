@@ -20,7 +20,7 @@ LINEAR_IMPLEMENTATIONS = ["xla", "pallas_tpu"]
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 class TestTopPThreshold:
-    @examples(max_examples=60)
+    @examples(max_examples=30)
     @given(
         padded=st.sampled_from([1, 37, 600, 4096]),
         part=st.floats(0, 1),
@@ -85,7 +85,7 @@ class TestTopPThreshold:
 
 @pytest.mark.parametrize("implementation", LINEAR_IMPLEMENTATIONS)
 class TestLinearThreshold:
-    @examples(max_examples=25)
+    @examples(max_examples=12)
     @given(kind=st.sampled_from(ROW_KINDS), p=st.sampled_from([1e-6, 0.5, 0.95]), seed=SEEDS)
     def test_linear_is_the_published_bisection(self, implementation, kind, p, seed):
         row = draw_row(np.random.default_rng(seed), kind, 600, 600)
@@ -105,7 +105,7 @@ class TestLinearThreshold:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 class TestSelectBlocks:
-    @examples(max_examples=40)
+    @examples(max_examples=20)
     @given(
         options=st.sampled_from(
             [(1, 4, 16, "exact"), (4, 0, 3, "exact"), (7, 0, 0, "exact"), (64, 5, 0, "exact"), (1, 0, 0, "linear")]

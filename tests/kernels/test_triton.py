@@ -125,7 +125,7 @@ def is_the_nucleus(row, threshold, p, error=1e-6):
 class TestLongRows:
     """Several programs a row."""
 
-    @examples(max_examples=40)
+    @examples(max_examples=20)
     @given(
         kinds=st.lists(st.sampled_from(ROW_KINDS), min_size=3, max_size=3),
         sizes=st.lists(st.integers(1, 5000), min_size=3, max_size=3),
