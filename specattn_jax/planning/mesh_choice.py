@@ -16,8 +16,8 @@ from specattn_jax.loading.pair import NO_DRAFT, choose_dtype
 from specattn_jax.loading.resolve import draft_reference, resolve
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.models.sharding import MeshShape, abstract_mesh, make_mesh, split_draft
-from specattn_jax.planning.device import DeviceProfile, prefill_seconds, window_seconds
-from specattn_jax.planning.mesh import collective_seconds, measure_mesh, share, share_of
+from specattn_jax.planning.device import DeviceProfile, prefill_seconds, seconds_per_token
+from specattn_jax.planning.mesh import Shared, collective_seconds, measure_mesh, share
 
 # Another device has to gain so much: predictions are no better.
 _LEAST_GAIN = 1.05
@@ -89,48 +89,53 @@ def choose_mesh(
         itemsize: bytes of a weight and of a cache number.
         room: bytes that a device has; None where nobody knows.
     """
+    context = wanted.tokens + wanted.new_tokens // 2
+    scenario = Scenario(target, draft or target, wanted.batch, context, itemsize=itemsize)
     shapes = sorted(_shapes(target, devices, wanted.batch), key=lambda shape: (shape.devices, shape.heads))
-    held = {shape: _held_bytes(target, draft, wanted, shape, itemsize) for shape in shapes}
+    whole = {shape: split_draft(abstract_mesh(shape), scenario.draft, itemsize).heads is None for shape in shapes}
+    shared = {shape: share(scenario, profile, shape, whole_draft=whole[shape]) for shape in shapes}
+    drafts = draft is not None
+    held = {shape: _held_bytes(shared[shape].scenario, wanted, drafts) for shape in shapes}
     fitting = [shape for shape in shapes if room is None or held[shape] <= room]
     if not fitting:
         return min(shapes, key=held.__getitem__)
     best, fastest = fitting[0], float("inf")
     for shape in fitting:
-        seconds = request_seconds(target, draft, wanted, shape, profile, itemsize=itemsize)
+        meeting = shape.heads, 1 if whole[shape] else shape.heads
+        seconds = _request_seconds(scenario, shared[shape], wanted, drafts, meeting, profile)
         if seconds * _LEAST_GAIN < fastest:
             best, fastest = shape, seconds
     return best
 
 
-def request_seconds(
-    target: ModelConfig,
-    draft: ModelConfig | None,
-    wanted: Wanted,
-    shape: MeshShape,
-    profile: DeviceProfile,
-    *,
-    itemsize: int = 2,
+def _request_seconds(
+    scenario: Scenario, shared: Shared, wanted: Wanted, drafts: bool, meeting: tuple[int, int], profile: DeviceProfile
 ) -> float:
-    """Predicted seconds of a whole request on a mesh, in the mode that is the fastest there."""
-    scenario = Scenario(
-        target, draft or target, wanted.batch, wanted.tokens + wanted.new_tokens // 2, itemsize=itemsize
-    )
-    whole = draft is not None and _draft_is_whole(draft, shape, itemsize)
-    mine, waiting = share(scenario, profile, shape, whole_draft=whole)
+    """Predicted seconds of a whole request on a mesh, in the mode that is the fastest there.
+
+    Args:
+        scenario: what all devices decode.
+        shared: one device's part of it.
+        wanted: the request.
+        drafts: whether there is a draft.
+        meeting: how many devices meet in a layer of the target, and of the draft.
+        profile: of one device alone.
+    """
+    mine, waiting = shared
     strategies: tuple[Strategy, ...] = (Autoregressive(),)
-    if draft is not None:
+    if drafts:
         strategies += (Speculative(window=scenario.window), SpecAttn(window=scenario.window))
 
     def reading(config: ModelConfig, part: ModelConfig, parts: int) -> float:
-        nbytes = mine.batch * wanted.tokens * config.embed_dim * itemsize
-        meeting = 2 * config.num_layers * collective_seconds(nbytes, parts, profile)
-        return prefill_seconds(part, mine.batch, wanted.tokens, profile) + meeting
+        nbytes = mine.batch * wanted.tokens * config.embed_dim * scenario.itemsize
+        sums = 2 * config.num_layers * collective_seconds(nbytes, parts, profile)
+        return prefill_seconds(part, mine.batch, wanted.tokens, profile) + sums
 
-    alone = reading(target, mine.target, shape.heads)
-    drafted = alone if draft is None else alone + reading(draft, mine.draft, 1 if whole else shape.heads)
+    alone = reading(scenario.target, mine.target, meeting[0])
+    drafted = alone + reading(scenario.draft, mine.draft, meeting[1])
     return min(
         (drafted if one.needs_draft else alone)
-        + wanted.new_tokens * window_seconds(mine, one.cost(scenario), waiting).total / one.cost(scenario).tokens
+        + wanted.new_tokens * seconds_per_token(mine, one.cost(scenario), waiting)
         for one in strategies
     )
 
@@ -143,22 +148,10 @@ def _shapes(target: ModelConfig, devices: int, batch: int) -> Iterator[MeshShape
                 yield MeshShape(data, heads)
 
 
-def _held_bytes(
-    target: ModelConfig, draft: ModelConfig | None, wanted: Wanted, shape: MeshShape, itemsize: int
-) -> float:
-    """Bytes of weights and caches that one device of a mesh holds."""
-    mine = share_of(
-        Scenario(target, draft or target, wanted.batch),
-        shape,
-        whole_draft=draft is not None and _draft_is_whole(draft, shape, itemsize),
-    )
+def _held_bytes(mine: Scenario, wanted: Wanted, drafts: bool) -> float:
+    """Bytes of weights and caches that one device of a mesh holds: of the target, and of the draft if there is one."""
     slots = wanted.tokens + wanted.new_tokens
     return sum(
-        config.parameter_count() * itemsize + config.cache_bytes(mine.batch, slots, itemsize)
-        for config in (mine.target, *(() if draft is None else (mine.draft,)))
+        config.parameter_count() * mine.itemsize + config.cache_bytes(mine.batch, slots, mine.itemsize)
+        for config in (mine.target, mine.draft)[: 1 + drafts]
     )
-
-
-def _draft_is_whole(draft: ModelConfig, shape: MeshShape, itemsize: int) -> bool:
-    """Whether each device has all of the draft."""
-    return split_draft(abstract_mesh(shape), draft, itemsize).heads is None
