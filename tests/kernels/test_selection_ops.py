@@ -13,7 +13,6 @@ from specattn_kernels import reference
 
 pytestmark = pytest.mark.optimised
 
-
 # Those with the published bisection.
 LINEAR_IMPLEMENTATIONS = ["xla", "pallas_tpu"]
 
