@@ -68,6 +68,16 @@ def test_what_is_told_is_the_text_up_to_the_first_stop(text, stops, data):
     assert writer.stopped == [find_stop(text, stops) is not None]
 
 
+def test_the_stop_text_that_is_complete_first_ends_the_text():
+    for text, stops, ends in (
+        ("<<b<", ["b", "<b<"], 2),
+        ("ab<", ["b<", "ab<"], 0),
+        ("abab", ["ba", "ab"], 0),
+        ("aa", ["b"], None),
+    ):
+        assert find_stop(text, stops) == ends
+
+
 def test_what_cannot_stop(tiny_pair):
     for stop, said in (("###", "into brackets"), (["a", ""], "empty text")):
         with pytest.raises(UserError, match=said):

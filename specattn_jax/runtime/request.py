@@ -63,8 +63,8 @@ class Request:
         seed: of the random draws; sequence i of a batch draws the same whatever the other sequences are. Or a list of
             one seed per prompt: each then draws as it would alone. In mode `auto` a seed alone does not fix a sampled
             text, because the window, which decides how draws are used, depends on measured speed: fix the mode too.
-        stop: texts that end a sequence: its text ends before the first of them, its tokens with the one that completes
-            it.
+        stop: texts that end a sequence: its text ends before the one that is complete first, its tokens with the one
+            that completes it.
         stop_at_eos: whether the tokenizer's end tokens end a sequence.
         keep_selection: whether to keep which tokens each window read, for `Generation.plot_selection`; the host then
             sees every window, which costs time.

@@ -50,9 +50,12 @@ class Writer:
 
 
 def find_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the first stop text begins; None where there is none."""
-    places = [place for place in (text.find(stop) for stop in stops) if place >= 0]
-    return min(places, default=None)
+    """Where the stop text begins that is complete first, the longest of several; None where there is none.
+
+    Not where the first one begins: what was told when another one was complete cannot be taken back.
+    """
+    found = [(place + len(stop), place) for stop in stops if (place := text.find(stop)) >= 0]
+    return min(found)[1] if found else None
 
 
 def _begun(text: str, stops: Sequence[str]) -> int:
