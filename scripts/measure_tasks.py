@@ -42,6 +42,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=17, help="three of them hold 50 questions")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--policies", nargs="+", help="of configs/policies.toml, in place of all methods")
+    parser.add_argument(
+        "--slots", type=int, default=0, help="room in the caches for so many tokens, so that lengths share programs"
+    )
     parser.add_argument("--minutes", type=float, help="begin no task after so many")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -56,7 +59,7 @@ def main() -> None:
         if result:
             print(f"{time.monotonic() - began:.0f} s, {cell}: {result}", flush=True)
 
-    run = TaskRun(pair, settings, open_task_store(options.out, pair, settings), tell)
+    run = TaskRun(pair, settings, open_task_store(options.out, pair, settings), tell, slots=options.slots)
     about = f"{options.pair}, {options.samples} questions of each task, {pair.target.dtype}, windows of 5."
     command = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     rows = []

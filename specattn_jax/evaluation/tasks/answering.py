@@ -100,6 +100,7 @@ class Answering:
         window: int = 5,
         batch: int = 1,
         seed: int = 0,
+        slots: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Answers nothing yet.
@@ -111,6 +112,8 @@ class Answering:
             batch: prompts answered at a time. A last batch that is not full is filled up with copies, whose answers are
                 dropped: compiling another program would take longer.
             seed: of the draws; greedy answers do not depend on it.
+            slots: tokens of a prompt and its answer for which there is room in any case: what needs no more shares
+                programs.
             progress: told the prompts answered by all methods and all of them.
 
         Raises:
@@ -121,6 +124,7 @@ class Answering:
         # Those that need no draft come first: the time of their reading is the target's alone.
         self._cases = sorted(cases, key=lambda case: case.method != FULL)
         self._pair, self._window, self._batch, self._seed, self._progress = pair, window, batch, seed, progress
+        self._slots = slots
         self._asked: Sequence[Asked] = ()
         self._answers: dict[Case, Answers] = {}
 
@@ -143,7 +147,8 @@ class Answering:
         found = {case: dict[int, Generation]() for case in self._cases}
         seconds = {case: list[float]() for case in self._cases}
         # Where a prompt is read already, a chunk of the least length is read on.
-        slots = _bucket(max((len(one.tokens) + one.limit + self._window + CHUNK_STEP for one in asked), default=1))
+        most = max((len(one.tokens) + one.limit for one in asked), default=1)
+        slots = _bucket(max(most, self._slots) + self._window + CHUNK_STEP)
         done = 0
         for indices in _batches(asked, self._batch):
             like = asked[indices[0]]

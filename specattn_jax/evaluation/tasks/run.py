@@ -98,7 +98,15 @@ def open_task_store(out: Path, pair: ModelPair, settings: TaskSettings) -> Store
 class TaskRun:
     """Runs one task with one method after the other; what was run before comes from the store."""
 
-    def __init__(self, pair: ModelPair, settings: TaskSettings, store: Store, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        pair: ModelPair,
+        settings: TaskSettings,
+        store: Store,
+        progress: Progress | None = None,
+        *,
+        slots: int = 0,
+    ) -> None:
         """Runs nothing yet.
 
         Args:
@@ -106,8 +114,10 @@ class TaskRun:
             settings: how tasks are run.
             store: from `open_task_store`.
             progress: told about every cell.
+            slots: room in the caches for so many tokens, if that is more than a length: lengths that have the same room
+                share their programs.
         """
-        self.pair, self.settings, self.store = pair, settings, store
+        self.pair, self.settings, self.store, self._slots = pair, settings, store, slots
         self._progress = progress
         self._done, self._all = 0, 0
 
@@ -152,7 +162,14 @@ class TaskRun:
             self._tell(f"{task}, {length} tokens, {done} of {asked} questions", "")
 
         settings = self.settings
-        answering = Answering(self.pair, missing, window=settings.window, batch=settings.batch, progress=progress)
+        answering = Answering(
+            self.pair,
+            missing,
+            window=settings.window,
+            batch=settings.batch,
+            slots=max(length, self._slots),
+            progress=progress,
+        )
         make = _Ruler if task in RULER else _Own
         source = None
         rows = []
