@@ -11,6 +11,7 @@ import pytest
 from command import mistake, run, run_script
 
 from specattn_jax.bench import decode as bench
+from specattn_jax.bench import decode_real
 from specattn_jax.bench.decode import decode_benchmark
 from specattn_jax.bench.decode_auto import auto_choices
 from specattn_jax.bench.decode_cases import DecodeCase, decode_grid, mesh_grid, on_mesh, shape
@@ -124,6 +125,18 @@ def test_goes_on_where_it_stopped(first_run, tmp_path, monkeypatch):
     assert finished["complete"]
     assert [point["failure"] for point in finished["points"][-2:]] == ["MemoryError: no room | none"] * 2
     assert "| failed | MemoryError: no room / none |" in (tmp_path / "decode.md").read_text(encoding="utf-8")
+
+
+def test_many_tokens_of_a_real_pair_are_read_once_for_all_methods(monkeypatch):
+    case, names = DecodeCase("tiny", "tiny", 3, 166, room=16, accepted=(), density=1.0), (AUTOREGRESSIVE, SPECULATIVE)
+    alone = [decode_real.measure_real(case, name, names, 1)["tokens"] for name in names]
+    decode_real._side_by_side.cache_clear()
+    monkeypatch.setattr(decode_real, "_READ_ANEW", 0)
+    shared = [decode_real.measure_real(case, name, names, 1) for name in names]
+    decode_real._side_by_side.cache_clear()
+    assert [one["tokens"] for one in shared] == alone
+    assert alone[0] == alone[1]
+    assert 0 < shared[0]["prefill_seconds"] < shared[1]["prefill_seconds"]
 
 
 def test_results_of_other_flags_are_refused(first_run, tmp_path):

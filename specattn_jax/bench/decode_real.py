@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from specattn_jax.bench.decode_cases import TINY, DecodeCase
 from specattn_jax.bench.decode_methods import REAL_METHODS
 from specattn_jax.loading.pair import ModelPair, load_pair
 from specattn_jax.planning.gate import Choice
 from specattn_jax.runtime.generate import generate
+from specattn_jax.runtime.request import UNDRAFTED
 from specattn_jax.runtime.results import Generations
+from specattn_jax.runtime.session import Memory
 from specattn_jax.texts import read_text, shipped_books
 from specattn_jax.timing import median_and_spread
+
+# More tokens than this are read once for all methods: reading them would take most of the time.
+_READ_ANEW = 100_000
 
 
 @functools.lru_cache(maxsize=1)
@@ -32,30 +38,66 @@ def _book() -> Path:
     return shipped_books("valid")[0]
 
 
+def _prompts(pair: ModelPair, case: DecodeCase) -> list[list[int]]:
+    """Parts of the book that begin at evenly spaced places, the first one at its beginning; long ones overlap."""
+    book = read_text(_book())
+    # A part of the text suffices for one: no token of any tokenizer is longer than some letters on average.
+    tokens = list(pair.encode(book[: 16 * case.context] if case.batch == 1 else book))
+    spread = (len(tokens) - case.context) // case.batch
+    return [tokens[at * spread :][: case.context] for at in range(case.batch)]
+
+
+class _Run(NamedTuple):
+    """One run of a method, and the seconds that reading its prompts takes with the models that it needs."""
+
+    made: Generations
+    prefill_seconds: float
+
+
+class _Runner:
+    """Runs methods on the same prompts; where there are many tokens, they are read once for all of them."""
+
+    def __init__(self, case: DecodeCase) -> None:
+        self._case, self._pair = case, _pair(case.target)
+        self._prompts = _prompts(self._pair, case)
+        self._shares = case.batch * case.context > _READ_ANEW
+        self._memory, self._seconds = Memory(new_tokens=case.room), dict[str, float]()
+
+    def __call__(self, method: str) -> _Run:
+        """Runs one; where reading is shared, the first one must need no draft."""
+        arguments: dict[str, Any] = {"max_new_tokens": self._case.room, "window": self._case.window}
+        memory, had = self._memory if self._shares else None, set(self._memory.caches)
+        made = generate(
+            self._pair, self._prompts, stop_at_eos=False, memory=memory, **{**arguments, **REAL_METHODS[method]}
+        )
+        if memory is None:
+            return _Run(made, made.timing.prefill_s)
+        for role in set(memory.caches) - had:
+            # One at a time: those that need no draft come first.
+            self._seconds.setdefault(role, made.timing.prefill_s)
+        modes = {made.results[0].mode, *(decision.mode for decision in made.decisions)}
+        roles = ("target",) if modes <= set(UNDRAFTED) else ("target", "draft")
+        return _Run(made, sum(self._seconds[role] for role in roles))
+
+
 @functools.lru_cache(maxsize=1)
-def _side_by_side(case: DecodeCase, methods: tuple[str, ...], repeats: int) -> dict[str, list[Generations]]:
+def _side_by_side(case: DecodeCase, methods: tuple[str, ...], repeats: int) -> dict[str, list[_Run]]:
     """Runs all methods in turns: once for compiling, then so often for timing.
 
     Each alone, one after the other, they would not be equals: windows of one program were measured 15 % slower once
     another, larger one had been loaded.
     """
-    pair = _pair(case.target)
-    # A part of the text suffices: no token of any tokenizer is longer than some letters on average.
-    prompt = list(pair.encode(read_text(_book())[: 16 * case.context]))[: case.context]
-
-    def run(method: str) -> Generations:
-        arguments: dict[str, Any] = {"max_new_tokens": case.room, "window": case.window, **REAL_METHODS[method]}
-        return generate(pair, [prompt], stop_at_eos=False, **arguments)
-
-    found: dict[str, list[Generations]] = {method: [] for method in methods}
+    run = _Runner(case)
+    found: dict[str, list[_Run]] = {method: [] for method in methods}
     for _ in range(1 + repeats):
-        for method, runs in found.items():
-            runs.append(run(method))
+        # What needs no draft comes first, so that what each model reads is timed by itself.
+        for method in sorted(found, key=lambda one: REAL_METHODS[one]["mode"] not in UNDRAFTED):
+            found[method].append(run(method))
     return found
 
 
 def measure_real(case: DecodeCase, method: str, methods: Sequence[str], repeats: int) -> dict[str, Any]:
-    """Continues the first tokens of a shipped book that neither draft nor calibration has seen.
+    """Continues parts of a shipped book that neither draft nor calibration has seen.
 
     Args:
         case: of a real pair.
@@ -66,27 +108,29 @@ def measure_real(case: DecodeCase, method: str, methods: Sequence[str], repeats:
     Raises:
         UserError: the weights cannot be fetched.
     """
-    first, *runs = _side_by_side(case, tuple(methods), repeats)[method]
-    seconds = [run.timing.decode_s for run in runs]
+    (first, _), *runs = _side_by_side(case, tuple(methods), repeats)[method]
+    seconds = [run.made.timing.decode_s for run in runs]
     median, spread = median_and_spread(seconds)
     # The text is the same in all of them.
-    run = dataclasses.replace(runs[-1], timing=dataclasses.replace(runs[-1].timing, decode_s=median))
-    result = run.results[0]
+    last = runs[-1].made
+    run = dataclasses.replace(last, timing=dataclasses.replace(last.timing, decode_s=median))
+    results, windows = run.results, max(result.windows for result in run.results)
     return {
         "tokens_per_second": run.tokens_per_s,
-        "window_seconds": median / max(result.windows, 1),
+        "window_seconds": median / max(windows, 1),
         "spread": spread,
         "decode_seconds": seconds,
         "repeats": repeats,
-        "windows": result.windows,
-        "accepted_per_window": result.accepted_per_window,
-        "density": 1.0 - result.kv_reduction,
+        "windows": windows,
+        "accepted_per_window": statistics.mean(result.accepted_per_window for result in results),
+        "density": 1.0 - statistics.mean(result.kv_reduction for result in results),
         "compile_seconds": first.timing.compile_s,
         "first_decode_seconds": first.timing.decode_s,
-        "prefill_seconds": run.timing.prefill_s,
-        "prompt_tokens": result.prompt_tokens,
+        "prefill_seconds": statistics.median(one.prefill_seconds for one in runs),
+        "prompt_tokens": results[0].prompt_tokens,
         "book": _book().name,
-        "text": result.text,
-        "plan": str(Choice(result.mode, result.window or 0)),
+        "text": results[0].text,
+        "tokens": [list(result.tokens) for result in results],
+        "plan": str(Choice(results[0].mode, results[0].window or 0)),
         "decisions": [decision.reason for decision in run.decisions],
     }

@@ -54,6 +54,8 @@ _LLAMA3, _TINY_PAIR = ("llama-3.1-8b", "llama-3.2-1b"), ("tiny", "tiny-draft")
 # Width of the square product by which the rate of matrices is measured.
 _PRODUCT = {"cpu": 512}
 _PROBES, _PROBE_WINDOWS, _CLOSE = 8, 2, 0.05
+# Short requests are repeated more often: two of the same differ by more than two ways of decoding them.
+_LEAST_REPEATS, _MOST_REPEATS, _REPEATED_TOKENS = 2, 7, 250_000
 
 
 def request_benchmark(grid: RequestGrid = "small", mesh: str | None = None) -> Benchmark:
@@ -65,12 +67,11 @@ def request_benchmark(grid: RequestGrid = "small", mesh: str | None = None) -> B
         grid: which points.
         mesh: devices that share the work, such as heads=2, which are compared with one of them; None: one alone.
     """
-    repeats = 1 if grid == "tiny" else 2
     return Benchmark(
         file="request",
         compared="method",
         points=on_mesh(_points(grid), mesh),
-        open=lambda _: _Bench(repeats).measure,
+        open=lambda _: _Bench(once=grid == "tiny").measure,
         conclude=_conclude,
         files=_files,
         facts=lambda: {
@@ -88,14 +89,17 @@ def _points(grid: RequestGrid) -> list[Point]:
     def case(batch: int, prompt: int, new: int, pair: tuple[str, str] = _LLAMA3, dtype: str = "bfloat16") -> DecodeCase:
         return DecodeCase(*pair, batch, prompt + new, room=new, dtype=dtype)
 
-    def real(name: str, prompt: int, new: int) -> DecodeCase:
-        return DecodeCase(name, name, 1, prompt + new, room=new, accepted=(), density=1.0, dtype="auto")
+    def real(name: str, prompt: int, new: int, batch: int = 1) -> DecodeCase:
+        return DecodeCase(name, name, batch, prompt + new, room=new, accepted=(), density=1.0, dtype="auto")
 
     if grid == "tiny":
         wanted = [(case(2, 150, 40, _TINY_PAIR, "float32"), CHOICES), (real(TINY, 150, 16), (*CHOICES, AUTO))]
     elif grid == "real":
         every = tuple(name for name in REAL_METHODS if name != "specattn paper")
-        wanted = [(real(LARGER, 30000, 256), every), (real(LARGER, 8000, 256), every), (real(REAL, 6144, 256), every)]
+        wanted = [
+            (real(LARGER, 30000, 256), every), (real(LARGER, 30000, 256, 16), every),
+            (real(LARGER, 30000, 256, 32), every), (real(LARGER, 8000, 256), every), (real(REAL, 6144, 256), every),
+        ]  # fmt: skip
     else:
         alone, without_loss = CHOICES[:1], (*CHOICES, ALONE, SPARSE_DRAFT)
         wanted = [
@@ -125,16 +129,17 @@ def _matrix_flops() -> float:
 class _Bench:
     """Measures points, keeping the models from one to the next."""
 
-    def __init__(self, repeats: int) -> None:
-        self._repeats = repeats
+    def __init__(self, *, once: bool) -> None:
+        self._once = once
         self._models: tuple[tuple[str, ...], Models] | None = None
 
     def measure(self, point: Point, beside: Sequence[str]) -> dict[str, Any]:
         """One point, of whose case the methods `beside` are wanted."""
         case = point.case
+        repeats = 1 if self._once else _repeats(case)
         if case.real:
             self._models = None
-            found = measure_real(case, point.name, beside, self._repeats)
+            found = measure_real(case, point.name, beside, repeats)
             decode = statistics.median(found["decode_seconds"])
             return found | _whole(case, found["prefill_seconds"], decode)
         gc.collect()
@@ -142,7 +147,7 @@ class _Bench:
         make = functools.partial(_strategy, case, request.session.models, point.name)
         strategy = make(1.0)
         request.prefill(strategy)
-        prefills = [request.prefill(strategy) for _ in range(self._repeats)]
+        prefills = [request.prefill(strategy) for _ in range(repeats)]
         # Of the process, so that it tells of the first case alone.
         facts: dict[str, Any] = {"prefill_repeats": prefills, "peak_bytes": peak_bytes()}
         if point.name == SPECULATIVE:
@@ -153,7 +158,7 @@ class _Bench:
             strategy, facts["p"] = _tune(request, make)
         # The first run of a program may be slow, whatever was compiled.
         request.decode(strategy, case.room)
-        runs = [request.decode(strategy, case.room) for _ in range(self._repeats)]
+        runs = [request.decode(strategy, case.room) for _ in range(repeats)]
         state = request.state
         windows = float(np.mean(state.statistics.windows))
         facts["windows"] = windows
@@ -170,6 +175,11 @@ class _Bench:
             gc.collect()
             self._models = names, random_models(case)
         return Session(self._models[1])
+
+
+def _repeats(case: DecodeCase) -> int:
+    """How often a case is measured."""
+    return min(_MOST_REPEATS, max(_LEAST_REPEATS, _REPEATED_TOKENS // (case.batch * case.slots)))
 
 
 def _whole(case: DecodeCase, prefill: float, decode: float) -> dict[str, Any]:
@@ -263,29 +273,56 @@ def _conclude(report: Report) -> None:
     good = [point for point in report["points"] if point["failure"] is None]
     report["auto"] = []
     for case, points in by_case(good).items():
+        if case.real:
+            report["auto"] += _chosen_by_itself(points)
+            continue
         times = {point["method"]: point["request_seconds"] for point in points}
         fixed = {name: seconds for name, seconds in times.items() if name in CHOICES}
         if len(fixed) < len(CHOICES) or case.mesh:
             continue
-        if case.real:
-            chosen, reason = AUTO, " ".join(next(one for one in points if one["method"] == AUTO)["decisions"])
-        else:
-            asked = {name: predict(case, methods()[name], None) for name in CHOICES}
-            acceptance = Acceptance.of_mean(case.window, case.mean_accepted)
-            situation = Situation(case.context, case.room, acceptance, draft_reach=DRAFT_REACH)
-            strategies = tuple(one.strategy for one in asked.values())
-            decision = choose_strategy(asked[SPECATTN].scenario, report_profile(report), situation, strategies)
-            chosen, reason = decision.mode, decision.reason
+        asked = {name: predict(case, methods()[name], None) for name in CHOICES}
+        acceptance = Acceptance.of_mean(case.window, case.mean_accepted)
+        situation = Situation(case.context, case.room, acceptance, draft_reach=DRAFT_REACH)
+        strategies = tuple(one.strategy for one in asked.values())
+        decision = choose_strategy(asked[SPECATTN].scenario, report_profile(report), situation, strategies)
         best = min(fixed, key=lambda name: fixed[name])
         report["auto"].append(
             {
                 "case": points[0]["case"],
-                "chosen": chosen,
-                "reason": reason,
+                "chosen": decision.mode,
+                "reason": decision.reason,
                 "best": best,
-                "of_best": fixed[best] / times[chosen],
+                "of_best": fixed[best] / times[decision.mode],
             }
         )
+
+
+def _chosen_by_itself(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What `auto` did of a real pair, with and without the approximate mode, beside the best of the others."""
+    times = {point["method"]: point["request_seconds"] for point in points}
+    found = []
+    for point in points:
+        asked = REAL_METHODS[point["method"]]
+        if asked["mode"] != AUTO:
+            continue
+        fixed = {
+            name: seconds
+            for name, seconds in times.items()
+            if (other := REAL_METHODS[name]["mode"]) != AUTO and not (asked.get("lossless") and other == SPECATTN)
+        }
+        if not fixed:
+            continue
+        best = min(fixed, key=lambda name: fixed[name])
+        found.append(
+            {
+                "case": point["case"],
+                "chosen": point["method"],
+                "reason": " ".join(point["decisions"]),
+                "best": best,
+                "of_best": fixed[best] / times[point["method"]],
+            }
+        )
+    return found
 
 
 def _files(report: Report, folder: Path) -> dict[str, bytes]:
