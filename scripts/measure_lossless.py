@@ -1,0 +1,165 @@
+"""Measures the lossless modes on a real pair: where their tokens are not the autoregressive ones, and how lookup does.
+
+    python scripts/measure_lossless.py --pair qwen2.5-coder --out scripts/results/NAME/lossless.json
+
+In 16 bits a pass over several tokens rounds otherwise than one over a single token, so that of two nearly equal tokens
+the other one may win. Every text that a mode wrote is read again token by token; a token that would not have been
+chosen there counts as differing, and its gap is by how much its log-probability is below that of the one chosen.
+
+The second table is of requests whose answer repeats the prompt: a function that is to be edited, and sentences that are
+to be quoted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import statistics
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from specattn_jax import Request, generate, load_pair
+from specattn_jax.decoding.protocol import Models
+from specattn_jax.files import write_json
+from specattn_jax.loading.pair import ModelPair
+from specattn_jax.models.cache import KVCache
+from specattn_jax.models.forward import forward
+from specattn_jax.models.transformer import LanguageModel
+from specattn_jax.reporting.provenance import commit, hardware, versions
+from specattn_jax.runtime.session import Session
+from specattn_jax.texts import read_text, shipped_books
+
+MODES: dict[str, dict[str, Any]] = {
+    "autoregressive": {"mode": "autoregressive"},
+    "speculative": {"mode": "speculative"},
+    "speculative, sparse draft": {"mode": "speculative", "draft_reads": 0.1},
+    "hierarchical": {"mode": "hierarchical"},
+    "self": {"mode": "self"},
+    "lookup": {"mode": "lookup"},
+}
+REPEATING = {**MODES, "lookup, window 10": {"mode": "lookup", "window": 10}, "auto": {"lossless": True}}
+TURNS = 3
+
+
+def repeating_prompts() -> dict[str, str]:
+    """What is asked for, by name: questions whose answers stand in them."""
+    code = inspect.getsource(textwrap)
+    book = read_text(shipped_books("valid")[0])
+    chapter = book[len(book) // 2 :][:16_000]
+    return {
+        "code edit": (
+            f"```python\n{code}\n```\n\nWrite the class TextWrapper's method _wrap_chunks again, whole, with the "
+            "variable cur_line renamed to line and cur_len renamed to length. Answer with the code alone."
+        ),
+        "quotations": f"{chapter}\n\nQuote the first three paragraphs of this text, word for word.",
+    }
+
+
+@jax.jit
+def token_by_token(
+    target: LanguageModel, cache: KVCache, tokens: Int32[Array, "B n"]
+) -> tuple[Float[Array, "B rest"], Int32[Array, "B rest"]]:
+    """Gaps and choices of every token but the first, read one at a time behind a prefilled cache."""
+
+    def step(
+        cache: KVCache, pair: tuple[Int32[Array, " B"], Int32[Array, " B"]]
+    ) -> tuple[KVCache, tuple[Float[Array, " B"], Int32[Array, " B"]]]:
+        token, following = pair
+        read = forward(target, token[:, None], cache)
+        log_probs = jax.nn.log_softmax(target.logits(read.hidden[:, -1]).astype(jnp.float32))
+        there = jnp.take_along_axis(log_probs, following[:, None], axis=-1)[:, 0]
+        return read.cache, (jnp.max(log_probs, axis=-1) - there, jnp.argmax(log_probs, axis=-1).astype(jnp.int32))
+
+    _, (gaps, chosen) = jax.lax.scan(step, cache, (tokens[:, :-1].T, tokens[:, 1:].T))
+    return gaps.T, chosen.T
+
+
+def near_ties(pair: ModelPair, prompts: Sequence[Sequence[int]], new: int) -> list[dict[str, Any]]:
+    """One row per mode: how many of its tokens would not have been chosen one at a time, and by how much."""
+    session, rows = Session(Models(pair.target)), []
+    for name, how in MODES.items():
+        run = generate(pair, prompts, Request(max_new_tokens=new, stop_at_eos=False, **how))
+        tokens = jnp.asarray([result.tokens for result in run.results], jnp.int32)
+        state = session.prefill(prompts, new)
+        gaps, chosen = map(np.asarray, token_by_token(pair.target, state.target_cache, tokens))
+        differs = chosen != np.asarray(tokens[:, 1:])
+        windows = sum(result.windows for result in run.results)
+        rows.append(
+            {
+                "mode": name,
+                "tokens": int(differs.size),
+                "windows": windows,
+                "differing": int(differs.sum()),
+                "share_of_windows": float(differs.sum() / windows),
+                "largest_gap": float(gaps[differs].max()) if differs.any() else 0.0,
+                "median_gap": float(np.median(gaps[differs])) if differs.any() else 0.0,
+                "accepted_per_window": statistics.mean(result.accepted_per_window for result in run.results),
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def repeated(pair: ModelPair, new: int) -> list[dict[str, Any]]:
+    """One row per question and mode: what was accepted, and how fast; all modes in turns."""
+    alone, rows = dataclasses.replace(pair, draft=None, alignment=None), []
+    for name, question in repeating_prompts().items():
+        prompt = pair.tokenizer.encode(pair.tokenizer.apply_chat([{"role": "user", "content": question}]))
+        runs: dict[str, list[Any]] = {mode: [] for mode in (*REPEATING, "hierarchical, lookup first")}
+        for _ in range(1 + TURNS):
+            for mode, found in runs.items():
+                models, how = (pair, REPEATING[mode]) if mode in REPEATING else (alone, {"mode": "hierarchical"})
+                found.append(generate(models, [prompt], Request(max_new_tokens=new, **how)))
+        for mode, (_, *timed) in runs.items():
+            result, seconds = timed[-1].results[0], statistics.median(run.timing.decode_s for run in timed)
+            rows.append(
+                {
+                    "question": name,
+                    "mode": mode,
+                    "chosen": f"{result.mode} {result.window}",
+                    "prompt_tokens": result.prompt_tokens,
+                    "new_tokens": len(result.tokens),
+                    "windows": result.windows,
+                    "accepted_per_window": result.accepted_per_window,
+                    "decode_seconds": seconds,
+                    "tokens_per_second": len(result.tokens) / seconds,
+                    "text": result.text,
+                }
+            )
+            print({key: value for key, value in rows[-1].items() if key != "text"}, flush=True)
+    return rows
+
+
+def main() -> None:
+    """Measures both, and writes after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", default="qwen2.5-coder")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--prompt", type=int, default=8000, help="tokens of each prompt of the first table")
+    parser.add_argument("--batch", type=int, default=16, help="prompts of the first table")
+    parser.add_argument("--new", type=int, default=256)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    pair = load_pair(options.pair, dtype=options.dtype)
+    book = list(pair.encode(read_text(shipped_books("valid")[0])))
+    spread = (len(book) - options.prompt) // options.batch
+    prompts = [book[at * spread :][: options.prompt] for at in range(options.batch)]
+    asked = {name: value for name, value in vars(options).items() if name != "out"}
+    report: dict[str, Any] = {"command": asked, "versions": versions(), "commit": commit(), "hardware": hardware()}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    report["near_ties"] = near_ties(pair, prompts, options.new)
+    write_json(options.out, report)
+    report["repeating"] = repeated(pair, options.new)
+    write_json(options.out, report)
+
+
+if __name__ == "__main__":
+    main()
