@@ -25,6 +25,7 @@ from specattn_jax.calibration.calibrate import CalibrationSettings
 from specattn_jax.decoding import loop
 from specattn_jax.decoding.autoregressive import Autoregressive
 from specattn_jax.decoding.hierarchical import Hierarchical
+from specattn_jax.decoding.hierarchical_lookup import HierarchicalLookup
 from specattn_jax.decoding.itself import SelfSpeculative
 from specattn_jax.decoding.lookup import PromptLookup
 from specattn_jax.decoding.protocol import DecodeSettings, Models, Strategy
@@ -81,6 +82,7 @@ def strategies(temperature: float) -> dict[str, Strategy]:
         "self": SelfSpeculative(settings, 3),
         "lookup": PromptLookup(settings, 3),
         "hierarchical": Hierarchical(settings, 5, 2),
+        "hierarchical lookup": HierarchicalLookup(settings, 5, 2),
     }
 
 

@@ -44,6 +44,7 @@ class Lookup:
     window: int = 4
     name: ClassVar[str] = "lookup"
     needs_draft: ClassVar[bool] = False
+    needs_text: ClassVar[bool] = False
     drafter: ClassVar[Drafter] = Drafter.TEXT
     lossless: ClassVar[bool] = True
 
@@ -66,8 +67,7 @@ class Lookup:
             for_verdict, drafted, jax.nn.one_hot(drafted, logits.shape[-1]), logits, self.settings.sampling
         )
         seen = Seen(past, ~state.done, read.notes, read.cache.at(past))
-        shares = layer_shares(seen)
-        state = dataclasses.replace(state, target_cache=seen.cache, keys=later)
+        state, shares = dataclasses.replace(state, target_cache=seen.cache, keys=later), layer_shares(seen)
         state = commit(state, verdict, shares, drafted=self.window, stop_tokens=self.settings.stop_tokens)
         return state, WindowRecord(seen, shares, read.hidden, verdict)
 

@@ -11,17 +11,13 @@ import pytest
 
 from specattn_jax.decoding import loop
 from specattn_jax.decoding.autoregressive import Autoregressive
-from specattn_jax.decoding.hierarchical import Hierarchical
-from specattn_jax.decoding.itself import SelfSpeculative
-from specattn_jax.decoding.lookup import PromptLookup
-from specattn_jax.decoding.protocol import Strategy
-from specattn_jax.decoding.speculative import SparselyDrafted, SpecAttn, Speculative
+from specattn_jax.decoding.speculative import SpecAttn, Speculative
 from specattn_jax.decoding.work import Scenario
 from specattn_jax.errors import UserError
 from specattn_jax.examples import tiny_pair
 from specattn_jax.loading import get_preset
 from specattn_jax.planning.acceptance import Acceptance
-from specattn_jax.planning.cost import load_shape, window_bytes
+from specattn_jax.planning.cost import load_shape
 from specattn_jax.planning.device import DeviceProfile, load_profile, seconds_per_token, window_seconds
 from specattn_jax.planning.gate import (
     HYSTERESIS,
@@ -38,7 +34,7 @@ from specattn_jax.planning.gate import (
 from specattn_jax.runtime import generate as generation
 from specattn_jax.runtime.clock import Clock
 from specattn_jax.runtime.generate import generate
-from specattn_jax.runtime.request import UNDRAFTED, Mode, Request, choose_reading, find_candidates
+from specattn_jax.runtime.request import NEVER_DRAFTED, Mode, Request, choose_reading, find_candidates
 from specattn_jax.runtime.segments import TRIAL_WINDOWS
 from specattn_jax.selection.policy import load_policy
 
@@ -51,8 +47,6 @@ PROMPTS = ("Call me Ishmael.", "Once upon a time there was a cache")
 
 
 MODES = ("autoregressive", "speculative", "specattn")
-ONE_EACH: tuple[Strategy, ...] = (Autoregressive(), Speculative(), SpecAttn())
-LOSSLESS: tuple[Strategy, ...] = (PromptLookup(), SelfSpeculative(), SparselyDrafted(), Hierarchical())
 STRATEGIES = (
     Autoregressive(),
     *(Speculative(window=window) for window in WINDOWS),
@@ -71,11 +65,6 @@ def gate_of(pair, **options):
 
 
 class TestWindowTime:
-    @pytest.mark.parametrize("strategy", [*ONE_EACH, *LOSSLESS], ids=lambda one: f"{one.name} by {one.drafter.name}")
-    def test_without_anything_fixed_it_is_bytes_over_bandwidth(self, strategy):
-        ideal, work = DeviceProfile(bandwidth=2e12, flops=1e30), strategy.cost(LLAMA)
-        assert window_seconds(LLAMA, work, ideal).total == pytest.approx(window_bytes(LLAMA, work).total / 2e12)
-
     def verify(self, scenario, profile):
         """Seconds of the target's pass, alone and for a window."""
         return [
@@ -174,55 +163,6 @@ class TestDecision:
             assert said in told
 
 
-class TestLossless:
-    """What `auto` chooses where nothing may be approximate, or where there is no draft."""
-
-    BATCH = LLAMA._replace(batch=8)
-
-    def choose(self, known, strategies=(ONE_EACH[0], *LOSSLESS), scenario=BATCH):
-        return choose_strategy(scenario, GPU, known, strategies)
-
-    def test_without_a_draft_the_target_drafts_where_caches_are_large(self):
-        known = Situation(32768, 1000, can_draft=False)
-        assert self.choose(known._replace(text_acceptance=Acceptance(0.05))).mode == "self"
-        assert self.choose(known._replace(context=512, text_acceptance=Acceptance(0.01))).mode == "autoregressive"
-
-    def test_a_text_that_repeats_itself_is_looked_up(self):
-        decision = self.choose(Situation(512, 1000, can_draft=False, text_acceptance=Acceptance(0.9)))
-        assert decision.mode == "lookup"
-        assert "90% of those by the text" in decision.explain()[0]
-
-    def test_what_the_target_gets_wrong_over_few_entries_is_no_longer_asked_of_it(self):
-        known = Situation(32768, 10**5, can_draft=False, text_acceptance=Acceptance(0.01), current=Choice("self", 5))
-        bad = known._replace(own_acceptance=Acceptance(0.2, 64.0))
-        assert (self.choose(known).mode, self.choose(bad).mode) == ("self", "autoregressive")
-        assert "switches from self (window 5) to autoregressive" in self.choose(bad).reason
-
-    def test_a_draft_of_a_long_cache_reads_few_entries(self):
-        dense: list[Strategy] = [Autoregressive(), *(Speculative(window=window) for window in WINDOWS)]
-        strategies = [*dense, *(SparselyDrafted(window=window) for window in WINDOWS)]
-        long, short = (
-            self.choose(Situation(context, 1000, Acceptance(0.8)), strategies).choice for context in (2**15, 2**8)
-        )
-        assert (long.mode, long.sparse_draft) == ("speculative", True)
-        assert "sparse draft" in str(long)
-        assert (short.mode, short.sparse_draft) == ("speculative", False)
-
-    def test_windows_count_for_who_proposed_them(self):
-        known = Situation(1000, 1000)
-        for strategy in LOSSLESS:
-            seen = known.observe(strategy, 5, 1000, 0)
-            assert seen.accepted_of(strategy).rate < 0.1
-            changed = [name for name in known._fields if getattr(seen, name) != getattr(known, name)]
-            assert len(changed) == 1
-
-    def test_lossless_leaves_the_approximate_out(self):
-        strategies, selection = find_candidates(tiny_pair(), Request(lossless=True))
-        assert selection is None
-        assert all(strategy.lossless for strategy in strategies)
-        assert {strategy.name for strategy in strategies} == set(get_args(Mode)) - {"specattn"}
-
-
 class TestPolicy:
     @pytest.mark.parametrize(
         ("options", "reads"),
@@ -311,7 +251,7 @@ class TestGate:
     def test_without_the_drafts_cache_there_is_no_way_back(self):
         gate = gate_of(tiny_pair())
         decision = gate(Situation(100, 10**6, Acceptance(0.99), can_draft=False))
-        assert {one.choice.mode for one in decision.predictions} == set(UNDRAFTED)
+        assert {one.choice.mode for one in decision.predictions} == set(NEVER_DRAFTED)
         # Others that need no draft may become faster.
         assert not decision.is_final
         few = choose(LLAMA, GPU, 2048, 0.001)

@@ -15,21 +15,25 @@ import numpy as np
 import pytest
 from command import mistake
 from command import run as run_command
-from tiny import outputs, run, tiny_model
+from tiny import outputs, run, start, tiny_model
 
 from specattn_jax.decoding.autoregressive import Autoregressive
 from specattn_jax.decoding.hierarchical import Hierarchical
+from specattn_jax.decoding.hierarchical_lookup import HierarchicalLookup
 from specattn_jax.decoding.itself import SelfSpeculative
-from specattn_jax.decoding.lookup import PromptLookup, look_up
-from specattn_jax.decoding.pacing import LEAST_CHANCE, Tally, tokens_ahead
-from specattn_jax.decoding.protocol import DecodeSettings
+from specattn_jax.decoding.looking import look_up
+from specattn_jax.decoding.lookup import PromptLookup
+from specattn_jax.decoding.middle import propose
+from specattn_jax.decoding.pacing import LEAST_CHANCE, Tally, passes_for, tokens_ahead
+from specattn_jax.decoding.protocol import DecodeSettings, Models
 from specattn_jax.decoding.sampling import Sampling, Verdict, token_distribution, verify
 from specattn_jax.decoding.speculative import SparselyDrafted
 from specattn_jax.errors import UserError
 from specattn_jax.planning.acceptance import Replay, text_acceptance
 from specattn_jax.planning.gate import Choice, Decision
 from specattn_jax.runtime.generate import generate
-from specattn_jax.runtime.request import UNDRAFTED, Request, find_candidates
+from specattn_jax.runtime.request import Request, find_candidates
+from specattn_jax.runtime.session import Session
 from specattn_jax.selection.own import OwnReads, SparseDraft
 from specattn_jax.texts import find_text, read_text
 
@@ -42,6 +46,7 @@ KINDS: dict[str, Callable[..., Any]] = {
     "sparse draft": lambda **settings: SparselyDrafted(SparseDraft(FEW), window=4, **settings),
     "lookup": lambda **settings: PromptLookup(window=4, **settings),
     "hierarchical": lambda **settings: Hierarchical(window=7, inner=2, reads=FEW, **settings),
+    "hierarchical lookup": lambda **settings: HierarchicalLookup(window=7, inner=2, reads=FEW, **settings),
 }
 
 
@@ -60,7 +65,16 @@ class TestEach:
     def test_writes_what_the_target_writes(self, kind, models, alone):
         state = run(KINDS[kind](), models[0], models[1], RAGGED, LIMIT)
         assert outputs(state) == alone
-        assert state.statistics.accepted.sum() > 0
+        counts = state.statistics
+        assert counts.accepted.sum() > 0
+        assert (counts.accepted <= counts.drafted).all()
+        # Every window gives what was accepted and one token more, but for the last, which may be cut.
+        given = 1 + counts.windows + counts.accepted
+        assert ((given >= LIMIT) & (given <= LIMIT + KINDS[kind]().window)).all()
+        if KINDS[kind]().needs_text:
+            # What was proposed and refused is not part of the text.
+            for row, prompt, new in zip(getattr(state.own, "text", state.own), RAGGED, alone, strict=True):
+                assert row[: len(prompt) + LIMIT].tolist() == prompt + new
 
     @pytest.mark.slow
     @pytest.mark.parametrize("limit", [2])
@@ -118,7 +132,10 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "self": {"mode": "self", "window": 3},
     "sparse draft": {"mode": "speculative", "draft_reads": 0.3},
     "hierarchical": {"mode": "hierarchical", "window": 6},
+    "hierarchical lookup": {"mode": "hierarchical", "window": 6},
 }
+# Asked of a pair without a draft.
+BY_ONE_MODEL = {"lookup", "self", "hierarchical lookup"}
 
 
 @pytest.fixture(scope="module")
@@ -132,16 +149,15 @@ class TestByName:
     @pytest.mark.parametrize("kind", BY_NAME)
     def test_writes_what_the_target_writes(self, kind, count, tiny_pair, written):
         how = BY_NAME[kind]
-        # Without its draft where the mode can do without.
-        pair = dataclasses.replace(tiny_pair, draft=None) if how["mode"] in UNDRAFTED else tiny_pair
+        pair = dataclasses.replace(tiny_pair, draft=None) if kind in BY_ONE_MODEL else tiny_pair
         run = generate(pair, TEXTS[:count], max_new_tokens=20, stop_at_eos=False, **how)
         assert [result.tokens for result in run.results] == written[:count]
         result = run.results[0]
         assert (result.mode, result.lossless, result.kv_reduction) == (how["mode"], True, 0.0)
 
     def test_strategies_are_what_was_asked_for(self, tiny_pair):
-        def only(**how):
-            (strategy,) = find_candidates(tiny_pair, Request(**how)).strategies
+        def only(pair=tiny_pair, **how):
+            (strategy,) = find_candidates(pair, Request(**how)).strategies
             return strategy
 
         assert only(mode="speculative", draft_reads=0.2).selection.reads.share == 0.2
@@ -149,8 +165,11 @@ class TestByName:
         assert (only(mode="hierarchical").window, only(mode="self").window, only(mode="lookup", window=8).window) == (
             *(15, 5, 8),
         )
+        by_text = only(dataclasses.replace(tiny_pair, draft=None), mode="hierarchical")
+        assert (only(mode="hierarchical").needs_draft, by_text.needs_draft) == (True, False)
+        assert (by_text.name, by_text.window) == ("hierarchical", 15)
 
-    @pytest.mark.parametrize("mode", ["speculative", "hierarchical", "specattn"])
+    @pytest.mark.parametrize("mode", ["speculative", "specattn"])
     def test_modes_that_need_a_draft_say_so(self, mode, tiny_pair):
         with pytest.raises(UserError, match=f"draft is 'none', but mode {mode} needs one; name a draft, or use mode"):
             generate(dataclasses.replace(tiny_pair, draft=None), ["a"], mode=mode)
@@ -166,8 +185,9 @@ class TestByName:
         ],
     )
     def test_mistakes(self, how, said, tiny_pair):
-        with pytest.raises(UserError, match=said):
-            find_candidates(tiny_pair, Request(**how))
+        for pair in (tiny_pair, dataclasses.replace(tiny_pair, draft=None)):
+            with pytest.raises(UserError, match=said):
+                find_candidates(pair, Request(**how))
 
     def test_what_needs_a_draft_besides_modes(self, tiny_pair):
         with pytest.raises(UserError, match="draft is 'none', but this needs one beside"):
@@ -176,8 +196,11 @@ class TestByName:
 
 def test_the_command_without_a_draft(tiny_folders):
     arguments = ["--target", tiny_folders.target, "--draft", "none", "--prompt", "Call me", "--max-new-tokens", 4]
-    report = json.loads(run_command("generate", *arguments, "--json", "--mode", "self", "--window", 2).stdout)
-    assert (report["mode"], report["window"], report["draft"]) == ("self", 2, None)
+    report = json.loads(run_command("generate", *arguments, "--json", "--mode", "hierarchical").stdout)
+    assert (report["mode"], report["window"], report["draft"]) == ("hierarchical", 15, None)
+    assert "window is 2, but mode hierarchical drafts 3 tokens at a time" in mistake(
+        "generate", *arguments, "--mode", "hierarchical", "--window", 2
+    )
     assert "mode speculative needs one" in mistake("generate", *arguments, "--mode", "speculative")
     for wrong in ("0", "1.5", "half"):
         assert f"--draft-reads is {wrong!r}"[:-1].replace("'", "") in mistake(
@@ -194,6 +217,7 @@ ON_REAL_TEXT: dict[str, Callable[..., Any]] = {
     "self": lambda settings: SelfSpeculative(settings, reads=TENTH),
     "sparse draft": lambda settings: SparselyDrafted(SparseDraft(TENTH), settings),
     "hierarchical": lambda settings: Hierarchical(settings, reads=TENTH),
+    "hierarchical lookup": lambda settings: HierarchicalLookup(settings, reads=TENTH),
 }
 
 
@@ -254,6 +278,18 @@ def test_a_level_runs_ahead_as_far_as_it_is_trusted():
     assert jax.tree.all(jax.tree.map(jnp.array_equal, idle, tally))
 
 
+def test_all_sequences_wait_for_the_slowest():
+    assert passes_for(7, 0.0, 3, 8) == 7
+    assert [passes_for(wanted, 1.0, 3, 8) for wanted in (1, 4, 5, 12)] == [1, 1, 2, 3]
+    rng, wanted, proposed, batch = np.random.default_rng(0), 9, 3, 4
+    for rate in (0.2, 0.7):
+        refused = rng.random((20_000, batch, wanted, proposed)) >= rate
+        kept = np.where(refused.any(axis=-1), refused.argmax(axis=-1), proposed)
+        passes = 1 + np.sum(np.cumsum(kept + 1, axis=-1) < wanted, axis=-1)
+        assert passes_for(wanted, rate, proposed, batch) == pytest.approx(passes.max(axis=-1).mean(), abs=0.05)
+        assert passes_for(wanted, rate, proposed, 1) == pytest.approx(passes.mean(), abs=0.05)
+
+
 def followed(text: list[int], longest: int, window: int) -> list[int]:
     """What stands behind the last place before which most of the newest tokens stand, as a person would look it up."""
     best, begun = 0, len(text) - 1
@@ -299,7 +335,9 @@ def test_a_replay_counts_what_looking_up_would_have_found(text):
 
 
 @pytest.mark.slow
-def test_a_run_that_changes_its_mind_writes_the_same(tiny_pair):
+@pytest.mark.parametrize("drafts", [True, False])
+def test_a_run_that_changes_its_mind_writes_the_same(tiny_pair, drafts):
+    pair = tiny_pair if drafts else dataclasses.replace(tiny_pair, draft=None)
     choices = iter([("hierarchical", 4), ("lookup", 4), ("self", 4), ("autoregressive", 0)])
     situations = []
 
@@ -309,14 +347,47 @@ def test_a_run_that_changes_its_mind_writes_the_same(tiny_pair):
         return Decision(choice, is_final=choice.mode == "autoregressive")
 
     how = {"max_new_tokens": 80, "stop_at_eos": False}
-    found = generate(tiny_pair, [TEXTS[1]], lossless=True, window=4, decide=decide, **how)
+    found = generate(pair, [TEXTS[1]], lossless=True, window=4, decide=decide, **how)
     alone = generate(tiny_pair, [TEXTS[1]], mode="autoregressive", **how)
     assert found.results[0].tokens == alone.results[0].tokens
     # Without the draft's cache there is no way back.
-    assert [known.can_draft for known in situations] == [True, True, False, False]
+    assert [known.can_draft for known in situations] == [True, drafts, False, False]
     assert situations[1].own_acceptance != situations[0].own_acceptance
+    # How often the text would have been right is counted whoever drafts; the draft was asked at most below the target.
+    assert situations[1].text_acceptance != situations[0].text_acceptance
+    assert situations[1].acceptance == situations[0].acceptance
 
 
-def test_inner_windows_that_leave_nothing_to_verify_are_refused():
+@pytest.mark.parametrize("kind", [Hierarchical, HierarchicalLookup])
+def test_inner_windows_that_leave_nothing_to_verify_are_refused(kind):
     with pytest.raises(UserError, match="window is 5, but mode hierarchical drafts 5 tokens at a time"):
-        Hierarchical(window=5, inner=5)
+        kind(window=5, inner=5)
+
+
+@pytest.mark.slow
+def test_a_text_that_goes_in_circles_spares_passes_over_few_entries(models):
+    """Caches so short are read whole, so that the middle level writes what the target writes."""
+    session, strategy, prompt = Session(Models(models[0])), HierarchicalLookup(window=7, inner=2), [5]
+    state = session.decode(strategy, start(strategy, session, [prompt], 120), 16)
+    begun = int(state.emitted[0])
+    draft, carried = strategy.lowest(session.models, state)
+    middle = propose(
+        session.models,
+        state,
+        state.keys,
+        jnp.array([5], jnp.int32),
+        draft,
+        carried,
+        plan=state.own.plan,
+        sampling=Sampling(),
+        inner=2,
+        most=5,
+    )
+    (written,) = outputs(session.decode(strategy, state, 120))
+    assert middle.tokens[0, :5].tolist() == written[begun : begun + 5]
+    place, rounds = begun, 0
+    while place < begun + 5:
+        guessed = followed(prompt + written[:place], 3, 2)
+        right = next((i for i in range(2) if guessed[i] != written[place + i]), 2)
+        place, rounds = place + right + 1, rounds + 1
+    assert middle.round == rounds < 5

@@ -14,7 +14,6 @@ from specattn_kernels import Implementation
 from specattn_jax.decoding import loop
 from specattn_jax.decoding.protocol import Models, Strategy
 from specattn_jax.decoding.state import DecodeState, begin
-from specattn_jax.decoding.work import Drafter
 from specattn_jax.models.cache import KVCache
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.models.transformer import LanguageModel, init_model
@@ -109,7 +108,7 @@ def start(
         settings=strategy.settings,
         window=strategy.window,
         with_draft=strategy.needs_draft,
-        with_prompt=strategy.drafter is Drafter.TEXT,
+        with_prompt=strategy.needs_text,
         keys=keys,
         chunk=8,
     )

@@ -59,9 +59,9 @@ def generate_command(
         str,
         typer.Option(
             help="autoregressive (target alone), lookup (proposes what the text says), self (the target drafts over a "
-            "small share of its cache), speculative (draft, dense verification), hierarchical (draft, target over few "
-            "entries, dense verification), specattn (draft, verification reads what the draft attended to: "
-            "approximate), or auto, the one predicted to be the fastest here.",
+            "small share of its cache), speculative (draft, dense verification), hierarchical (draft, or with --draft "
+            "none the text, then the target over few entries, then dense verification), specattn (draft, verification "
+            "reads what the draft attended to: approximate), or auto, the one predicted to be the fastest here.",
             metavar="MODE",
         ),
     ] = "auto",
@@ -142,7 +142,7 @@ def generate_command(
         from specattn_jax.models.sharding import describe_split
         from specattn_jax.planning.mesh_choice import Wanted, default_mesh
         from specattn_jax.runtime.generate import generate
-        from specattn_jax.runtime.request import UNDRAFTED, Request
+        from specattn_jax.runtime.request import NEVER_DRAFTED, Request
         from specattn_jax.runtime.session import DRAFT_REACH
         from specattn_jax.selection.policy import load_policy
 
@@ -230,7 +230,7 @@ def generate_command(
         **_report(run),
         "requested_mode": mode,
         "target": target,
-        "draft": None if result.mode in UNDRAFTED else draft,
+        "draft": None if draft == NO_DRAFT or result.mode in NEVER_DRAFTED else draft,
         "policy": None if result.lossless else policy,
         "seed": seed,
     }

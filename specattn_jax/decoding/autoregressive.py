@@ -31,6 +31,7 @@ class Autoregressive:
     name: ClassVar[str] = "autoregressive"
     window: ClassVar[int] = 0
     needs_draft: ClassVar[bool] = False
+    needs_text: ClassVar[bool] = False
     drafter: ClassVar[Drafter] = Drafter.NOBODY
     lossless: ClassVar[bool] = True
 

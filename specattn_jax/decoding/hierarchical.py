@@ -1,4 +1,4 @@
-"""Two levels: a draft, the target over what it looked at most, and only for what that kept the target over everything.
+"""Two levels above a draft: it proposes, the target over few entries keeps some, the target over everything verifies.
 
 Source: the hierarchy of TriForce (arXiv 2404.11912).
 """
@@ -10,129 +10,70 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from specattn_kernels import SelectionPlan, lay
+from jaxtyping import Array, Int32, Key
 
-from specattn_jax.decoding.middle import propose
-from specattn_jax.decoding.pacing import Tally, tokens_ahead
-from specattn_jax.decoding.protocol import (
-    DecodeSettings,
-    Models,
-    WindowRecord,
-    check_window,
-    drafting,
-    newest,
-    next_keys,
-    target_logits,
-)
-from specattn_jax.decoding.refreshing import read_and_refresh
-from specattn_jax.decoding.sampling import verify
-from specattn_jax.decoding.state import DecodeState, commit
-from specattn_jax.decoding.work import Drafter, Scenario, Work
-from specattn_jax.errors import UserError
+from specattn_jax.decoding.drafting import draft_window
+from specattn_jax.decoding.levels import TwoLevels
+from specattn_jax.decoding.middle import InnerDraft, InnerDrafter, Proposed, Standing
+from specattn_jax.decoding.protocol import Models, drafting, newest
+from specattn_jax.decoding.sampling import Verdict, choose
+from specattn_jax.decoding.state import DecodeState
+from specattn_jax.decoding.work import Scenario, Work
+from specattn_jax.models.cache import KVCache
 from specattn_jax.models.forward import forward
-from specattn_jax.selection.own import OwnReads
-from specattn_jax.selection.reads import layer_shares
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Own:
-    """What the middle level reads, and what the dense passes kept of it."""
-
-    plan: SelectionPlan
-    tally: Tally
+from specattn_jax.selection.reads import ReadEverything
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Hierarchical:
+class Hierarchical(TwoLevels):
     """The draft proposes, the target over selected entries keeps some, the target over everything verifies those.
 
-    Inner windows follow each other until every sequence has as many tokens as it is to have, which depends on what
-    dense passes kept of it so far. As the inner rule is exact, tokens are drawn from the target's sparse distribution,
-    which is kept for the outer rule.
-
-    Attributes:
-        settings: how tokens are drawn, and where sequences end.
-        window: most places that a window writes behind the newest token: those that are verified densely, and those of
-            one inner window.
-        inner: tokens that the draft proposes at a time.
-        reads: how much of its cache the middle level reads.
+    `TwoLevels` says how the two work together, and what the attributes are.
     """
 
-    settings: DecodeSettings = dataclasses.field(default_factory=DecodeSettings)
-    window: int = 15
-    inner: int = 3
-    reads: OwnReads = dataclasses.field(default_factory=OwnReads)
-
-    name: ClassVar[str] = "hierarchical"
     needs_draft: ClassVar[bool] = True
-    drafter: ClassVar[Drafter] = Drafter.TARGET
-    lossless: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_window(self.window)
-        if not 1 <= self.inner < self.window:
-            raise UserError(
-                f"window is {self.window}, but mode {self.name} drafts {self.inner} tokens at a time; expected a "
-                "larger window, so that the dense pass has some to verify."
-            )
-
-    @property
-    def verified(self) -> int:
-        """Tokens of the middle level that a dense pass verifies at most."""
-        return self.window - self.inner
+    needs_text: ClassVar[bool] = False
 
     def start(self, models: Models, state: DecodeState) -> DecodeState:
-        """Reads the newest token densely, to see what it looks at; the first window reads it again."""
-        _, draft_cache = drafting(models, state)
-        read = read_and_refresh(models, state, newest(state), state.target_cache, self.reads, self.window)
-        cache = draft_cache.at(read.seen.past - 1)
-        own = _Own(read.plan, lay(cache.split, Tally.start(len(state.last)), "B"))
-        return dataclasses.replace(state, target_cache=read.seen.cache, draft_cache=cache, own=own)
+        """As all of its kind; the draft reads its last two tokens with the first window."""
+        _, cache = drafting(models, state)
+        state = super().start(models, state)
+        return dataclasses.replace(state, draft_cache=cache.at(state.target_cache.lengths - 1))
 
-    def step(self, models: Models, state: DecodeState) -> tuple[DecodeState, WindowRecord]:
-        """One window: inner windows, one dense pass over what they gave, and rollback of both caches."""
+    def lowest(self, models: Models, state: DecodeState) -> tuple[InnerDrafter, KVCache]:
+        """The draft, which carries its cache."""
+        draft, cache = drafting(models, state)
+        sampling, vocab = self.settings.sampling, models.target.config.vocab_size
+
+        def draft_inner(cache: KVCache, standing: Standing, keys: Key[Array, " B"]) -> InnerDraft:
+            drafted = draft_window(
+                draft,
+                cache.at(standing.have - 1),
+                standing.last,
+                keys,
+                ReadEverything(),
+                (),
+                window=self.inner,
+                choose=lambda _, key, logits: choose(key, logits, sampling),
+                vocab_size=vocab,
+                sampling=sampling,
+            )
+            return InnerDraft(drafted.tokens, drafted.probs, drafted.cache)
+
+        return draft_inner, cache.at(state.target_cache.lengths - 1)
+
+    def catch_up(
+        self, models: Models, state: DecodeState, middle: Proposed, wanted: Int32[Array, " B"], verdict: Verdict
+    ) -> DecodeState:
+        """If all are kept, the draft has to have read all of them but the last; inner windows may have left out two."""
         draft, _ = drafting(models, state)
-        for_inner, for_verdict, later = next_keys(state, 3)
-        past, sampling, tally = state.target_cache.lengths, self.settings.sampling, state.own.tally
-        wanted = tally.tokens_ahead(self.verified)
-        middle = propose(
-            models,
-            state,
-            for_inner,
-            wanted,
-            plan=state.own.plan,
-            sampling=sampling,
-            inner=self.inner,
-            most=self.verified,
-        )
-        drafted = middle.tokens[:, : self.verified]
-        probs = None if middle.probs is None else middle.probs[:, : self.verified]
-
-        tokens = jnp.concatenate([newest(state), drafted], axis=1)
-        read = read_and_refresh(models, state, tokens, middle.target_cache, self.reads, self.window)
-        state, logits = target_logits(models, state, read.hidden, drafted, sampling)
-        verdict = verify(for_verdict, drafted, probs, logits, sampling, wanted)
-        # If all are kept, the draft has to have read all of them but the last.
+        tokens = jnp.concatenate([newest(state), middle.tokens], axis=1)
         newer = jnp.take_along_axis(tokens, wanted[:, None] + jnp.arange(-1, 1), axis=1)
-        caught_up = forward(draft, newer, middle.draft_cache.at(past + wanted - 1)).cache
-        shares, own = layer_shares(read.seen), _Own(read.plan, tally.add(verdict, wanted, ~state.done))
-        state = dataclasses.replace(state, target_cache=read.seen.cache, draft_cache=caught_up, keys=later, own=own)
-        state = commit(state, verdict, shares, drafted=wanted, stop_tokens=self.settings.stop_tokens)
-        return state, WindowRecord(read.seen, shares, read.hidden, verdict)
+        cache = middle.carried.at(state.target_cache.lengths + wanted - 1)
+        return dataclasses.replace(state, draft_cache=forward(draft, newer, cache).cache)
 
     def cost(self, scenario: Scenario) -> Work:
         """Inner windows of the draft and of the target over few entries, and one dense pass."""
-        wanted = tokens_ahead(scenario.rate, self.verified)
-        # The target's own token comes with what is kept of others.
-        given = sum(scenario.draft_rate**place for place in range(self.inner + 1))
-        rounds = max(1.0, wanted / given)
-        return Work(
-            tokens=sum(scenario.rate**place for place in range(wanted + 1)),
-            verified=self.verified + 1,
-            steps=rounds * self.inner,
-            own_steps=rounds,
-            own_tokens=self.inner + 1,
-            own_reads=self.reads.share_of(scenario.context),
-        )
+        work = self.work(scenario, scenario.draft_rate)
+        return work._replace(steps=work.own_steps * self.inner)

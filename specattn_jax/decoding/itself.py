@@ -51,6 +51,7 @@ class SelfSpeculative:
 
     name: ClassVar[str] = "self"
     needs_draft: ClassVar[bool] = False
+    needs_text: ClassVar[bool] = False
     drafter: ClassVar[Drafter] = Drafter.TARGET
     lossless: ClassVar[bool] = True
 

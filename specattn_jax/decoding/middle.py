@@ -1,22 +1,54 @@
-"""The middle level of a hierarchy: windows of a draft, verified by the target over few entries of its cache."""
+"""The middle level of a hierarchy: short windows, verified by the target over few entries of its cache."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Key
 from specattn_kernels import SelectionPlan
 
-from specattn_jax.decoding.drafting import draft_window
-from specattn_jax.decoding.protocol import Models, drafting
-from specattn_jax.decoding.sampling import Sampling, choose, token_distribution, verify
+from specattn_jax.decoding.protocol import Models
+from specattn_jax.decoding.sampling import Sampling, token_distribution, verify
 from specattn_jax.decoding.state import DecodeState
 from specattn_jax.models.cache import KVCache
 from specattn_jax.models.forward import forward
 from specattn_jax.selection.own import attend_by
-from specattn_jax.selection.reads import ReadEverything
+
+
+class Standing(NamedTuple):
+    """Where the middle level stands before an inner window.
+
+    Attributes:
+        have: how many tokens lie before each sequence's newest one.
+        last: the last two tokens, the newest second.
+        tokens: what the middle level gave since the last dense pass, up to the newest; beyond that meaningless.
+    """
+
+    have: Int32[Array, " B"]
+    last: Int32[Array, "B 2"]
+    tokens: Int32[Array, "B places"]
+
+
+class InnerDraft(NamedTuple):
+    """What the lowest level proposes in an inner window.
+
+    Attributes:
+        tokens: the proposed tokens.
+        probs: the distributions that they were drawn from; None when greedy.
+        carried: what it carries to the next inner window, shaped as what it was given.
+    """
+
+    tokens: Int32[Array, "B inner"]
+    probs: Float[Array, "B inner V"] | None
+    carried: Any
+
+
+# The lowest level: proposes the tokens of an inner window. Takes what it carries from one to the next, where the middle
+# level stands, and a key per sequence.
+InnerDrafter: TypeAlias = Callable[[Any, Standing, Key[Array, " B"]], InnerDraft]
 
 
 class Proposed(NamedTuple):
@@ -24,7 +56,7 @@ class Proposed(NamedTuple):
 
     Attributes:
         target_cache: with leftovers behind the past.
-        draft_cache: likewise; it has read the proposed tokens but for the last two perhaps.
+        carried: what the lowest level carries.
         tokens: the proposed tokens; beyond `filled` meaningless.
         probs: the distributions that they were drawn from, those of the target over few entries; None when greedy.
         filled: how many there are.
@@ -32,7 +64,7 @@ class Proposed(NamedTuple):
     """
 
     target_cache: KVCache
-    draft_cache: KVCache
+    carried: Any
     tokens: Int32[Array, "B places"]
     probs: Float[Array, "B places V"] | None
     filled: Int32[Array, " B"]
@@ -44,6 +76,8 @@ def propose(
     state: DecodeState,
     keys: Key[Array, " B"],
     wanted: Int32[Array, " B"],
+    draft: InnerDrafter,
+    carried: Any,
     *,
     plan: SelectionPlan,
     sampling: Sampling,
@@ -53,16 +87,17 @@ def propose(
     """Inner windows, until every sequence has as many tokens as are wanted; those that have wait.
 
     Args:
-        models: target and draft.
+        models: with the target.
         state: where decoding stands.
         keys: one per sequence.
         wanted: tokens to propose; what is more is forgotten.
+        draft: the lowest level.
+        carried: what it carries at first.
         plan: what the target reads.
         sampling: how tokens are drawn.
-        inner: tokens that the draft proposes at a time.
+        inner: tokens that the lowest level proposes at a time.
         most: the largest `wanted` there can be.
     """
-    draft, draft_cache = drafting(models, state)
     past, vocab = state.target_cache.lengths, models.target.config.vocab_size
     batch, places = len(past), most + inner + 1
     write: Any = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, 0))
@@ -72,18 +107,7 @@ def propose(
         known = jnp.concatenate([state.last, middle.tokens], axis=1)
         last = jnp.take_along_axis(known, middle.filled[:, None] + jnp.arange(2), axis=1)
         have = past + middle.filled
-        drafted = draft_window(
-            draft,
-            middle.draft_cache.at(have - 1),
-            last,
-            now[:, 0],
-            ReadEverything(),
-            (),
-            window=inner,
-            choose=lambda _, key, logits: choose(key, logits, sampling),
-            vocab_size=vocab,
-            sampling=sampling,
-        )
+        drafted = draft(middle.carried, Standing(have, last, middle.tokens), now[:, 0])
         tokens = jnp.concatenate([last[:, 1:], drafted.tokens], axis=1)
         read = forward(models.target, tokens, middle.target_cache.at(have), attend_by(plan))
         logits = models.target.logits(read.hidden)
@@ -93,7 +117,7 @@ def propose(
             probs = write(probs, token_distribution(logits, sampling), middle.filled)
         return Proposed(
             read.cache,
-            drafted.cache,
+            drafted.carried,
             write(middle.tokens, verdict.tokens, middle.filled),
             probs,
             jnp.minimum(middle.filled + verdict.accepted + 1, wanted),
@@ -102,7 +126,7 @@ def propose(
 
     first = Proposed(
         state.target_cache,
-        draft_cache.at(past - 1),
+        carried,
         jnp.zeros((batch, places), jnp.int32),
         None if sampling.greedy else jnp.zeros((batch, places, vocab), jnp.float32),
         # Nobody waits for a sequence that is done.

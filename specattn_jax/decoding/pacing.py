@@ -24,6 +24,27 @@ def tokens_ahead(rate: float, most: int) -> int:
     return max(1, min(most, math.floor(math.log(LEAST_CHANCE) / math.log(min(max(rate, 1e-6), 1 - 1e-6)))))
 
 
+def passes_for(wanted: int, rate: float, proposed: int, batch: int) -> float:
+    """Passes until each of so many sequences has the wanted tokens, on average: all wait for the slowest.
+
+    Args:
+        wanted: tokens for each sequence, at least 1.
+        rate: the chance that a pass keeps a proposed token, if it kept all before it.
+        proposed: tokens proposed to each pass, which gives one of its own besides those that it keeps.
+        batch: sequences.
+    """
+    gives = [rate**kept * (1 - rate) for kept in range(proposed)] + [rate**proposed]
+    # The chances that a sequence has none, one, and so on of its tokens, but not all of them.
+    lacking, passes = [1.0] + [0.0] * (wanted - 1), 0.0
+    for _ in range(wanted):
+        passes += 1 - (1 - min(1.0, sum(lacking))) ** batch
+        lacking = [
+            sum(lacking[have - 1 - kept] * gives[kept] for kept in range(min(have, proposed + 1)))
+            for have in range(wanted)
+        ]
+    return passes
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tally:

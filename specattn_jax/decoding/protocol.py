@@ -89,8 +89,13 @@ class Strategy(Protocol):
         ...
 
     @property
+    def needs_text(self) -> bool:
+        """Whether the state has to hold the prompts' tokens."""
+        ...
+
+    @property
     def drafter(self) -> Drafter:
-        """Who proposes what the target verifies; `TEXT` where the state has to hold the prompts' tokens."""
+        """Who proposes what the target verifies."""
         ...
 
     @property

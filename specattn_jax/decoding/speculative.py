@@ -67,6 +67,7 @@ class Speculative:
 
     name: ClassVar[str] = "speculative"
     needs_draft: ClassVar[bool] = True
+    needs_text: ClassVar[bool] = False
     drafter: ClassVar[Drafter] = Drafter.DRAFT
     lossless: ClassVar[bool] = True
 

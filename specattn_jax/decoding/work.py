@@ -34,7 +34,8 @@ class Scenario(NamedTuple):
         itemsize: bytes of a weight and of a cache number.
         draft_reads: share of its own cache that a sparse draft reads, but not of very short ones.
         rate: the chance by which tokens are `accepted` one by one, for those that choose how many they propose.
-        draft_rate: that of the draft's tokens at a level that stands between the draft and these.
+        draft_rate: that of the draft's tokens at a level that stands between the draft and these; likewise
+        text_rate: of tokens that are looked up in the text.
     """
 
     target: ModelConfig
@@ -48,6 +49,7 @@ class Scenario(NamedTuple):
     draft_reads: float = 1.0
     rate: float = 0.85
     draft_rate: float = 0.7
+    text_rate: float = 0.2
 
     @property
     def draft_share(self) -> float:

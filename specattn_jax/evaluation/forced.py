@@ -87,6 +87,7 @@ class Forced:
     window: int = dataclasses.field(default=5, metadata={"static": True})
 
     name: ClassVar[str] = "forced"
+    needs_text: ClassVar[bool] = False
     drafter: ClassVar[Drafter] = Drafter.NOBODY
     lossless: ClassVar[bool] = False
     settings: ClassVar[DecodeSettings] = DecodeSettings()

@@ -189,7 +189,11 @@ def choose_strategy(
         situation: what is known.
         strategies: those that can be had, the simplest mode first and the approximate ones last.
     """
-    scenario = scenario._replace(context=max(1, situation.context), draft_rate=situation.acceptance.rate)
+    scenario = scenario._replace(
+        context=max(1, situation.context),
+        draft_rate=situation.acceptance.rate,
+        text_rate=situation.text_acceptance.rate,
+    )
     if not situation.can_draft:
         strategies = [strategy for strategy in strategies if not strategy.needs_draft]
     found = predict(scenario, profile, situation, strategies)

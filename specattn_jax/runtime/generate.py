@@ -15,7 +15,6 @@ from jaxtyping import Array
 
 from specattn_jax.decoding.protocol import Models, Strategy, WindowRecord
 from specattn_jax.decoding.state import DecodeState
-from specattn_jax.decoding.work import Drafter
 from specattn_jax.errors import UserError
 from specattn_jax.loading.pair import ModelPair
 from specattn_jax.loading.tokenizer import Tokenizer
@@ -120,7 +119,7 @@ def generate(
     context, replays = sum(map(len, encoded)) // len(encoded), None
     known = Situation(context, request.max_new_tokens, prior_acceptance(pair), draft_reach=request.reach)
     if len(possible) > 1:
-        if any(one.drafter is Drafter.TEXT for one in possible):
+        if any(one.needs_text for one in possible):
             replays = replay_prompts(encoded)
             known = known._replace(text_acceptance=text_acceptance(replays))
         decide = decide or make_gate(pair, len(encoded), possible, selection)
@@ -145,7 +144,7 @@ def generate(
         # Where nothing longer comes this is the program of the fixed mode, to the shape.
         window=strategy.window if first.is_final else max(one.window for one in possible),
         with_draft=strategy.needs_draft,
-        with_prompt=any(one.drafter is Drafter.TEXT for one in ([strategy] if first.is_final else possible)),
+        with_prompt=any(one.needs_text for one in ([strategy] if first.is_final else possible)),
         keys=keys,
         clock=clock,
         on_prefill=on_prefill,

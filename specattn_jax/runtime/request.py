@@ -11,7 +11,9 @@ from jaxtyping import Array, Key
 
 from specattn_jax.decoding.autoregressive import Autoregressive
 from specattn_jax.decoding.hierarchical import Hierarchical
+from specattn_jax.decoding.hierarchical_lookup import HierarchicalLookup
 from specattn_jax.decoding.itself import SelfSpeculative
+from specattn_jax.decoding.levels import TwoLevels
 from specattn_jax.decoding.lookup import PromptLookup
 from specattn_jax.decoding.protocol import DecodeSettings, Strategy, check_window
 from specattn_jax.decoding.sampling import Sampling
@@ -30,8 +32,9 @@ from specattn_jax.selection.policy import load_policy
 Mode: TypeAlias = Literal["autoregressive", "lookup", "self", "speculative", "hierarchical", "specattn"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 AUTO = "auto"
-# What does without a draft.
-UNDRAFTED: tuple[Mode, ...] = ("autoregressive", "lookup", "self")
+# What asks no draft, and what does without where there is none.
+NEVER_DRAFTED: tuple[Mode, ...] = ("autoregressive", "lookup", "self")
+UNDRAFTED: tuple[Mode, ...] = (*NEVER_DRAFTED, "hierarchical")
 DEFAULT_KV_REDUCTION = 0.75
 DEFAULT_P = 0.95
 DEFAULT_WINDOW, DEFAULT_PLACES = 5, 15
@@ -45,9 +48,9 @@ class Request:
     Attributes:
         max_new_tokens: most new tokens per prompt.
         mode: `auto`, `autoregressive`, `lookup` (proposes what the text says), `self` (the target drafts over few
-            entries), `speculative` (the draft proposes, dense verification), `hierarchical` (draft, target over few
-            entries, dense verification) or `specattn` (sparse verification: approximate); or a `Strategy` of your own,
-            which has its window, its selection and its sampling with it.
+            entries), `speculative` (the draft proposes, dense verification), `hierarchical` (draft, or without one the
+            text, then the target over few entries, then dense verification) or `specattn` (sparse verification:
+            approximate); or a `Strategy` of your own, which has its window, its selection and its sampling with it.
         window: drafted tokens per window; without it mode `auto` chooses, `hierarchical` takes 15 (three at a time,
             until the target over few entries kept up to 12 for one dense pass to verify), and the others 5.
         draft_reads: share of its own cache that the draft reads in mode `speculative`, in (0, 1]; 1 is all of it, and
@@ -131,7 +134,7 @@ class Request:
     @property
     def may_draft(self) -> bool:
         """Whether the draft may be needed."""
-        return self.mode not in UNDRAFTED
+        return self.mode not in NEVER_DRAFTED
 
     def check_drafted(self, draft: object) -> None:
         """Refuses a mode that needs a draft where there is none.
@@ -229,7 +232,7 @@ def _strategies(
         case "speculative":
             yield _speculative(settings, windows[0], request.draft_reads or 1.0)
         case "hierarchical":
-            yield Hierarchical(settings, request.window or DEFAULT_PLACES)
+            yield _hierarchical(settings, request.window or DEFAULT_PLACES, has_draft)
         case "specattn":
             assert selection is not None
             yield SpecAttn(selection, settings, windows[0])
@@ -241,9 +244,9 @@ def _strategies(
                 # Where nobody says what the draft reads, it may be either.
                 wanted = (1.0, OwnReads().share) if request.draft_reads is None else (request.draft_reads,)
                 yield from (_speculative(settings, window, share) for share in wanted for window in windows)
-                places = request.window or DEFAULT_PLACES
-                if places > Hierarchical.inner:
-                    yield Hierarchical(settings, places)
+            places = request.window or DEFAULT_PLACES
+            if places > TwoLevels.inner:
+                yield _hierarchical(settings, places, has_draft)
             if selection is not None:
                 yield from (SpecAttn(selection, settings, window) for window in windows)
 
@@ -253,6 +256,11 @@ def _speculative(settings: DecodeSettings, window: int, draft_reads: float) -> S
     if draft_reads >= 1.0:
         return Speculative(settings=settings, window=window)
     return SparselyDrafted(SparseDraft(OwnReads(draft_reads)), settings, window)
+
+
+def _hierarchical(settings: DecodeSettings, window: int, has_draft: bool) -> Strategy:
+    """Above the draft, or where there is none above the text."""
+    return Hierarchical(settings, window) if has_draft else HierarchicalLookup(settings, window)
 
 
 def check_mode(mode: str) -> None:
