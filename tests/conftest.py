@@ -13,6 +13,7 @@ if metadata.version("jaxlib").startswith("0.10."):
 
 import dataclasses
 import gc
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -35,7 +36,7 @@ from specattn_jax.selection.alignment import save_alignment
 
 # A program for all random weights of a model takes over a second to compile. Made one by one, most weights of another
 # model have a shape that was compiled before.
-mock.patch.object(transformer, "_random_weights", transformer._random_weights.__wrapped__).start()
+mock.patch.object(transformer, "_random_weights", inspect.unwrap(transformer._random_weights)).start()
 
 MEMORY_MAPS = Path("/proc/self/maps")
 

@@ -169,35 +169,31 @@ def assert_same_distribution(sequences: list[list[int]], exact: dict[tuple[int, 
     assert stats.chisquare(observed[keep], expected[keep] * observed[keep].sum() / expected[keep].sum()).pvalue > 1e-3
 
 
-# Here running takes longer than compiling.
-@pytest.mark.optimised
+# With many draws running takes longer than compiling.
+MANY = (pytest.mark.optimised, pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("make", "sampling", "draws"),
     [
-        pytest.param(lambda how, _: Autoregressive(how), Sampling(1.0), DRAWS, marks=pytest.mark.slow),
-        pytest.param(lambda how, _: Speculative(settings=how, window=1), Sampling(1.0), DRAWS, marks=pytest.mark.slow),
-        pytest.param(lambda how, _: Speculative(settings=how, window=2), Sampling(1.0), DRAWS, marks=pytest.mark.slow),
+        pytest.param(lambda how, _: Autoregressive(how), Sampling(1.0), DRAWS, marks=MANY),
+        pytest.param(lambda how, _: Speculative(settings=how, window=1), Sampling(1.0), DRAWS, marks=MANY),
+        pytest.param(lambda how, _: Speculative(settings=how, window=2), Sampling(1.0), DRAWS, marks=MANY),
         pytest.param(
             lambda how, _: Speculative(settings=how, window=3),
             Sampling(1.3, top_k=6, top_p=0.95),
             DRAWS,
-            marks=pytest.mark.slow,
+            marks=MANY,
         ),
         (lambda how, selection: SpecAttn(selection, how, window=2), Sampling(0.8), FEW_DRAWS),
-        pytest.param(
-            lambda how, selection: SpecAttn(selection, how, window=2), Sampling(0.8), DRAWS, marks=pytest.mark.slow
-        ),
-        pytest.param(
-            lambda how, _: Speculative(settings=how, window=2), Sampling(1.2, min_p=0.05), DRAWS, marks=pytest.mark.slow
-        ),
-        pytest.param(
-            lambda how, _: Autoregressive(how), Sampling(1.0, repetition_penalty=PENALTY), DRAWS, marks=pytest.mark.slow
-        ),
+        pytest.param(lambda how, selection: SpecAttn(selection, how, window=2), Sampling(0.8), DRAWS, marks=MANY),
+        pytest.param(lambda how, _: Speculative(settings=how, window=2), Sampling(1.2, min_p=0.05), DRAWS, marks=MANY),
+        pytest.param(lambda how, _: Autoregressive(how), Sampling(1.0, repetition_penalty=PENALTY), DRAWS, marks=MANY),
         pytest.param(
             lambda how, _: Speculative(settings=how, window=2),
             Sampling(1.0, repetition_penalty=PENALTY),
             DRAWS,
-            marks=pytest.mark.slow,
+            marks=MANY,
         ),
     ],
     ids=[
