@@ -12,8 +12,11 @@ if metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
 import dataclasses
+import gc
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 from shapes import check_shapes
 
@@ -27,15 +30,41 @@ from tiny import random_alignment, tiny_config
 from specattn_jax.examples import byte_tokenizer
 from specattn_jax.loading import get_preset, is_cached, save_hf
 from specattn_jax.loading.pair import ModelPair, load_pair
+from specattn_jax.models import transformer
 from specattn_jax.models.transformer import init_model
 from specattn_jax.selection.alignment import save_alignment
+
+# A program for all random weights of a model takes over a second to compile. Made one by one, most weights of another
+# model have a shape that was compiled before.
+mock.patch.object(transformer, "_random_weights", inspect.unwrap(transformer._random_weights)).start()
+
+MEMORY_MAPS = Path("/proc/self/maps")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_what_was_compiled() -> Iterator[None]:
-    """Compiled functions take several memory maps each, of which Linux gives a process 65,530."""
+    """Compiled functions take several memory maps each, of which Linux gives a process 65,530.
+
+    Until half of them are taken, modules share what they compile.
+    """
+    yield
+    if not MEMORY_MAPS.exists() or MEMORY_MAPS.read_text().count("\n") > 32_000:
+        jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def own_programs() -> Iterator[None]:
+    """For modules that change what is traced: neither do they get programs of others, nor do others get theirs."""
+    jax.clear_caches()
     yield
     jax.clear_caches()
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays; looking through it for garbage again and again takes a fifteenth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -15,7 +15,9 @@ from specattn_jax.runtime.session import Memory
 TURNS = ["Call me Ishmael. ", "Some years ago, never mind how long precisely, ", "I went"]
 
 
-@pytest.mark.parametrize("mode", [pytest.param("autoregressive", marks=pytest.mark.slow), "speculative", "specattn"])
+@pytest.mark.parametrize(
+    "mode", [*(pytest.param(other, marks=pytest.mark.slow) for other in ("autoregressive", "speculative")), "specattn"]
+)
 def test_every_turn_is_as_if_all_had_been_read_anew(tiny_pair, mode):
     memory, history = Memory(), list[int]()
     for turn in TURNS:
@@ -33,10 +35,10 @@ def test_every_turn_is_as_if_all_had_been_read_anew(tiny_pair, mode):
 
 def test_a_history_that_changed_is_read_from_there(tiny_pair):
     memory, first = Memory(), tiny_pair.tokenizer.encode("abcdefgh")
-    generate(tiny_pair, [first], mode="speculative", max_new_tokens=9, memory=memory)
+    generate(tiny_pair, [first], mode="speculative", max_new_tokens=24, memory=memory)
     other = [*first[:4], *tiny_pair.tokenizer.encode("xyz", add_special=False)]
-    got = generate(tiny_pair, [other], mode="speculative", max_new_tokens=9, memory=memory).results[0]
-    assert got.tokens == generate(tiny_pair, [other], mode="speculative", max_new_tokens=9).results[0].tokens
+    got = generate(tiny_pair, [other], mode="speculative", max_new_tokens=24, memory=memory).results[0]
+    assert got.tokens == generate(tiny_pair, [other], mode="speculative", max_new_tokens=24).results[0].tokens
     assert memory.prefilled["target"] == len(other) - 4
     with pytest.raises(UserError, match="prompts holds 2, but memory 1 sequences"):
         generate(tiny_pair, [other, other], memory=memory)
@@ -45,7 +47,7 @@ def test_a_history_that_changed_is_read_from_there(tiny_pair):
 def test_sequences_of_a_batch_are_asked_again_in_another_mode(tiny_pair):
     prompts = [tiny_pair.tokenizer.encode(text) for text in ("abcdefgh" * 5, "xyz", "Call me Ishmael. " * 3)]
     memory = Memory(slots=400, new_tokens=20)
-    for mode in ("autoregressive", "specattn", "speculative", "specattn"):
+    for mode in ("autoregressive", "specattn", "specattn"):
         got = generate(tiny_pair, prompts, mode=mode, max_new_tokens=9, memory=memory).results
         # Of as many slots, so that it is the same program.
         new = Memory(slots=400, new_tokens=20)

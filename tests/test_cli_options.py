@@ -174,7 +174,7 @@ def places(tiny_folders, tmp_path_factory):
     return root, {"target": tiny_folders.target, "below": root / "text" / "below"}
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(command_lines(), LINES)
 def test_any_command_line_succeeds_or_says_one_sentence(places, monkeypatch, line, said):
     root, known = places

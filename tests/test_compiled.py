@@ -17,7 +17,8 @@ from specattn_jax.decoding.speculative import SpecAttn
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.models.transformer import abstract_model
 
-pytestmark = pytest.mark.optimised
+# Kernels are chosen as for another device.
+pytestmark = [pytest.mark.optimised, pytest.mark.usefixtures("own_programs")]
 
 SMOLLM2 = ModelConfig(
     family="llama",

@@ -24,7 +24,7 @@ from specattn_jax.selection.make import make_selection
 from specattn_jax.selection.policy import load_policy
 from specattn_jax.selection.protocol import LayerSeen, Opening, Seen
 
-LAYERS, WINDOW, LENGTH, PROMPT = 4, 3, 30, 6
+LAYERS, WINDOW, LENGTH, PROMPT = 3, 3, 30, 6
 CONFIG = tiny_config(num_layers=LAYERS)
 
 
@@ -97,9 +97,8 @@ def masks(plans, past, slots):
 @pytest.mark.parametrize(
     "name",
     [
-        "quest",
         "default",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("paper", *BASELINES) if name != "quest"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("paper", *BASELINES)),
     ],
 )
 def test_the_cached_sparse_path_is_a_masked_dense_pass(target, draft, documents, name):

@@ -21,6 +21,8 @@ from specattn_jax.loading.pair import load_pair
 from specattn_jax.models.transformer import LanguageModel
 from specattn_jax.runtime.generate import generate
 
+# As many as tests of other modules ask for, which compile the same programs.
+NEW_TOKENS = 24
 MODES = ["autoregressive", "speculative", "specattn", "auto"]
 
 
@@ -43,18 +45,27 @@ def with_weight(model, name, value, layer=1):
 def test_a_damaged_target_is_named_in_every_mode(tiny_pair, mode, value):
     pair = dataclasses.replace(tiny_pair, target=with_weight(tiny_pair.target, "down", value))
     with pytest.raises(UserError, match=r"^target: .* its weight .*layers.*1.*down.* float32; ") as error:
-        generate(pair, ["Call me Ishmael."], mode=mode, max_new_tokens=8)
+        generate(pair, ["Call me Ishmael."], mode=mode, max_new_tokens=NEW_TOKENS)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("mode", ["speculative", "specattn"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("mode", "temperature"),
+    [
+        ("speculative", 0.0),
+        ("specattn", 1.0),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("speculative", 1.0), ("specattn", 0.0))),
+    ],
+)
 def test_a_damaged_draft_is_named(tiny_pair, mode, temperature):
     pair = dataclasses.replace(tiny_pair, draft=with_weight(tiny_pair.draft, "down", jnp.nan))
     with pytest.raises(UserError, match=r"^draft: .* its weight "):
-        generate(pair, ["Call me Ishmael."], mode=mode, max_new_tokens=8, temperature=temperature)
+        generate(pair, ["Call me Ishmael."], mode=mode, max_new_tokens=NEW_TOKENS, temperature=temperature)
     # Nobody asks it here.
-    assert len(generate(pair, ["Call me Ishmael."], mode="autoregressive", max_new_tokens=8).results[0].tokens) == 8
+    assert (
+        len(generate(pair, ["Call me Ishmael."], mode="autoregressive", max_new_tokens=NEW_TOKENS).results[0].tokens)
+        == NEW_TOKENS
+    )
 
 
 def test_an_overflow_names_its_layer(tiny_pair):
@@ -63,7 +74,7 @@ def test_an_overflow_names_its_layer(tiny_pair):
         target = with_weight(target, name, lambda leaf: jnp.full_like(leaf, 3e38))
     pair = dataclasses.replace(tiny_pair, target=target)
     with pytest.raises(UserError, match="from layer 2 of 3 on"):
-        generate(pair, ["Call me Ishmael."], mode="autoregressive", max_new_tokens=8)
+        generate(pair, ["Call me Ishmael."], mode="autoregressive", max_new_tokens=NEW_TOKENS)
 
 
 def test_one_bad_prompt_of_several_is_named(tiny_pair):
@@ -79,7 +90,7 @@ def test_one_bad_prompt_of_several_is_named(tiny_pair):
     if target.config.tie_embeddings:
         pytest.skip("a row of a tied embedding is a logit of every prompt")
     with pytest.raises(UserError, match="after prompt 2, "):
-        generate(pair, ["Call me", "Zebra", "me"], mode="speculative", max_new_tokens=8)
+        generate(pair, ["Call me", "Zebra", "me"], mode="speculative", max_new_tokens=NEW_TOKENS)
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ from specattn_jax.decoding.speculative import SpecAttn, Speculative
 from specattn_jax.decoding.work import Scenario
 from specattn_jax.errors import UserError
 from specattn_jax.examples import tiny_pair
-from specattn_jax.loading import get_preset
 from specattn_jax.planning.acceptance import Acceptance
 from specattn_jax.planning.cost import load_shape
 from specattn_jax.planning.device import DeviceProfile, load_profile, seconds_per_token, window_seconds
@@ -29,7 +28,6 @@ from specattn_jax.planning.gate import (
     choose_strategy,
     expected_saving,
     make_gate,
-    prior_acceptance,
 )
 from specattn_jax.runtime import generate as generation
 from specattn_jax.runtime.clock import Clock
@@ -83,28 +81,6 @@ class TestWindowTime:
     def test_devices_that_are_not_known(self):
         with pytest.raises(UserError, match="device is 'npu'; expected one of gpu, cpu, tpu"):
             load_profile("npu", bandwidth=1.0)
-
-
-class TestAcceptance:
-    def test_what_is_seen_is_believed_in_the_end(self):
-        true = Acceptance(0.6)
-        seen = Acceptance(0.9).observe(5, 2000, round(2000 * true.expected(5)))
-        assert seen.rate == pytest.approx(0.6, abs=0.01)
-        # Another window tells the same rate.
-        assert seen.observe(3, 2000, round(2000 * true.expected(3))).rate == pytest.approx(0.6, abs=0.01)
-
-    def test_few_windows_move_it_little(self):
-        assert 0.7 > Acceptance(0.7).observe(5, 1, 0).rate > 0.6
-        assert Acceptance(0.7).observe(5, 0, 0) == Acceptance(0.7)
-
-    @pytest.mark.parametrize("accepted", [0, 5 * 1000])
-    def test_all_and_nothing(self, accepted):
-        rate = Acceptance().observe(5, 1000, accepted).rate
-        assert 0 <= rate < 1
-
-    def test_what_is_known_before(self):
-        assert prior_acceptance(tiny_pair()) == Acceptance()
-        assert get_preset("smollm2").acceptance == 0.87
 
 
 class TestDecision:

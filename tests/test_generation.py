@@ -15,7 +15,10 @@ from specattn_jax.runtime.request import Request
 from specattn_jax.runtime.writer import Pace
 
 
-@pytest.mark.parametrize(("mode", "windows"), [("autoregressive", 1), ("specattn", 1), ("specattn", None)])
+@pytest.mark.parametrize(
+    ("mode", "windows"),
+    [pytest.param("autoregressive", 1, marks=pytest.mark.slow), ("specattn", 1), ("specattn", None)],
+)
 def test_text_arrives_in_pieces_of_whole_characters(tiny_pair, monkeypatch, mode, windows):
     if windows is not None:
         monkeypatch.setattr("specattn_jax.runtime.generate.Pace", lambda *_: Pace(windows))
@@ -110,11 +113,11 @@ class TestKeptSelection:
     def test_what_cannot_be_shown(self, tiny_pair, run):
         with pytest.raises(UserError, match="window is 99; expected a number below"):
             run.results[0].plot_selection(99)
-        plain = generate(tiny_pair, ["a"], max_new_tokens=2, mode="speculative")
+        plain = generate(tiny_pair, ["a"], max_new_tokens=24, mode="speculative")
         with pytest.raises(UserError, match="keep_selection=True"):
             plain.results[0].plot_selection()
         with pytest.raises(UserError, match="mode speculative selects nothing"):
-            generate(tiny_pair, ["a"], max_new_tokens=2, mode="speculative", keep_selection=True)
+            generate(tiny_pair, ["a"], max_new_tokens=24, mode="speculative", keep_selection=True)
 
 
 def test_shades_escape_text_and_grow_with_readers():

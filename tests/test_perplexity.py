@@ -282,7 +282,9 @@ class TestSearch:
 
 
 # What Vegas reads depends on what it read before, so its saving jumps with p.
-@pytest.mark.parametrize(("method", "tolerance"), [("oracle_layer", TOLERANCE), ("vegas", 0.02)])
+@pytest.mark.parametrize(
+    ("method", "tolerance"), [("oracle_layer", TOLERANCE), pytest.param("vegas", 0.02, marks=pytest.mark.slow)]
+)
 def test_a_search_ends_within_its_tolerance(tiny_pair, novel, tmp_path, method, tolerance):
     tokens = tiny_pair.tokenizer.encode(novel.read_text(), add_special=False)
     settings, documents = EvaluationSettings(prefill=0.3, window=3), cut_documents([tokens], CONTEXT, 2)
@@ -325,7 +327,7 @@ class TestDrift:
 
     PROMPTS = np.random.default_rng(7).integers(0, 256, (2, 40)).tolist()
 
-    @pytest.mark.parametrize("p", [None, 1.0])
+    @pytest.mark.parametrize("p", [pytest.param(None, marks=pytest.mark.slow), 1.0])
     def test_dense_reading_does_not_drift(self, tiny_pair, p):
         selection = None if p is None else choose_reading(tiny_pair, p=p)
         drift = measure_drift(tiny_pair, selection, self.PROMPTS, 20, window=3)

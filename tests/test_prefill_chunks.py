@@ -20,6 +20,9 @@ from specattn_jax.models.transformer import abstract_model
 from specattn_jax.runtime import session as session_module
 from specattn_jax.runtime.session import Session
 
+# Tiles are changed below.
+pytestmark = pytest.mark.usefixtures("own_programs")
+
 VOCABULARY, PADDED = 64, 256
 TOLERANCE = 1e-4
 # Lengths at the borders of chunks as often as anywhere else.
@@ -133,7 +136,14 @@ def test_chunks_are_the_largest_equal_parts_that_fit(batch, longest, fits, draft
 
 @pytest.mark.parametrize(
     ("fits", "positions"),
-    [(1000, [0, 320]), (319, [0, 192, 384]), (128, [0, 128, 256, 384]), (1, [0, 64, 128, 192, 256, 320])],
+    [
+        (1000, [0, 320]),
+        (319, [0, 192, 384]),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in ((128, [0, 128, 256, 384]), (1, [0, 64, 128, 192, 256, 320]))
+        ),
+    ],
 )
 def test_sessions_read_prompts_by_memory(monkeypatch, fits, positions):
     model = model_of(1)

@@ -22,6 +22,9 @@ from specattn_jax.selection.policy import load_policy
 from specattn_jax.selection.protocol import Opening
 from specattn_jax.selection.reads import plan_share
 
+# How selections are computed is changed below.
+pytestmark = pytest.mark.usefixtures("own_programs")
+
 SLOTS, STEPS, BATCH = 50, 4, 2
 PAST = np.array([41, 9])
 # One channel for every step and query head of a group: keys can be made to give any attention (see `attending`).

@@ -52,9 +52,16 @@ def losses(folder) -> list[float]:
     return [json.loads(line)["losses"]["total"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_loss_decreases_and_a_killed_run_resumes_exactly(target, data, tmp_path):
-    whole = train(target, data, SETTINGS, tmp_path / "whole", report_every=5, checkpoint_every=20)
-    curve = losses(tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(target, data, tmp_path_factory):
+    """A run to the end: its folder, which stays as it is, and the weights."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, train(target, data, SETTINGS, folder, report_every=5, checkpoint_every=20)
+
+
+def test_loss_decreases_and_a_killed_run_resumes_exactly(target, data, whole, tmp_path):
+    folder, weights = whole
+    curve = losses(folder)
     assert np.mean(curve[-3:]) < 0.6 * curve[0]
 
     def killed(report) -> None:
@@ -68,7 +75,7 @@ def test_loss_decreases_and_a_killed_run_resumes_exactly(target, data, tmp_path)
     again = losses(tmp_path / "cut")[len(before) :]
     # From the checkpoint of step 20: reports 25, 30, ... once more, the same to the last bit.
     assert again == curve[4:]
-    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    jax.tree.map(np.testing.assert_array_equal, resumed, weights)
 
 
 def test_a_draft_of_all_layers_is_the_target(target):
@@ -123,47 +130,40 @@ def test_simulated_acceptance_is_that_of_the_real_loop(target, data):
     assert simulated == pytest.approx(float(counts.accepted[0]) / windows, abs=5 / windows)
 
 
-def test_teacher_forced_windows_score_like_one_dense_pass(target):
+# Each policy compiles a program of its own.
+@pytest.mark.parametrize("policy", ["default", pytest.param("paper", marks=pytest.mark.slow)])
+def test_teacher_forced_windows_score_like_one_dense_pass(target, policy):
     draft = assemble(initial_weights(target, 2), target)
     tokens = jnp.asarray(np.random.default_rng(3).integers(0, 8, (3, 80)), jnp.int32)
     logits = target.logits(read_sequence(target, tokens, causal_attention))
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits)[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
     expected = float(nll[:, 8 : 8 + 69].mean())
-    for selection in (None, selection_for(target, draft, "default", 1.0), selection_for(target, draft, "paper", 1.0)):
+    for selection in (None, selection_for(target, draft, policy, 1.0)):
         got = read_documents(target, draft, selection, np.asarray(tokens).tolist(), window=3)
         assert got.nll.mean() == pytest.approx(expected, abs=1e-4)
         assert got.kv_reduction == pytest.approx(0.0, abs=1e-6)
         assert got.tokens == 69
     sparse = read_documents(
-        target, draft, selection_for(target, draft, "default", 0.5), np.asarray(tokens).tolist(), window=3
+        target, draft, selection_for(target, draft, policy, 0.5), np.asarray(tokens).tolist(), window=3
     )
     assert 0.1 < sparse.kv_reduction < 0.9
 
 
-def test_a_diverging_run_stops_with_the_last_good_checkpoint(target, data, tmp_path):
-    settings = dataclasses.replace(SETTINGS, steps=30)
-    train(target, data, dataclasses.replace(settings), tmp_path / "run", report_every=5, checkpoint_every=10)
+def test_a_diverging_run_stops_with_the_last_good_checkpoint(target, data, whole, tmp_path):
+    run = shutil.copytree(whole[0], tmp_path / "run")
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, target.params)
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "30")
-    with pytest.raises(UserError, match=r"loss became nan at step 25; the last good checkpoint is of step 20"):
-        train(
-            dataclasses.replace(target, params=broken),
-            data,
-            settings,
-            tmp_path / "run",
-            report_every=5,
-            checkpoint_every=10,
-        )
+    shutil.rmtree(run / "checkpoints" / "50")
+    with pytest.raises(UserError, match=r"loss became nan at step 45; the last good checkpoint is of step 40"):
+        train(dataclasses.replace(target, params=broken), data, SETTINGS, run, report_every=5, checkpoint_every=20)
 
 
-def test_checkpoints_of_another_configuration_are_refused(target, data, tmp_path):
-    settings = dataclasses.replace(SETTINGS, steps=5)
-    train(target, data, settings, tmp_path)
+def test_checkpoints_of_another_configuration_are_refused(target, data, whole, tmp_path):
+    run, settings = shutil.copytree(whole[0], tmp_path / "run"), dataclasses.replace(SETTINGS, clip=0.5)
     with pytest.raises(UserError, match="another configuration \\(clip differ\\)"):
-        train(target, data, dataclasses.replace(settings, clip=0.5), tmp_path)
+        train(target, data, settings, run)
     # A run that failed before its first checkpoint binds nobody.
-    shutil.rmtree(tmp_path / "checkpoints" / "5")
-    train(target, data, dataclasses.replace(settings, clip=0.5), tmp_path)
+    shutil.rmtree(run / "checkpoints")
+    train(target, data, dataclasses.replace(settings, steps=5), run)
 
 
 def test_bad_input_is_refused(target):

@@ -6,6 +6,11 @@ from jax.experimental.pallas import tpu as pltpu
 from specattn_kernels.tpu import attention
 
 
+@pytest.fixture(autouse=True, scope="module")
+def own_programs_of_kernels(own_programs):
+    """Interpreters and sizes are set here, in ways that compiled functions do not know of."""
+
+
 def do_not_optimise():
     """What an interpreter runs is compiled in half the time; nobody uses it beyond tests."""
     jax.config.update("jax_disable_most_optimizations", True)

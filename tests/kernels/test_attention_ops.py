@@ -27,8 +27,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from specattn_kernels import SelectionPlan, reference, xla
 
-pytestmark = pytest.mark.optimised
-
 # The interpreter of Mosaic takes minutes.
 ATTENTION_IMPLEMENTATIONS = [*IMPLEMENTATIONS, pytest.param("pallas_mosaic_gpu", marks=pytest.mark.slow)]
 PLAN_KINDS = st.sampled_from(["random", "empty", "single", "full"])
@@ -49,6 +47,7 @@ def tolerance_for(implementation, least=2e-5):
 
 @pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
 class TestDecodeAttention:
+    @pytest.mark.optimised
     @examples(max_examples=12)
     @given(shape=st.sampled_from(SHAPES), seed=SEEDS, dead=st.sampled_from([np.nan, np.inf]))
     def test_matches_reference(self, implementation, shape, seed, dead):
@@ -139,6 +138,7 @@ class TestDecodeAttention:
 
 @pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
 class TestSparseDecodeAttention:
+    @pytest.mark.optimised
     @examples(max_examples=12)
     @given(shape=st.sampled_from(SHAPES), seed=SEEDS, kind=PLAN_KINDS, dead=st.sampled_from([np.nan, np.inf]))
     def test_matches_reference(self, implementation, shape, seed, kind, dead):
@@ -167,7 +167,9 @@ class TestSparseDecodeAttention:
         assert_close(got.out, want.out, TOLERANCE[dtype])
         assert_close(got.lse, want.lse, 1e-4)
 
-    @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2]], ids=["tokens", "blocks"])
+    @pytest.mark.parametrize(
+        "shape", [SHAPES[0], pytest.param(SHAPES[2], marks=pytest.mark.slow)], ids=["tokens", "blocks"]
+    )
     def test_everything_equals_dense(self, implementation, shape):
         shape = shape_for(implementation, shape)
         q, k, v, lengths = draw_attention(10, shape, dtype=dtype_for(implementation))
@@ -179,7 +181,9 @@ class TestSparseDecodeAttention:
         assert_close(got.out, want.out, tolerance_for(implementation, 1e-6))
         assert_close(got.lse, want.lse, tolerance_for(implementation, 1e-6))
 
-    @pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[5]], ids=["mask", "gather"])
+    @pytest.mark.parametrize(
+        "shape", [pytest.param(SHAPES[2], marks=pytest.mark.slow), SHAPES[5]], ids=["mask", "gather"]
+    )
     def test_nothing_equals_the_new_tokens_alone(self, implementation, shape):
         shape = shape_for(implementation, shape)
         q, k, v, lengths = draw_attention(11, shape, least=shape.tokens, dtype=dtype_for(implementation))
@@ -192,7 +196,9 @@ class TestSparseDecodeAttention:
             alone = jitted(reference.decode_attention)(q[row], k[row, :, new], v[row, :, new], count)
             assert_close(got.out[row], alone.out, tolerance_for(implementation))
 
-    @pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[5]], ids=["mask", "gather"])
+    @pytest.mark.parametrize(
+        "shape", [pytest.param(SHAPES[2], marks=pytest.mark.slow), SHAPES[5]], ids=["mask", "gather"]
+    )
     def test_one_plan_for_all_layers(self, implementation, shape):
         shape = shape_for(implementation, shape)
         q, k, v, lengths = draw_attention(13, shape, dtype=dtype_for(implementation))
@@ -225,6 +231,7 @@ class TestSparseDecodeAttention:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 class TestScoreCache:
+    @pytest.mark.optimised
     @examples(max_examples=10)
     @given(shape=st.sampled_from(SHAPES), seed=SEEDS, dead=st.sampled_from([np.nan, np.inf]))
     def test_matches_reference(self, implementation, shape, seed, dead):
@@ -277,6 +284,7 @@ def test_merge_states(dtype):
     assert (got[0][0, 0] == 0).all()
 
 
+@pytest.mark.optimised
 class TestXlaPaths:
     """The choices that only the XLA implementation makes."""
 

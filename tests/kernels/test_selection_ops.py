@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 from numpy_oracles import linear_threshold, nucleus_size
 from specattn_kernels import reference
 
-pytestmark = pytest.mark.optimised
-
 # Those with the published bisection.
 LINEAR_IMPLEMENTATIONS = ["xla", "pallas_tpu"]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 class TestTopPThreshold:
+    @pytest.mark.optimised
     @examples(max_examples=30)
     @given(
         padded=st.sampled_from([1, 37, 600, 4096]),
@@ -84,6 +83,7 @@ class TestTopPThreshold:
 
 @pytest.mark.parametrize("implementation", LINEAR_IMPLEMENTATIONS)
 class TestLinearThreshold:
+    @pytest.mark.optimised
     @examples(max_examples=12)
     @given(kind=st.sampled_from(ROW_KINDS), p=st.sampled_from([1e-6, 0.5, 0.95]), seed=SEEDS)
     def test_linear_is_the_published_bisection(self, implementation, kind, p, seed):
@@ -104,6 +104,7 @@ class TestLinearThreshold:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 class TestSelectBlocks:
+    @pytest.mark.optimised
     @examples(max_examples=20)
     @given(
         options=st.sampled_from(
@@ -133,15 +134,20 @@ class TestSelectBlocks:
         assert selected(got) == selected(want)
 
     @pytest.mark.parametrize(
-        ("block_size", "capacity"),
+        ("measure", "block_size", "capacity"),
         [
-            (1, None),
-            (4, 5),
-            pytest.param(1, 5, marks=pytest.mark.slow),
-            pytest.param(4, None, marks=pytest.mark.slow),
+            ("mass", 1, None),
+            ("count", 4, 5),
+            *(
+                pytest.param(*one, marks=pytest.mark.slow)
+                for one in (
+                    ("mass", 4, 5),
+                    ("count", 1, None),
+                    *((measure, *rest) for measure in ("mass", "count") for rest in ((1, 5), (4, None))),
+                )
+            ),
         ],
     )
-    @pytest.mark.parametrize("measure", ["mass", "count"])
     def test_many_layers_are_selected_as_each_alone(self, implementation, measure, block_size, capacity):
         rng = np.random.default_rng(5)
         scores, lengths = rng.random((2, 3, 2, 50), np.float32) ** 8, np.array([50, 17], np.int32)
@@ -170,6 +176,7 @@ class TestSelectBlocks:
             assert ids == sorted(set(ids))
             assert set(ids) <= set(range(blocks))
 
+    @pytest.mark.optimised
     @examples(max_examples=15)
     @given(
         # Few, because each is compiled.

@@ -37,7 +37,7 @@ def oracle(fields):
     return inverse.numpy(), factor
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     theta=st.floats(100.0, 1e7),
     head_dim=st.sampled_from([16, 64, 128]),

@@ -1,0 +1,34 @@
+"""How many drafted tokens will be accepted: what is believed before, and after some were seen."""
+
+from __future__ import annotations
+
+import pytest
+
+from specattn_jax.examples import tiny_pair
+from specattn_jax.loading import get_preset
+from specattn_jax.planning.acceptance import Acceptance
+from specattn_jax.planning.gate import prior_acceptance
+
+
+def test_what_is_seen_is_believed_in_the_end():
+    true = Acceptance(0.6)
+    seen = Acceptance(0.9).observe(5, 2000, round(2000 * true.expected(5)))
+    assert seen.rate == pytest.approx(0.6, abs=0.01)
+    # Another window tells the same rate.
+    assert seen.observe(3, 2000, round(2000 * true.expected(3))).rate == pytest.approx(0.6, abs=0.01)
+
+
+def test_few_windows_move_it_little():
+    assert 0.7 > Acceptance(0.7).observe(5, 1, 0).rate > 0.6
+    assert Acceptance(0.7).observe(5, 0, 0) == Acceptance(0.7)
+
+
+@pytest.mark.parametrize("accepted", [0, 5 * 1000])
+def test_all_and_nothing(accepted):
+    rate = Acceptance().observe(5, 1000, accepted).rate
+    assert 0 <= rate < 1
+
+
+def test_what_is_known_before():
+    assert prior_acceptance(tiny_pair()) == Acceptance()
+    assert get_preset("smollm2").acceptance == 0.87
