@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from specattn_jax.bench.decode_cases import TINY, DecodeCase
-from specattn_jax.bench.decode_methods import REAL_METHODS
+from specattn_jax.bench.decode_methods import AUTOREGRESSIVE, REAL_METHODS
 from specattn_jax.loading.pair import ModelPair, load_pair
 from specattn_jax.planning.gate import Choice
 from specattn_jax.runtime.generate import generate
@@ -108,7 +108,8 @@ def measure_real(case: DecodeCase, method: str, methods: Sequence[str], repeats:
     Raises:
         UserError: the weights cannot be fetched.
     """
-    (first, _), *runs = _side_by_side(case, tuple(methods), repeats)[method]
+    found = _side_by_side(case, tuple(methods), repeats)
+    (first, _), *runs = found[method]
     seconds = [run.made.timing.decode_s for run in runs]
     median, spread = median_and_spread(seconds)
     # The text is the same in all of them.
@@ -130,7 +131,18 @@ def measure_real(case: DecodeCase, method: str, methods: Sequence[str], repeats:
         "prompt_tokens": results[0].prompt_tokens,
         "book": _book().name,
         "text": results[0].text,
-        "tokens": [list(result.tokens) for result in results],
+        "leaves_autoregressive_at": _departures(found, run),
         "plan": str(Choice(results[0].mode, results[0].window or 0)),
         "decisions": [decision.reason for decision in run.decisions],
     }
+
+
+def _departures(found: Mapping[str, Sequence[_Run]], run: Generations) -> list[int] | None:
+    """Where each text first has another token than autoregressive decoding, or its length; None without such a run."""
+    if AUTOREGRESSIVE not in found:
+        return None
+    alone = found[AUTOREGRESSIVE][-1].made.results
+    return [
+        next((at for at, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=False)) if a != b), len(one.tokens))
+        for one, other in zip(run.results, alone, strict=True)
+    ]
