@@ -34,7 +34,8 @@ def pair():
     return tiny_model(0, num_layers=LAYERS, scale=8.0), tiny_model(1, scale=8.0)
 
 
-@pytest.mark.parametrize("name", ["default", pytest.param("paper", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["default", "paper"])
 def test_the_shipped_policies_are_among_them(pair, name):
     documents = np.random.default_rng(0).integers(0, 8, (2, 30))
     # The table's draft reads everything.

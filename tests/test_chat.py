@@ -44,6 +44,7 @@ def test_a_history_that_changed_is_read_from_there(tiny_pair):
         generate(tiny_pair, [other, other], memory=memory)
 
 
+@pytest.mark.slow
 def test_sequences_of_a_batch_are_asked_again_in_another_mode(tiny_pair):
     prompts = [tiny_pair.tokenizer.encode(text) for text in ("abcdefgh" * 5, "xyz", "Call me Ishmael. " * 3)]
     memory = Memory(slots=400, new_tokens=20)

@@ -68,7 +68,9 @@ class TestHelp:
 
 
 class TestGenerate:
-    @pytest.mark.parametrize("mode", ["autoregressive", "speculative", "specattn"])
+    @pytest.mark.parametrize(
+        "mode", [pytest.param("autoregressive", marks=pytest.mark.slow), "speculative", "specattn"]
+    )
     def test_json_is_one_object_with_all_keys(self, generate, specattn, tiny_folders, mode):
         command = specattn if mode == "specattn" else generate
         result = run(*command("--prompt", PROMPT, "--mode", mode, "--json", "--seed", 3))

@@ -60,6 +60,7 @@ def test_a_full_disk_behind_stdout_is_one_sentence(tiny_folders, arguments):
     assert "the output cannot be written (No space left on device)" in one_sentence(done)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, which is what makes the noise")
 @pytest.mark.skipif(any(Path("/dev").glob("accel*")), reason="there may be a TPU")
 def test_libtpu_is_silent_where_no_tpu_is(tiny_folders):

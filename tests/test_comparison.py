@@ -86,6 +86,7 @@ class TestSweep:
         assert found.table.rows[0][:2] == ("3", "p = 0.5")
         assert found.plot().png.startswith(b"\x89PNG")
 
+    @pytest.mark.slow
     def test_wanted_savings(self):
         found = sweep(PAIR, TEXT, kv_reduction=[0.5, 0.9], context=96)
         assert [point.wanted for point in found.points] == [0.5, 0.9]

@@ -178,6 +178,7 @@ class TestMesh:
         ]
         assert times[1] > times[0] + 2 * 80 * 0.9e-3
 
+    @pytest.mark.slow
     def test_the_table_of_the_documentation(self):
         page = (Path(__file__).parents[1] / "docs" / "devices.md").read_text(encoding="utf-8")
         for mesh in ("heads=4", "data=2,heads=4", "heads=8"):

@@ -21,8 +21,13 @@ def examples(name: str) -> list[doctest.DocTest]:
 CASES = {test.name: test for name in MODULES for test in examples(name)}
 
 
-# Those of the notebooks compile several modes each.
-_SLOW = ("specattn_jax.notebook.sweep.sweep", "specattn_jax.notebook.compare.compare")
+# They compile several modes each, or decode with the embedded pair.
+_SLOW = (
+    "specattn_jax.notebook.sweep.sweep",
+    "specattn_jax.notebook.compare.compare",
+    "specattn_jax.runtime.results.Generation.plot_selection",
+    "specattn_jax.loading.pair.load_pair",
+)
 
 
 @pytest.mark.parametrize(

@@ -293,7 +293,10 @@ class TestGenerate:
         assert (result.mode, result.window) == ("autoregressive", None)
         assert result.windows > TRIAL_WINDOWS
 
-    @pytest.mark.parametrize("on_text", [None, lambda index, text: None], ids=["whole", "streamed"])
+    @pytest.mark.parametrize(
+        "on_text",
+        [pytest.param(None, marks=pytest.mark.slow, id="whole"), pytest.param(lambda index, text: None, id="streamed")],
+    )
     def test_statistics_are_those_of_all_segments(self, alone, on_text):
         windows = itertools.cycle([3, 5])
         run = generate(
@@ -324,7 +327,7 @@ class TestGenerate:
         assert [result.tokens for result in run.results] == alone
         assert len(asked) == len(run.decisions) == 1
 
-    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("mode", [*(pytest.param(one, marks=pytest.mark.slow) for one in MODES[:-1]), MODES[-1]])
     def test_a_final_decision_runs_the_program_of_the_fixed_mode(self, monkeypatch, mode):
         programs = []
 

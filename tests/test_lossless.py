@@ -134,6 +134,8 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "hierarchical": {"mode": "hierarchical", "window": 6},
     "hierarchical lookup": {"mode": "hierarchical", "window": 6},
 }
+# The strategies themselves are tested above; of their names, which compile them anew, those that choose among two.
+QUICK = {"sparse draft", "hierarchical lookup"}
 # Asked of a pair without a draft.
 BY_ONE_MODEL = {"lookup", "self", "hierarchical lookup"}
 
@@ -146,7 +148,9 @@ def written(tiny_pair):
 
 class TestByName:
     @pytest.mark.parametrize("count", [len(TEXTS), pytest.param(1, marks=pytest.mark.slow)])
-    @pytest.mark.parametrize("kind", BY_NAME)
+    @pytest.mark.parametrize(
+        "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in BY_NAME]
+    )
     def test_writes_what_the_target_writes(self, kind, count, tiny_pair, written):
         how = BY_NAME[kind]
         pair = dataclasses.replace(tiny_pair, draft=None) if kind in BY_ONE_MODEL else tiny_pair

@@ -327,7 +327,8 @@ class TestDrift:
 
     PROMPTS = np.random.default_rng(7).integers(0, 256, (2, 40)).tolist()
 
-    @pytest.mark.parametrize("p", [pytest.param(None, marks=pytest.mark.slow), 1.0])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("p", [None, 1.0])
     def test_dense_reading_does_not_drift(self, tiny_pair, p):
         selection = None if p is None else choose_reading(tiny_pair, p=p)
         drift = measure_drift(tiny_pair, selection, self.PROMPTS, 20, window=3)

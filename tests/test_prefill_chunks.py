@@ -86,7 +86,8 @@ def test_padding_may_hold_anything():
     np.testing.assert_array_equal(*got)
 
 
-@pytest.mark.parametrize("group", [4, *(pytest.param(other, marks=pytest.mark.slow) for other in (1, 2))])
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [1, 2, 4])
 def test_sessions_read_on_alike_after_any_chunk(group):
     """The next token's logits too, which read what the chunks have left in the cache."""
     model, lengths = model_of(group), [129, 64, 17]

@@ -108,6 +108,7 @@ def test_a_text_shorter_than_a_sequence(train, text, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_another_run_in_the_same_folder(train, text, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("specattn_jax.training.distil.read_metrics", interrupt)

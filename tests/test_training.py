@@ -131,7 +131,8 @@ def test_simulated_acceptance_is_that_of_the_real_loop(target, data):
 
 
 # Each policy compiles a program of its own.
-@pytest.mark.parametrize("policy", ["default", pytest.param("paper", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["default", "paper"])
 def test_teacher_forced_windows_score_like_one_dense_pass(target, policy):
     draft = assemble(initial_weights(target, 2), target)
     tokens = jnp.asarray(np.random.default_rng(3).integers(0, 8, (3, 80)), jnp.int32)
