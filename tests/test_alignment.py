@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tiny import random_alignment, tiny_config, tiny_model
 
+from specattn_jax.calibration import calibrate as calibration
 from specattn_jax.calibration.calibrate import (
     CalibrationSettings,
     attention_at,
@@ -20,6 +21,7 @@ from specattn_jax.calibration.calibrate import (
     price_layer,
 )
 from specattn_jax.errors import UserError
+from specattn_jax.models import forward
 from specattn_jax.models.forward import read_sequence
 from specattn_jax.selection.alignment import (
     NucleusMass,
@@ -273,3 +275,48 @@ def test_windows_after_the_end_steer_nothing():
     steering = Steering.start(2, 3).add(jnp.full((2, 3), 0.5), jnp.array([True, False]))
     np.testing.assert_array_equal(steering.windows, [1, 0])
     np.testing.assert_array_equal(steering.read, [[0.5] * 3, [0.0] * 3])
+
+
+def test_attention_in_blocks_is_attention_at_once(monkeypatch):
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v = (jax.random.normal(key, (2, 37, heads, 8)) for key, heads in zip(keys, (4, 2, 2), strict=False))
+    wanted = jax.random.normal(keys[3], q.shape)
+
+    def both():
+        return jax.value_and_grad(lambda *x: jnp.vdot(wanted, forward.causal_attention(*x)), argnums=(0, 1, 2))(q, k, v)
+
+    whole = both()
+    monkeypatch.setattr(forward, "_WHOLE_TOKENS", 8)
+    monkeypatch.setattr(forward, "_BLOCK_TOKENS", 16)
+    for got, right in zip(jax.tree.leaves(both()), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(got, right, atol=2e-5)
+
+
+def test_gradients_of_likelihoods_in_parts(monkeypatch):
+    """Part by part the same tokens are drawn and the same gradients found as from all logits at once."""
+    model = tiny_model(0, num_layers=2)
+    tokens, rows, key = jnp.arange(3, 23, dtype=jnp.int32), jnp.array([4, 5, 19]), jax.random.key(1)
+    size, parts = 8, 3
+
+    def likelihood(nudges):
+        hidden = forward.read_sequence(
+            model, tokens[None], lambda layer, q, k, v: forward.causal_attention(q, k, v) + nudges[layer]
+        )
+        padded = jnp.pad(hidden[0], ((0, parts * size - 20), (0, 0)))
+        log_probs = jax.nn.log_softmax(model.logits(padded)).reshape(parts, size, -1)
+        drawn = jax.vmap(jax.random.categorical)(jax.random.split(key, parts), jax.lax.stop_gradient(log_probs))
+        return jnp.sum(jnp.take_along_axis(log_probs, drawn[..., None], axis=-1).reshape(-1)[:20])
+
+    config = model.config
+    nudges = tuple(jnp.zeros((1, 20, config.num_heads, config.head_dim)) for _ in range(2))
+    right = jax.grad(likelihood)(nudges)
+    monkeypatch.setattr(calibration, "_LOGITS_AT_ONCE", size)
+    for got, wanted in zip(calibration.output_gradients(model, tokens, rows, key), right, strict=True):
+        np.testing.assert_allclose(got, wanted[0, rows], atol=1e-5)
+
+
+def test_doubt_of_texts_far_longer_than_those_of_the_calibration():
+    alignment = random_alignment(tiny_config(), tiny_config())  # made for up to 64 tokens
+    assert alignment.longest == 64
+    assert alignment.doubt(256) is None
+    assert "texts of up to 64 tokens, and this one has 257" in alignment.doubt(257)

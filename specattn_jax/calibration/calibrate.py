@@ -49,6 +49,7 @@ from specattn_jax.selection.policy import SelectionPolicy
 LEFT_OUT_GRID = np.geomspace(0.9, 5e-4, 16)
 SAVINGS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 HEATMAP = "heatmap.png"
+_LOGITS_AT_ONCE = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,15 +138,28 @@ def output_gradients(
     model: LanguageModel, tokens: Int32[Array, " T"], rows: Int32[Array, " Q"], key: PRNGKeyArray
 ) -> tuple[Float[Array, "Q N H"], ...]:
     """Gradient of log p(y), y drawn from the model, for each layer's attention output at the given rows."""
-    config = model.config
-    shape = (1, tokens.shape[0], config.num_heads, config.head_dim)
-    causal = jax.checkpoint(causal_attention)
+    config, count = model.config, tokens.shape[0]
+    shape = (1, count, config.num_heads, config.head_dim)
+
+    @jax.checkpoint
+    def drawn_log_likelihood(part: tuple[Float[Array, "t D"], Bool[Array, " t"], PRNGKeyArray]) -> Float[Array, ""]:
+        hidden, real, key = part
+        log_probs = jax.nn.log_softmax(model.logits(hidden))
+        drawn = jax.random.categorical(key, jax.lax.stop_gradient(log_probs))
+        return jnp.sum(jnp.where(real, jnp.take_along_axis(log_probs, drawn[:, None], axis=-1)[:, 0], 0.0))
 
     def log_likelihood(nudges: tuple[Float[Array, "1 T N H"], ...]) -> Float[Array, ""]:
-        hidden = read_sequence(model, tokens[None], lambda layer, q, k, v: causal(q, k, v) + nudges[layer])
-        log_probs = jax.nn.log_softmax(model.logits(hidden[0]))
-        drawn = jax.random.categorical(key, jax.lax.stop_gradient(log_probs))
-        return jnp.sum(jnp.take_along_axis(log_probs, drawn[:, None], axis=-1))
+        def attend(layer: int, q: Array, k: Array, v: Array) -> Float[Array, "1 T N H"]:
+            return causal_attention(q, k, v) + nudges[layer]
+
+        hidden = read_sequence(model, tokens[None], attend, again=True)[0]
+        # Part by part: the logits of all tokens at once would be the largest array of all.
+        size = min(count, _LOGITS_AT_ONCE)
+        parts = -(-count // size)
+        hidden = jnp.pad(hidden, ((0, parts * size - count), (0, 0))).reshape(parts, size, -1)
+        real = (jnp.arange(parts * size) < count).reshape(parts, size)
+        keys = key[None] if parts == 1 else jax.random.split(key, parts)
+        return jnp.sum(jax.lax.map(drawn_log_likelihood, (hidden, real, keys)))
 
     nudges = tuple(jnp.zeros(shape, model.dtype) for _ in range(config.num_layers))
     return tuple(gradient[0, rows].astype(jnp.float32) for gradient in jax.grad(log_likelihood)(nudges))

@@ -225,6 +225,8 @@ def generate_command(
             on_decision=on_decision,
         )
     print(file=shown, flush=True)
+    for note in run.notes:
+        say(f"note: {note}", style="dim")
     result = run.results[0]
     report = {
         **_report(run),

@@ -16,6 +16,9 @@ from specattn_jax.models.layers import rotation
 from specattn_jax.models.transformer import Attend as AttendSequence
 from specattn_jax.models.transformer import LanguageModel
 
+# Up to so many tokens all weights of a layer are held at once; beyond, those of so many queries.
+_WHOLE_TOKENS, _BLOCK_TOKENS = 2048, 512
+
 
 class Attended(NamedTuple):
     """What attending gave in one layer.
@@ -176,25 +179,44 @@ def prefill(
     return last, cache.at(begun + prompt_lengths)
 
 
-def read_sequence(model: LanguageModel, tokens: Int32[Array, "B T"], attend: AttendSequence) -> Float[Array, "B T D"]:
+def read_sequence(
+    model: LanguageModel, tokens: Int32[Array, "B T"], attend: AttendSequence, *, again: bool = False
+) -> Float[Array, "B T D"]:
     """Hidden states of whole sequences without a cache, for calibration and training.
 
     Args:
         model: draft or target.
         tokens: whole sequences, from position 0.
         attend: attention of each layer: given its index and the queries, keys and values of all T tokens.
+        again: whether a backward pass works layers out again in place of keeping what is inside them.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    return model.module()(tokens, rotation(model.config, positions), attend)
+    return model.module()(tokens, rotation(model.config, positions), attend, again=again)
 
 
 def causal_attention(
     q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
 ) -> Float[Array, "B T N H"]:
-    """Dense attention of whole sequences; can be differentiated."""
+    """Dense attention of whole sequences; can be differentiated, in memory that grows with T alone."""
     # cuDNN holds no T x T weights, but knows only half precision.
-    fused = jax.default_backend() == "gpu" and q.dtype != jnp.float32
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn" if fused else None)
+    if jax.default_backend() == "gpu" and q.dtype != jnp.float32:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    tokens = q.shape[1]
+    if tokens <= _WHOLE_TOKENS:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    slots = jnp.arange(tokens)
+
+    @jax.checkpoint
+    def attend(block: tuple[Array, Array]) -> Float[Array, "B t N H"]:
+        rows, first = block
+        visible = slots <= (first + jnp.arange(_BLOCK_TOKENS))[:, None]
+        return jax.nn.dot_product_attention(rows, k, v, mask=visible[None, None])
+
+    starts = jnp.arange(0, tokens, _BLOCK_TOKENS)
+    rows = jnp.pad(q, ((0, 0), (0, -tokens % _BLOCK_TOKENS), (0, 0), (0, 0)))
+    rows = jnp.moveaxis(rows.reshape(q.shape[0], len(starts), _BLOCK_TOKENS, *q.shape[2:]), 1, 0)
+    out = jnp.moveaxis(jax.lax.map(attend, (rows, starts)), 0, 1)
+    return out.reshape(q.shape[0], -1, *q.shape[2:])[:, :tokens]
 
 
 @jax.jit

@@ -39,12 +39,25 @@ class Transformer(nnx.Module):
             else nnx.Param(init(keys.draw(), (config.vocab_size, config.embed_dim), dtype), axes="V D")
         )
 
-    def __call__(self, tokens: Int32[Array, "B T"], by: Rotation, attend: Attend) -> Float[Array, "B T D"]:
-        """Normalised hidden states of the T tokens; `attend(layer, q, k, v)` supplies each layer's attention."""
+    def __call__(
+        self, tokens: Int32[Array, "B T"], by: Rotation, attend: Attend, *, again: bool = False
+    ) -> Float[Array, "B T D"]:
+        """Normalised hidden states of the T tokens.
+
+        Args:
+            tokens: ids.
+            by: rotary angles at their positions.
+            attend: `attend(layer, q, k, v)` supplies each layer's attention.
+            again: whether a backward pass works out what is inside a layer again in place of keeping it; `attend` must
+                then have no effects.
+        """
         x = self.embedding[...][tokens]
         for index, block in enumerate(self.layers):
-            q, k, v = block.before(x, by)
-            x = block.after(x, attend(index, q, k, v))
+
+            def layer(x: Float[Array, "B T D"], block: Block = block, index: int = index) -> Float[Array, "B T D"]:
+                return block.after(x, attend(index, *block.before(x, by)))
+
+            x = jax.checkpoint(layer)(x) if again else layer(x)
         return self.final_norm(x)
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:

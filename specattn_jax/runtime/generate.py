@@ -169,7 +169,15 @@ def generate(
         memory.keep(decoded.state, [[*before, *after] for before, after in zip(encoded, new, strict=True)])
     results = _results(pair, encoded, new, decoded, by_choice[decoded.choice].lossless, watched, request)
     told = decoded.decisions or ([first] if first.reason else [])
-    return Generations(results, Timing(**clock.seconds), told)
+    return Generations(results, Timing(**clock.seconds), told, _notes(pair, results))
+
+
+def _notes(pair: ModelPair, results: Sequence[Generation]) -> list[str]:
+    """What makes approximate results doubtful."""
+    if pair.alignment is None or all(result.lossless for result in results):
+        return []
+    doubt = pair.alignment.doubt(max(result.prompt_tokens + len(result.tokens) for result in results))
+    return [] if doubt is None else [doubt]
 
 
 def _together() -> bool:

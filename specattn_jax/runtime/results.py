@@ -112,11 +112,13 @@ class Generations:
         results: prompt by prompt.
         timing: shared by the batch.
         decisions: in mode `auto`, each choice of mode and window with its reason, the first one included.
+        notes: sentences about what makes results doubtful, such as a text far longer than those of the calibration.
     """
 
     results: list[Generation]
     timing: Timing
     decisions: list[Decision] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def tokens_per_s(self) -> float:

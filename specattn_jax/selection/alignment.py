@@ -20,6 +20,8 @@ Granularity = Literal["head", "kv_head", "layer"]
 FORMAT = 1
 _TINY = 1e-12
 _MOST_LEFT_OUT = 0.9999
+# On RULER's tasks nothing was lost at four times the calibrated length, and much at eight times (docs/tasks.md).
+_FAR = 4
 # Density goes about as the inverse square root of the mass left out, so twice n as the power answers a mean that is one
 # percent off with n percent of density. What remains of a text's own error e is e / (n + 1). The prior, in windows, is
 # more than n, so that one window's surplus is not taken back by the next alone.
@@ -129,6 +131,20 @@ class Alignment:
     layer_map: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     granularity: Granularity = dataclasses.field(metadata={"static": True})
     provenance: str = dataclasses.field(default="{}", metadata={"static": True})
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest cache that calibration looked at."""
+        return int(self.length_knots[-1])
+
+    def doubt(self, tokens: int) -> str | None:
+        """A sentence for people who use it on texts far longer than those it was made of; None where they are not."""
+        if tokens <= _FAR * self.longest:
+            return None
+        return (
+            f"the alignment was calibrated on texts of up to {self.longest:,} tokens, and this one has {tokens:,}: less of "
+            "what it needs may be read; `specattn calibrate --context` makes one for longer texts."
+        )
 
     def mass_for_saving(self, saving: float) -> NucleusMass:
         """Nucleus mass that saves the wanted share of reads, interpolated between the fitted budgets.
