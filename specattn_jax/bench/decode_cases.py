@@ -154,7 +154,7 @@ def decode_grid(grid: DecodeGrid) -> list[Point]:
     names = tuple(methods())
     if grid == "tiny":
         case = DecodeCase(*_TINY_PAIR, 2, 384, room=128, dtype="float32")
-        return [*_points(case, names, (SPECULATIVE, SPECATTN)), *_real(TINY, 256, 16, (SPECULATIVE, SPECATTN, AUTO))]
+        return [*_points(case, names, (SPECATTN,)), *_real(TINY, 256, 16, (SPECULATIVE, SPECATTN, AUTO))]
     large = DecodeCase(*_LLAMA3, 8, 32768)
     first = (*_MAIN, RIVAL, MOSAIC)
     small = [
