@@ -142,8 +142,8 @@ class Alignment:
         if tokens <= _FAR * self.longest:
             return None
         return (
-            f"the alignment was calibrated on texts of up to {self.longest:,} tokens, and this one has {tokens:,}: less "
-            "of what it needs may be read; `specattn calibrate --context` makes one for longer texts."
+            f"the alignment was calibrated on texts of up to {self.longest:,} tokens, and this one has {tokens:,}; "
+            "calibrate on longer ones with `specattn calibrate --context`, lest it reads what is not needed."
         )
 
     def mass_for_saving(self, saving: float) -> NucleusMass:
