@@ -292,6 +292,7 @@ def test_attention_in_blocks_is_attention_at_once(monkeypatch):
         np.testing.assert_allclose(got, right, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_gradients_of_likelihoods_in_parts(monkeypatch):
     """Part by part the same tokens are drawn and the same gradients found as from all logits at once."""
     model = tiny_model(0, num_layers=2)

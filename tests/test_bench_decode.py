@@ -175,6 +175,7 @@ def test_grids_hold_each_point_once(grid):
         assert case.real or shape(case.target).vocab_size == shape(case.draft).vocab_size
 
 
+@pytest.mark.slow
 def test_acceptance_is_imposed_alike():
     case = decode_grid("tiny")[0].case
     workload = Workload(dataclasses.replace(case, accepted=(5, 0, 2)))

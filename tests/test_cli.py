@@ -69,7 +69,8 @@ class TestHelp:
 
 class TestGenerate:
     @pytest.mark.parametrize(
-        "mode", [pytest.param("autoregressive", marks=pytest.mark.slow), "speculative", "specattn"]
+        "mode",
+        ["specattn", *(pytest.param(other, marks=pytest.mark.slow) for other in ("autoregressive", "speculative"))],
     )
     def test_json_is_one_object_with_all_keys(self, generate, specattn, tiny_folders, mode):
         command = specattn if mode == "specattn" else generate

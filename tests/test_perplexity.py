@@ -172,6 +172,7 @@ def test_a_folder_of_something_else(evaluate, tmp_path):
     assert "exists already and holds no evaluation" in mistake(*evaluate)
 
 
+@pytest.mark.slow
 def test_given_masses_leave_out_what_reads_a_share(evaluate, tmp_path):
     result = run(*evaluate, "--methods", "streaming,specattn", "--policy", "paper_exact", "--p", "0.9,0.5")
     assert result.exit_code == 0

@@ -78,6 +78,7 @@ def prompts(pair: ModelPair, count: int, length: int = 60) -> list[tuple[int, ..
     return [tuple(tokens[at * 100 : at * 100 + length + 3 * at]) for at in range(count)]
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_one_prompt_at_a_time(pair):
     asked = [Asked(tokens, 8) for tokens in prompts(pair, 5)]
     together = Answering(pair, [Case(FULL)], batch=2)(Case(FULL), asked)

@@ -142,7 +142,7 @@ class TestEveryBackend:
         shape = shapes_of(implementation)[0]
         assert_right(op_of(implementation), 3, shape._replace(slots=400), dtype)
 
-    @examples(max_examples=8)
+    @examples(max_examples=4)
     @given(seed=SEEDS)
     def test_chunks_give_what_the_whole_prompt_does(self, implementation, seed):
         shape = shapes_of(implementation)[0]
@@ -155,7 +155,7 @@ class TestEveryBackend:
             together = np.concatenate([getattr(part, name) for part in parts], axis=1)
             assert relative_error(together, np.asarray(getattr(whole, name))) < 1e-6
 
-    @examples(max_examples=8)
+    @examples(max_examples=4)
     @given(seed=SEEDS)
     def test_padding_is_finite_and_changes_nothing(self, implementation, seed):
         shape = shapes_of(implementation)[0]._replace(batch=2)

@@ -166,7 +166,7 @@ class TestLongRows:
         ("measure", "dtype"),
         [
             ("mass", jnp.float32),
-            ("count", jnp.bfloat16),
+            pytest.param("count", jnp.bfloat16, marks=pytest.mark.slow),
             pytest.param("mass", jnp.bfloat16, marks=pytest.mark.slow),
             pytest.param("count", jnp.float32, marks=pytest.mark.slow),
         ],
