@@ -66,8 +66,6 @@ def run_both(options: argparse.Namespace) -> tuple[str, dict[Mode, Generations]]
                 temperature=options.temperature,
                 top_p=0.9,
                 seed=options.seed,
-                # The passage in two pieces: on a CPU, attention in large pieces takes half the time.
-                prefill_chunk=1056,
                 on_prefill=on_prefill,
             )
     return prompt, runs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import re
 import shlex
@@ -14,7 +16,7 @@ from typing import Any
 import click
 import pytest
 import typer
-from command import run
+from command import run, run_script
 
 import specattn_jax
 from specattn_jax import examples
@@ -127,6 +129,44 @@ def test_the_lines_of_python(monkeypatch, capsys):
     monkeypatch.setattr("specattn_jax.load_pair", lambda _: examples.tiny_pair(), raising=False)
     exec(compile(code, "README.md", "exec"), {})
     assert "drafted tokens accepted" in capsys.readouterr().out
+
+
+def test_the_demo(monkeypatch, capsys):
+    monkeypatch.setattr("specattn_jax.loading.pair.load_pair", lambda *_, **__: examples.tiny_pair())
+    assert run_script("demo.py", "--prompt-tokens", 40, "--max-new-tokens", 4, "--seed", 1) == 0
+    assert re.search(r"^ +SpecAttn +\d.*%", capsys.readouterr().out, re.MULTILINE)
+
+
+def sources() -> Iterator[tuple[str, str]]:
+    """Name and text of everything of ours that calls ours in Python, but for the packages themselves."""
+    for path in sorted((ROOT / "scripts").rglob("*.py")):
+        yield path.name, path.read_text(encoding="utf-8")
+    for path in sorted((ROOT / "scripts" / "notebooks").glob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        code = "\n".join(text for text in texts if not text.startswith("%%"))
+        # Commands of the shell go on behind a backslash.
+        yield path.name, re.sub(r"^( *)[!%](?:.*\\\n)*.*$", r"\1pass", code, flags=re.MULTILINE)
+    for page, text in PAGES.items():
+        for block in blocks(text, "python"):
+            yield page, block
+
+
+def test_options_of_generate_exist():
+    """Types do not see this: whatever is given beside a request becomes a part of it."""
+    known = {*inspect.signature(specattn_jax.generate).parameters, *inspect.signature(specattn_jax.Request).parameters}
+    calls = [
+        (name, keyword.arg)
+        for name, text in sources()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).split(".")[-1] in ("generate", "Request")
+        # Others have a method of that name.
+        and "model" not in ast.unparse(node.func)
+        for keyword in node.keywords
+    ]
+    assert len(calls) > 20
+    assert [(name, option) for name, option in calls if option not in known and option is not None] == []
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
