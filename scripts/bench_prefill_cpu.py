@@ -30,7 +30,6 @@ from specattn_jax.runtime.session import Session
 from specattn_jax.texts import find_text, read_text
 
 BOOK = "pride_and_prejudice"
-TURNS = 5
 
 
 def calls(pair: Any, folder: Path, prompt: list[int]) -> dict[str, Callable[[], Any]]:
@@ -53,13 +52,13 @@ def calls(pair: Any, folder: Path, prompt: list[int]) -> dict[str, Callable[[], 
     }
 
 
-def measure(pair: Any, folder: Path, prompt: list[int]) -> dict[str, Any]:
+def measure(pair: Any, folder: Path, prompt: list[int], turns: int) -> dict[str, Any]:
     """Medians in seconds, and ratios turn by turn, of all calls."""
     known = calls(pair, folder, prompt)
     first = {name: call() for name, call in known.items()}
     assert int(first["ours"][0, 1]) == int(first["transformers"][0, -1].argmax()), "the two choose different tokens"
     seconds: dict[str, list[float]] = {name: [] for name in known}
-    for _ in range(TURNS):
+    for _ in range(turns):
         for name, call in known.items():
             began = time.perf_counter()
             call()
@@ -77,13 +76,14 @@ def main() -> None:
     """Measures all lengths and writes them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2000, 8000])
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     pair = load_pair("smollm2", "self", alignment=None, dtype="float32")
     text = pair.tokenizer.encode(read_text(find_text(BOOK)))
     with tempfile.TemporaryDirectory() as folder:
         save_hf(pair.target, pair.tokenizer, Path(folder) / "target")
-        points = [measure(pair, Path(folder) / "target", text[:tokens]) for tokens in options.tokens]
+        points = [measure(pair, Path(folder) / "target", text[:tokens], options.turns) for tokens in options.tokens]
     for point in points:
         print(
             f"{point['tokens']:,} tokens: {point['over_transformers']:.2f} of transformers' time; with four times the "
