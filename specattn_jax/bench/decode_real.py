@@ -14,7 +14,7 @@ from specattn_jax.bench.decode_methods import AUTOREGRESSIVE, REAL_METHODS
 from specattn_jax.loading.pair import ModelPair, load_pair
 from specattn_jax.planning.gate import Choice
 from specattn_jax.runtime.generate import generate
-from specattn_jax.runtime.request import UNDRAFTED
+from specattn_jax.runtime.request import NEVER_DRAFTED
 from specattn_jax.runtime.results import Generations
 from specattn_jax.runtime.session import Memory
 from specattn_jax.texts import read_text, shipped_books
@@ -76,7 +76,7 @@ class _Runner:
             # One at a time: those that need no draft come first.
             self._seconds.setdefault(role, made.timing.prefill_s)
         modes = {made.results[0].mode, *(decision.mode for decision in made.decisions)}
-        roles = ("target",) if modes <= set(UNDRAFTED) else ("target", "draft")
+        roles = ("target",) if modes <= set(NEVER_DRAFTED) else ("target", "draft")
         return _Run(made, sum(self._seconds[role] for role in roles))
 
 
@@ -91,7 +91,7 @@ def _side_by_side(case: DecodeCase, methods: tuple[str, ...], repeats: int) -> d
     found: dict[str, list[_Run]] = {method: [] for method in methods}
     for _ in range(1 + repeats):
         # What needs no draft comes first, so that what each model reads is timed by itself.
-        for method in sorted(found, key=lambda one: REAL_METHODS[one]["mode"] not in UNDRAFTED):
+        for method in sorted(found, key=lambda one: REAL_METHODS[one]["mode"] not in NEVER_DRAFTED):
             found[method].append(run(method))
     return found
 
