@@ -27,6 +27,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from specattn_jax import Request, generate, load_pair
+from specattn_jax.bench.decode_methods import ALONE, AUTOREGRESSIVE, REAL_METHODS, SPARSE_DRAFT, SPECULATIVE
+from specattn_jax.bench.decode_real import book_prompts
 from specattn_jax.decoding.protocol import Models
 from specattn_jax.files import write_json
 from specattn_jax.loading.pair import ModelPair
@@ -37,15 +39,14 @@ from specattn_jax.reporting.provenance import commit, hardware, versions
 from specattn_jax.runtime.session import Session
 from specattn_jax.texts import read_text, shipped_books
 
-MODES: dict[str, dict[str, Any]] = {
-    "autoregressive": {"mode": "autoregressive"},
-    "speculative": {"mode": "speculative"},
-    "speculative, sparse draft": {"mode": "speculative", "draft_reads": 0.1},
-    "hierarchical": {"mode": "hierarchical"},
-    "self": {"mode": "self"},
-    "lookup": {"mode": "lookup"},
+MODES = {
+    name: REAL_METHODS[name] for name in (AUTOREGRESSIVE, SPECULATIVE, SPARSE_DRAFT, "hierarchical", ALONE, "lookup")
 }
-REPEATING = {**MODES, "lookup, window 10": {"mode": "lookup", "window": 10}, "auto": {"lossless": True}}
+REPEATING = {
+    **MODES,
+    "lookup, window 10": {"mode": "lookup", "window": 10},
+    "auto, lossless": REAL_METHODS["auto, lossless"],
+}
 TURNS = 3
 
 
@@ -149,9 +150,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     pair = load_pair(options.pair, dtype=options.dtype)
-    book = list(pair.encode(read_text(shipped_books("valid")[0])))
-    spread = (len(book) - options.prompt) // options.batch
-    prompts = [book[at * spread :][: options.prompt] for at in range(options.batch)]
+    prompts = book_prompts(pair, options.prompt, options.batch)
     asked = {name: value for name, value in vars(options).items() if name != "out"}
     report: dict[str, Any] = {"command": asked, "versions": versions(), "commit": commit(), "hardware": hardware()}
     options.out.parent.mkdir(parents=True, exist_ok=True)

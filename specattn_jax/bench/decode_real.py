@@ -16,7 +16,7 @@ from specattn_jax.planning.gate import Choice
 from specattn_jax.runtime.generate import generate
 from specattn_jax.runtime.request import NEVER_DRAFTED
 from specattn_jax.runtime.results import Generations
-from specattn_jax.runtime.session import Memory
+from specattn_jax.runtime.session import Memory, begin_alike
 from specattn_jax.texts import read_text, shipped_books
 from specattn_jax.timing import median_and_spread
 
@@ -38,13 +38,19 @@ def _book() -> Path:
     return shipped_books("valid")[0]
 
 
-def _prompts(pair: ModelPair, case: DecodeCase) -> list[list[int]]:
-    """Parts of the book that begin at evenly spaced places, the first one at its beginning; long ones overlap."""
+def book_prompts(pair: ModelPair, tokens: int, count: int) -> list[list[int]]:
+    """So many parts of the book that begin at evenly spaced places, the first one at its beginning; long ones overlap.
+
+    Args:
+        pair: whose tokenizer cuts the book.
+        tokens: of each part.
+        count: how many.
+    """
     book = read_text(_book())
     # A part of the text suffices for one: no token of any tokenizer is longer than some letters on average.
-    tokens = list(pair.encode(book[: 16 * case.context] if case.batch == 1 else book))
-    spread = (len(tokens) - case.context) // case.batch
-    return [tokens[at * spread :][: case.context] for at in range(case.batch)]
+    text = list(pair.encode(book[: 16 * tokens] if count == 1 else book))
+    spread = (len(text) - tokens) // count
+    return [text[at * spread :][:tokens] for at in range(count)]
 
 
 class _Run(NamedTuple):
@@ -59,7 +65,7 @@ class _Runner:
 
     def __init__(self, case: DecodeCase) -> None:
         self._case, self._pair = case, _pair(case.target)
-        self._prompts = _prompts(self._pair, case)
+        self._prompts = book_prompts(self._pair, case.context, case.batch)
         self._shares = case.batch * case.context > _READ_ANEW
         self._memory, self._seconds = Memory(new_tokens=case.room), dict[str, float]()
 
@@ -142,7 +148,4 @@ def _departures(found: Mapping[str, Sequence[_Run]], run: Generations) -> list[i
     if AUTOREGRESSIVE not in found:
         return None
     alone = found[AUTOREGRESSIVE][-1].made.results
-    return [
-        next((at for at, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=False)) if a != b), len(one.tokens))
-        for one, other in zip(run.results, alone, strict=True)
-    ]
+    return [begin_alike(one.tokens, other.tokens) for one, other in zip(run.results, alone, strict=True)]

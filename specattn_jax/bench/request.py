@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import gc
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -285,15 +285,8 @@ def _conclude(report: Report) -> None:
         situation = Situation(case.context, case.room, acceptance, draft_reach=DRAFT_REACH)
         strategies = tuple(one.strategy for one in asked.values())
         decision = choose_strategy(asked[SPECATTN].scenario, report_profile(report), situation, strategies)
-        best = min(fixed, key=lambda name: fixed[name])
         report["auto"].append(
-            {
-                "case": points[0]["case"],
-                "chosen": decision.mode,
-                "reason": decision.reason,
-                "best": best,
-                "of_best": fixed[best] / times[decision.mode],
-            }
+            _beside_the_best(points[0]["case"], decision.mode, decision.reason, times[decision.mode], fixed)
         )
 
 
@@ -310,19 +303,18 @@ def _chosen_by_itself(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             for name, seconds in times.items()
             if (other := REAL_METHODS[name]["mode"]) != AUTO and not (asked.get("lossless") and other == SPECATTN)
         }
-        if not fixed:
-            continue
-        best = min(fixed, key=lambda name: fixed[name])
-        found.append(
-            {
-                "case": point["case"],
-                "chosen": point["method"],
-                "reason": " ".join(point["decisions"]),
-                "best": best,
-                "of_best": fixed[best] / times[point["method"]],
-            }
-        )
+        if fixed:
+            reason = " ".join(point["decisions"])
+            found.append(_beside_the_best(point["case"], point["method"], reason, times[point["method"]], fixed))
     return found
+
+
+def _beside_the_best(
+    case: dict[str, Any], chosen: str, reason: str, seconds: float, fixed: Mapping[str, float]
+) -> dict[str, Any]:
+    """What was chosen, why, and how near its seconds come to the best of the fixed methods."""
+    best = min(fixed, key=lambda name: fixed[name])
+    return {"case": case, "chosen": chosen, "reason": reason, "best": best, "of_best": fixed[best] / seconds}
 
 
 def _files(report: Report, folder: Path) -> dict[str, bytes]:

@@ -200,7 +200,7 @@ class Memory:
 
     def take(self, prompts: Sequence[Sequence[int]]) -> dict[str, KVCache]:
         """The caches, rolled back to what they share with the prompts; they belong to the caller from now on."""
-        shared = [_shared(held, prompt) for held, prompt in zip(self.tokens, prompts, strict=bool(self.tokens))]
+        shared = [begin_alike(held, prompt) for held, prompt in zip(self.tokens, prompts, strict=bool(self.tokens))]
         taken, self.prefilled = {}, {}
         for role, cache in self.caches.items():
             # A prompt's last token is always read: what comes next is chosen by it.
@@ -224,7 +224,7 @@ class Memory:
             self.caches["draft"] = state.draft_cache
 
 
-def _shared(held: Sequence[int], prompt: Sequence[int]) -> int:
+def begin_alike(held: Sequence[int], prompt: Sequence[int]) -> int:
     """How many tokens two sequences begin with in common."""
     differ = (index for index, (a, b) in enumerate(zip(held, prompt, strict=False)) if a != b)
     return next(differ, min(len(held), len(prompt)))
