@@ -79,7 +79,7 @@ def strategies(temperature: float) -> dict[str, Strategy]:
         "speculative": Speculative(settings=settings, window=3),
         "specattn": SpecAttn(mixture, settings, 3),
         "paper": SpecAttn(published, settings, 3),
-        "self": SelfSpeculative(settings, 3),
+        "self": SelfSpeculative(settings, 3, every=2),
         "lookup": PromptLookup(settings, 3),
         "hierarchical": Hierarchical(settings, 5, 2),
         "hierarchical lookup": HierarchicalLookup(settings, 5, 2),

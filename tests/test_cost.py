@@ -10,6 +10,7 @@ import pytest
 from command import mistake, run
 
 from specattn_jax.decoding.autoregressive import Autoregressive
+from specattn_jax.decoding.itself import SelfSpeculative
 from specattn_jax.decoding.protocol import Strategy
 from specattn_jax.decoding.speculative import SpecAttn, Speculative
 from specattn_jax.decoding.work import Scenario
@@ -77,6 +78,9 @@ def test_bytes_by_hand():
     assert moved(LLAMA, ALONE)._replace(target_weights=0, target_cache=0).total == 0
     assert speedup(LLAMA, SPARSE, over=DENSE) == pytest.approx(dense.total / sparse.total)
     assert SPARSE.cost(LLAMA).tokens == 4.5
+    often, seldom = (moved(LLAMA, SelfSpeculative(every=every)) for every in (1, 4))
+    assert often.selection == 4 * seldom.selection > dense.target_cache / 2
+    assert often._replace(selection=0) == seldom._replace(selection=0)
 
 
 def test_a_draft_that_reads_sparsely():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +43,7 @@ LIMIT = 40
 # Of such short caches next to nothing, so that drafts go wrong.
 FEW = OwnReads(0.1, num_sink=0, num_recent=1, least=1)
 KINDS: dict[str, Callable[..., Any]] = {
-    "self": lambda **settings: SelfSpeculative(window=4, reads=FEW, **settings),
+    "self": lambda **settings: SelfSpeculative(window=4, reads=FEW, every=3, **settings),
     "sparse draft": lambda **settings: SparselyDrafted(SparseDraft(FEW), window=4, **settings),
     "lookup": lambda **settings: PromptLookup(window=4, **settings),
     "hierarchical": lambda **settings: Hierarchical(window=7, inner=2, reads=FEW, **settings),
@@ -124,6 +125,19 @@ class TestEach:
         chi2 = float(np.sum((rows[0] - rows[1]) ** 2 / np.maximum(total, 1)))
         freedom = len(total) - 1
         assert chi2 < freedom + 4.5 * np.sqrt(2 * freedom)
+
+
+def test_what_is_read_is_chosen_every_so_many_windows(models):
+    session, strategy = Session(Models(models[0])), SelfSpeculative(window=4, reads=FEW, every=2)
+    state = start(strategy, session, RAGGED, LIMIT)
+    plans = [jax.device_get(state.own)]
+    for _ in range(4):
+        state = session.decode(strategy, state, 1)
+        plans.append(jax.device_get(state.own))
+    kept = [np.array_equal(one.counts, two.counts) for one, two in itertools.pairwise(plans)]
+    assert kept == [True, False, True, False]
+    with pytest.raises(UserError, match="every is 0; expected at least 1 window"):
+        SelfSpeculative(every=0)
 
 
 TEXTS = ["Call me Ishmael. Call me", "a", "Once upon a time there was a cache", "to be, or not to be"]

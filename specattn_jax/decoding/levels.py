@@ -110,7 +110,7 @@ class TwoLevels(abc.ABC):
 
     def start(self, models: Models, state: DecodeState) -> DecodeState:
         """Reads the newest token densely, to see what it looks at; the first window reads it again."""
-        read = read_and_refresh(models, state, newest(state), state.target_cache, self.reads, self.window)
+        read = read_and_refresh(models, state, newest(state), state.target_cache, self.reads, 2 * (self.window + 1))
         own = Levels(read.plan, lay(read.seen.cache.split, Tally.start(len(state.last)), "B"))
         return dataclasses.replace(state, target_cache=read.seen.cache, own=own)
 
@@ -136,7 +136,7 @@ class TwoLevels(abc.ABC):
         probs = None if middle.probs is None else middle.probs[:, : self.verified]
 
         tokens = jnp.concatenate([newest(state), drafted], axis=1)
-        read = read_and_refresh(models, state, tokens, middle.target_cache, self.reads, self.window)
+        read = read_and_refresh(models, state, tokens, middle.target_cache, self.reads, 2 * (self.window + 1))
         state, logits = target_logits(models, state, read.hidden, drafted, sampling)
         verdict = verify(for_verdict, drafted, probs, logits, sampling, wanted)
         own = dataclasses.replace(state.own, plan=read.plan, tally=tally.add(verdict, wanted, ~state.done))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from jaxtyping import Array, Float, Int32
+import jax
+from jaxtyping import Array, Bool, Float, Int32
 from specattn_kernels import SelectionPlan
 
 from specattn_jax.decoding.protocol import Models
@@ -31,7 +32,15 @@ class Refreshed(NamedTuple):
 
 
 def read_and_refresh(
-    models: Models, state: DecodeState, tokens: Int32[Array, "B T"], cache: KVCache, reads: OwnReads, window: int
+    models: Models,
+    state: DecodeState,
+    tokens: Int32[Array, "B T"],
+    cache: KVCache,
+    reads: OwnReads,
+    room: int,
+    *,
+    due: Bool[Array, ""] | None = None,
+    before: SelectionPlan | None = None,
 ) -> Refreshed:
     """Reads tokens over everything, and chooses what is read next by what they looked at.
 
@@ -41,11 +50,17 @@ def read_and_refresh(
         tokens: behind the past.
         cache: the target's, in which drafting may have written behind the past.
         reads: how much is read next.
-        window: most places that a window writes behind the newest token.
+        room: most places that are written behind the past until what is read is chosen again.
+        due: whether to choose now; None is yes.
+        before: what was read so far, and still is where it is not due.
     """
     past = state.target_cache.lengths
     read = forward(models.target, tokens, cache.at(past), attend_and_look(None))
     # Looks hold the queries.
     layers = tuple(LayerSeen(look.q, None, None) for look in read.notes)
-    plan = reads.plan(read.notes, read.cache, past, 2 * (window + 1))
+
+    def choose() -> SelectionPlan:
+        return reads.plan(read.notes, read.cache, past, room)
+
+    plan = choose() if due is None else jax.lax.cond(due, choose, lambda: before)
     return Refreshed(Seen(past, ~state.done, layers, read.cache.at(past)), read.hidden, plan)

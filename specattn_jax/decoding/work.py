@@ -80,9 +80,10 @@ class Work(NamedTuple):
         draft_reads: share of its cache that each of those steps reads.
         scores: whether the draft's cache is scored, for the draft's own next reading or for the target's.
         plans: whether what the target reads is selected by those scores.
-        own_steps: sparse passes of the target that propose tokens; its keys are then scored once a window.
+        own_steps: sparse passes of the target that propose tokens.
         own_reads: share of its cache that each of those reads.
         own_tokens: tokens that each of those reads.
+        own_scores: how often a window the target's keys are scored for those.
     """
 
     tokens: float
@@ -95,3 +96,4 @@ class Work(NamedTuple):
     own_steps: float = 0
     own_reads: float = 1.0
     own_tokens: int = 1
+    own_scores: float = 1.0

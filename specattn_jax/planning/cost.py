@@ -62,7 +62,8 @@ def window_bytes(scenario: Scenario, work: Work) -> WindowBytes:
     if work.plans:
         selection += planning_bytes(scenario)
     if work.own_steps:
-        selection += scored_bytes(scenario, target) + scoring_bytes(scenario, target, work.own_reads)
+        once = scored_bytes(scenario, target) + scoring_bytes(scenario, target, work.own_reads)
+        selection += work.own_scores * once
     return WindowBytes(
         draft_weights=work.steps * weights_read(draft) * scenario.itemsize,
         draft_cache=work.steps * work.draft_reads * draft.cache_bytes(*size),

@@ -148,7 +148,7 @@ def window_seconds(scenario: Scenario, work: Work, profile: DeviceProfile) -> Wi
     if work.scores:
         drafting += choosing(draft, work.steps, work.draft_reads)
     if work.own_steps:
-        drafting += choosing(target, work.verified, work.own_reads)
+        drafting += work.own_scores * choosing(target, work.verified, work.own_reads)
     if work.plans:
         selecting = planning_bytes(scenario) / written + target.num_layers * profile.selecting_layer_s
     return WindowSeconds(drafting, selecting, verify, profile.window_s)
