@@ -172,6 +172,10 @@ class TestByName:
         assert [result.tokens for result in run.results] == written[:count]
         result = run.results[0]
         assert (result.mode, result.lossless, result.kv_reduction) == (how["mode"], True, 0.0)
+        if how["mode"] == "hierarchical":
+            assert 0 <= result.inner_accepted_per_window <= 3
+        else:
+            assert result.inner_accepted_per_window is None
 
     def test_strategies_are_what_was_asked_for(self, tiny_pair):
         def only(pair=tiny_pair, **how):
@@ -403,9 +407,10 @@ def test_a_text_that_goes_in_circles_spares_passes_over_few_entries(models):
     )
     (written,) = outputs(session.decode(strategy, state, 120))
     assert middle.tokens[0, :5].tolist() == written[begun : begun + 5]
-    place, rounds = begun, 0
+    place, rounds, found = begun, 0, 0
     while place < begun + 5:
         guessed = followed(prompt + written[:place], 3, 2)
         right = next((i for i in range(2) if guessed[i] != written[place + i]), 2)
-        place, rounds = place + right + 1, rounds + 1
+        place, rounds, found = place + right + 1, rounds + 1, found + right
     assert middle.round == rounds < 5
+    assert (middle.windows.tolist(), middle.accepted.tolist()) == ([rounds], [found])

@@ -60,7 +60,9 @@ class Proposed(NamedTuple):
         tokens: the proposed tokens; beyond `filled` meaningless.
         probs: the distributions that they were drawn from, those of the target over few entries; None when greedy.
         filled: how many there are.
-        round: inner windows.
+        round: inner windows, until the slowest sequence had what it wanted.
+        windows: those of each sequence.
+        accepted: tokens that these accepted of the lowest level.
     """
 
     target_cache: KVCache
@@ -69,6 +71,8 @@ class Proposed(NamedTuple):
     probs: Float[Array, "B places V"] | None
     filled: Int32[Array, " B"]
     round: Int32[Array, ""]
+    windows: Int32[Array, " B"]
+    accepted: Int32[Array, " B"]
 
 
 def propose(
@@ -112,6 +116,7 @@ def propose(
         read = forward(models.target, tokens, middle.target_cache.at(have), attend_by(plan))
         logits = models.target.logits(read.hidden)
         verdict = verify(now[:, 1], drafted.tokens, drafted.probs, logits, sampling)
+        waits = middle.filled >= wanted
         probs = middle.probs
         if probs is not None:
             probs = write(probs, token_distribution(logits, sampling), middle.filled)
@@ -122,8 +127,11 @@ def propose(
             probs,
             jnp.minimum(middle.filled + verdict.accepted + 1, wanted),
             middle.round + 1,
+            middle.windows + ~waits,
+            middle.accepted + jnp.where(waits, 0, verdict.accepted),
         )
 
+    none = jnp.zeros_like(wanted)
     first = Proposed(
         state.target_cache,
         carried,
@@ -132,5 +140,7 @@ def propose(
         # Nobody waits for a sequence that is done.
         jnp.where(state.done, wanted, 0),
         jnp.int32(0),
+        none,
+        none,
     )
     return jax.lax.while_loop(lambda middle: jnp.any(middle.filled < wanted), advance, first)

@@ -30,18 +30,30 @@ class Statistics:
         drafted: drafted tokens.
         accepted: drafted tokens accepted (the target's own token not counted).
         read: sum over windows of the share of the past that each target layer read.
+        inner_windows: passes over few entries that stand between who proposes and verification, where there are any.
+        inner_accepted: tokens that these accepted of who proposes to them.
     """
 
     windows: Int32[Array, " B"]
     drafted: Int32[Array, " B"]
     accepted: Int32[Array, " B"]
     read: Float[Array, "B L"]
+    inner_windows: Int32[Array, " B"]
+    inner_accepted: Int32[Array, " B"]
 
     @classmethod
     def start(cls, batch: int, num_layers: int) -> Statistics:
         """Nothing was done yet."""
         none = jnp.zeros((batch,), jnp.int32)
-        return cls(none, none, none, jnp.zeros((batch, num_layers), jnp.float32))
+        return cls(none, none, none, jnp.zeros((batch, num_layers), jnp.float32), none, none)
+
+    def add_inner(self, windows: Int32[Array, " B"], accepted: Int32[Array, " B"]) -> Statistics:
+        """With so many inner windows more, and what they accepted."""
+        return dataclasses.replace(
+            self,
+            inner_windows=self.inner_windows + windows,
+            inner_accepted=self.inner_accepted + accepted,
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -188,7 +200,8 @@ def commit(
     lengths = state.target_cache.lengths + count
     active = ~state.done
     before = state.statistics
-    statistics = Statistics(
+    statistics = dataclasses.replace(
+        before,
         windows=before.windows + active,
         drafted=before.drafted + active * drafted,
         accepted=before.accepted + active * jnp.minimum(verdict.accepted, until_stop),

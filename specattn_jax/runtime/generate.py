@@ -254,7 +254,7 @@ def _results(
     counts = fetch(decoded.state.statistics)
     results = []
     for index, (prompt, tokens) in enumerate(zip(encoded, new, strict=True)):
-        windows = int(counts.windows[index])
+        windows, inner = int(counts.windows[index]), int(counts.inner_windows[index])
         reads = counts.read[index] / max(windows, 1)
         text, tokens, reason = _ending(pair.tokenizer, tokens, request)
         results.append(
@@ -271,6 +271,7 @@ def _results(
                 lossless=lossless,
                 selection=_record(pair, prompt, tokens, watched, index) if watched else None,
                 finish_reason=reason,
+                inner_accepted_per_window=float(counts.inner_accepted[index]) / inner if inner else None,
             )
         )
     return results

@@ -30,6 +30,8 @@ class Generation:
         selection: which tokens each window read; None unless `generate` was asked to keep it.
         window: drafted tokens per window, in most of that mode's windows; None where nothing is drafted.
         finish_reason: why the text ends: at the model's own end token, at a stop text, or at the wanted length.
+        inner_accepted_per_window: in mode `hierarchical`, mean number of tokens that the target over few entries
+            accepted in each of its own windows; None where there is no such level.
     """
 
     text: str
@@ -44,6 +46,7 @@ class Generation:
     selection: SelectionRecord | None = None
     window: int | None = None
     finish_reason: FinishReason = "length"
+    inner_accepted_per_window: float | None = None
 
     @property
     def stats(self) -> dict[str, float | int | str | None]:
