@@ -18,6 +18,7 @@ from specattn_jax.decoding.sampling import Sampling, Verdict
 from specattn_jax.decoding.speculative import SparselyDrafted, SpecAttn, Speculative
 from specattn_jax.decoding.work import Scenario, Work
 from specattn_jax.errors import UserError
+from specattn_jax.loading.pair import NO_DRAFT
 from specattn_jax.models.cache import KVCache
 from specattn_jax.models.forward import Attend, Read
 from specattn_jax.selection.policy import SelectionPolicy, load_policy
@@ -27,6 +28,7 @@ AUTOREGRESSIVE, SPECULATIVE, SPECATTN = "autoregressive", "speculative", "specat
 RIVAL, DENSE_DRAFT = "sparse draft, dense verification", "specattn, dense draft"
 MOSAIC = "speculative (mosaic gpu)"
 ALONE, SPARSE_DRAFT = "self", "speculative, sparse draft"
+HIERARCHY, HIERARCHY_OF_TEXT = "hierarchical", "hierarchical, no draft"
 # Of what `--mode auto` chooses from, those that every case of a benchmark has, the simplest first.
 CHOICES = (AUTOREGRESSIVE, SPECULATIVE, SPECATTN)
 AUTO = "auto"
@@ -168,7 +170,7 @@ def methods() -> dict[str, Method]:
     }
 
 
-# Of a real pair: what is asked of `generate`.
+# Of a real pair: what is asked of `generate`, and `draft` where it is asked of a pair without one.
 REAL_METHODS: dict[str, dict[str, Any]] = {
     AUTOREGRESSIVE: {"mode": AUTOREGRESSIVE},
     SPECULATIVE: {"mode": SPECULATIVE},
@@ -180,6 +182,7 @@ REAL_METHODS: dict[str, dict[str, Any]] = {
     "lookup": {"mode": "lookup"},
     ALONE: {"mode": ALONE},
     SPARSE_DRAFT: {"mode": SPECULATIVE, "draft_reads": 0.1},
-    "hierarchical": {"mode": "hierarchical", "window": None},
+    HIERARCHY: {"mode": "hierarchical", "window": None},
+    HIERARCHY_OF_TEXT: {"mode": "hierarchical", "window": None, "draft": NO_DRAFT},
     "specattn paper": {"mode": SPECATTN, "policy": "paper"},
 }

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from specattn_jax.bench.decode_cases import TINY, DecodeCase
 from specattn_jax.bench.decode_methods import AUTOREGRESSIVE, REAL_METHODS
-from specattn_jax.loading.pair import ModelPair, load_pair
+from specattn_jax.loading.pair import NO_DRAFT, ModelPair, load_pair
 from specattn_jax.planning.gate import Choice
 from specattn_jax.runtime.generate import generate
 from specattn_jax.runtime.request import NEVER_DRAFTED
@@ -53,6 +53,14 @@ def book_prompts(pair: ModelPair, tokens: int, count: int) -> list[list[int]]:
     return [text[at * spread :][:tokens] for at in range(count)]
 
 
+def real_method(pair: ModelPair, method: str) -> tuple[ModelPair, dict[str, Any]]:
+    """The pair of which a method of `REAL_METHODS` is asked, which may lose its draft, and what is asked of it."""
+    how = dict(REAL_METHODS[method])
+    if how.pop("draft", None) == NO_DRAFT:
+        pair = dataclasses.replace(pair, draft=None, alignment=None)
+    return pair, how
+
+
 class _Run(NamedTuple):
     """One run of a method, and the seconds that reading its prompts takes with the models that it needs."""
 
@@ -73,16 +81,15 @@ class _Runner:
         """Runs one; where reading is shared, the first one must need no draft."""
         arguments: dict[str, Any] = {"max_new_tokens": self._case.room, "window": self._case.window}
         memory, had = self._memory if self._shares else None, set(self._memory.caches)
-        made = generate(
-            self._pair, self._prompts, stop_at_eos=False, memory=memory, **{**arguments, **REAL_METHODS[method]}
-        )
+        pair, how = real_method(self._pair, method)
+        made = generate(pair, self._prompts, stop_at_eos=False, memory=memory, **{**arguments, **how})
         if memory is None:
             return _Run(made, made.timing.prefill_s)
         for role in set(memory.caches) - had:
             # One at a time: those that need no draft come first.
             self._seconds.setdefault(role, made.timing.prefill_s)
         modes = {made.results[0].mode, *(decision.mode for decision in made.decisions)}
-        roles = ("target",) if modes <= set(NEVER_DRAFTED) else ("target", "draft")
+        roles = ("target",) if pair.draft is None or modes <= set(NEVER_DRAFTED) else ("target", "draft")
         return _Run(made, sum(self._seconds[role] for role in roles))
 
 
@@ -97,9 +104,14 @@ def _side_by_side(case: DecodeCase, methods: tuple[str, ...], repeats: int) -> d
     found: dict[str, list[_Run]] = {method: [] for method in methods}
     for _ in range(1 + repeats):
         # What needs no draft comes first, so that what each model reads is timed by itself.
-        for method in sorted(found, key=lambda one: REAL_METHODS[one]["mode"] not in NEVER_DRAFTED):
+        for method in sorted(found, key=_may_draft):
             found[method].append(run(method))
     return found
+
+
+def _may_draft(method: str) -> bool:
+    asked = REAL_METHODS[method]
+    return asked["mode"] not in NEVER_DRAFTED and asked.get("draft") != NO_DRAFT
 
 
 def measure_real(case: DecodeCase, method: str, methods: Sequence[str], repeats: int) -> dict[str, Any]:
