@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.baselines import Oracle, Quest, Streaming, Vegas
 from specattn_jax.loading.pair import ModelPair
+from specattn_jax.reporting.provenance import alignment_digest
 from specattn_jax.runtime.request import choose_reading
-from specattn_jax.selection.alignment import NucleusMass
-from specattn_jax.selection.policy import load_policy
+from specattn_jax.selection.alignment import Alignment, NucleusMass
+from specattn_jax.selection.policy import SelectionPolicy, load_policy
 from specattn_jax.selection.protocol import Selection
 
 FULL, SPECATTN = "full", "specattn"
@@ -25,6 +26,19 @@ METHODS = (FULL, *_BY_SHARE, VEGAS, *_ORACLES, SPECATTN)
 
 
 @dataclasses.dataclass(frozen=True)
+class Variant:
+    """What an experiment puts in place of a preset, and of the pair's own alignment.
+
+    Attributes:
+        policy: the ingredients of the selection; None is the preset of that name.
+        alignment: None is the pair's own.
+    """
+
+    policy: SelectionPolicy | None = None
+    alignment: Alignment | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Case:
     """One method with one setting: a row of the table.
 
@@ -33,17 +47,27 @@ class Case:
         policy: name of the selection policy; only for `specattn`.
         p: nucleus mass, the same in every layer; None where reads are set in another way.
         saving: wanted share of reads saved; None where p was given.
+        alignment: name of the alignment, where it is not the pair's own; only for `specattn`.
+        variant: what these two names stand for, where it is not what everybody has.
     """
 
     method: str
     policy: str | None = None
     p: float | None = None
     saving: float | None = None
+    alignment: str | None = None
+    # Arrays cannot be hashed. `describe` tells variants of the same names apart where results are kept.
+    variant: Variant = dataclasses.field(default=Variant(), compare=False, repr=False)
 
     @property
     def line(self) -> str:
         """What its settings have in common: a line of the plots."""
-        return self.method if self.policy is None else f"{self.method} {self.policy}"
+        return " ".join(name for name in (self.method, self.policy, self.alignment) if name is not None)
+
+    @property
+    def ingredients(self) -> SelectionPolicy | None:
+        """Its policy; None where the method has none."""
+        return None if self.policy is None else self.variant.policy or load_policy(self.policy)
 
     @property
     def label(self) -> str:
@@ -63,9 +87,8 @@ class Case:
         """Whether p has yet to be found for the wanted saving: budgets are calibrated for mixtures alone."""
         if self.p is not None or self.saving is None:
             return False
-        return self.method in (VEGAS, *_ORACLES) or (
-            self.policy is not None and load_policy(self.policy).prediction == "layer_map"
-        )
+        policy = self.ingredients
+        return self.method in (VEGAS, *_ORACLES) or (policy is not None and policy.prediction == "layer_map")
 
     def with_p(self, p: float) -> Case:
         """The same row with the p that was found for it."""
@@ -73,8 +96,11 @@ class Case:
 
     def describe(self) -> dict[str, Any]:
         """All that decides what it reads, as JSON."""
-        policy = {} if self.policy is None else dataclasses.asdict(load_policy(self.policy))
-        return {"method": self.method, "policy": policy, "p": self.p, "saving": self.saving if self.p is None else None}
+        policy = {} if self.ingredients is None else dataclasses.asdict(self.ingredients)
+        saving = self.saving if self.p is None else None
+        # The pair's own is known by the folder that holds the results.
+        digest = {} if self.variant.alignment is None else {"alignment": alignment_digest(self.variant.alignment)}
+        return {"method": self.method, "policy": policy, "p": self.p, "saving": saving, **digest}
 
 
 def list_cases(
@@ -127,9 +153,12 @@ def make_selection(pair: ModelPair, case: Case) -> Selection | None:
     if case.method == FULL:
         return None
     if case.method == SPECATTN:
-        assert case.policy is not None
+        policy = case.variant.policy or case.policy
+        assert policy is not None
+        if case.variant.alignment is not None:
+            pair = dataclasses.replace(pair, alignment=case.variant.alignment)
         saving = case.saving if case.p is None else None
-        return choose_reading(pair, policy=case.policy, p=case.p, kv_reduction=saving)
+        return choose_reading(pair, policy=policy, p=case.p, kv_reduction=saving)
     if case.method in (VEGAS, *_ORACLES):
         assert case.p is not None
         like, mass = load_policy("default"), NucleusMass.uniform(case.p, shape.num_layers)

@@ -26,7 +26,7 @@ from specattn_jax.runtime.session import DRAFT_REACH, seed_keys
 from specattn_jax.selection.alignment import NucleusMass
 from specattn_jax.selection.make import DraftedSelection, make_selection
 from specattn_jax.selection.own import OwnReads, SparseDraft
-from specattn_jax.selection.policy import load_policy
+from specattn_jax.selection.policy import SelectionPolicy, load_policy
 
 # Names of the strategies, the simplest first.
 Mode: TypeAlias = Literal["autoregressive", "lookup", "self", "speculative", "hierarchical", "specattn"]
@@ -282,13 +282,17 @@ def check_draft_reads(share: float, mode: str | Strategy) -> None:
 
 
 def choose_reading(
-    pair: ModelPair, *, policy: str = "default", p: float | None = None, kv_reduction: float | None = None
+    pair: ModelPair,
+    *,
+    policy: str | SelectionPolicy = "default",
+    p: float | None = None,
+    kv_reduction: float | None = None,
 ) -> DraftedSelection:
     """What the target will read: a policy with its nucleus mass.
 
     Args:
         pair: the models and their alignment.
-        policy: name of a preset in `configs/policies.toml`.
+        policy: name of a preset in `configs/policies.toml`, or one of your own.
         p: nucleus mass, the same in every layer, in (0, 1]; 1 reads everything.
         kv_reduction: wanted share of cache reads saved, met with the per-layer masses found at calibration. Without
             either, the default policy saves 0.75 and the published one takes p = 0.95.
@@ -296,7 +300,7 @@ def choose_reading(
     Raises:
         UserError: both are given, a value is out of range, or the pair has no alignment.
     """
-    chosen = load_policy(policy)
+    chosen = load_policy(policy) if isinstance(policy, str) else policy
     if pair.alignment is None:
         raise UserError(
             f"alignment: the pair {pair.name} has none, and specattn cannot choose what to read without it; make one "

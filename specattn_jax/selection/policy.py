@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import tomllib
+from pathlib import Path
 from typing import Literal
 
 from specattn_jax.errors import UserError
+from specattn_jax.files import sensible
 
 # A draft that reads sparsely reads at least so many entries.
 LEAST_DRAFT_ENTRIES = 256
@@ -63,3 +65,13 @@ def load_policy(name: str) -> SelectionPolicy:
     if name not in presets:
         raise UserError(f"policy is {name!r}; expected one of {', '.join(sorted(presets))}.")
     return SelectionPolicy(**presets[name])
+
+
+def read_policies(path: Path) -> dict[str, SelectionPolicy]:
+    """The policies of a file that is written like the presets, by name.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    with sensible(path, "write it like configs/policies.toml"):
+        return {name: SelectionPolicy(**fields) for name, fields in tomllib.loads(path.read_text("utf-8")).items()}

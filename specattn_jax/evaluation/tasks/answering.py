@@ -16,7 +16,7 @@ from specattn_jax.loading.pair import ModelPair
 from specattn_jax.runtime.generate import generate
 from specattn_jax.runtime.request import Request
 from specattn_jax.runtime.results import Generation
-from specattn_jax.runtime.session import CHUNK_STEP, Memory, round_up
+from specattn_jax.runtime.session import CHUNK_STEP, DRAFT_REACH, Memory, round_up
 
 # Drafts, and verifies densely: lossless, so that its scores are those of full attention.
 SPECULATIVE = "speculative"
@@ -101,6 +101,7 @@ class Answering:
         batch: int = 1,
         seed: int = 0,
         slots: int = 0,
+        draft_reach: int | None = DRAFT_REACH.recent,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Answers nothing yet.
@@ -114,6 +115,7 @@ class Answering:
             seed: of the draws; greedy answers do not depend on it.
             slots: tokens of a prompt and its answer for which there is room in any case: what needs no more shares
                 programs.
+            draft_reach: as in `Request`.
             progress: told the prompts answered by all methods and all of them.
 
         Raises:
@@ -124,7 +126,7 @@ class Answering:
         # Those that need no draft come first: the time of their reading is the target's alone.
         self._cases = sorted(cases, key=lambda case: case.method != FULL)
         self._pair, self._window, self._batch, self._seed, self._progress = pair, window, batch, seed, progress
-        self._slots = slots
+        self._slots, self._draft_reach = slots, draft_reach
         self._asked: Sequence[Asked] = ()
         self._answers: dict[Case, Answers] = {}
 
@@ -159,7 +161,13 @@ class Answering:
                 run = generate(
                     self._pair,
                     [asked[index].tokens for index in indices],
-                    Request(mode=strategy, max_new_tokens=like.limit, stop=like.stop, seed=self._seed),
+                    Request(
+                        mode=strategy,
+                        max_new_tokens=like.limit,
+                        stop=like.stop,
+                        seed=self._seed,
+                        draft_reach=self._draft_reach,
+                    ),
                     memory=memory,
                 )
                 if strategy.needs_draft or not reading:

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from specattn_jax.errors import UserError
 from specattn_jax.evaluation.tasks.own import OWN_TASKS
-from specattn_jax.files import atomic_file
+from specattn_jax.files import atomic_file, read_json, sensible
 from specattn_jax.reporting.plots import as_png, new_figure
 from specattn_jax.reporting.provenance import commit, hardware, versions
 
@@ -31,7 +32,45 @@ def write_results(out: Path, rows: Sequence[Row], about: str, command: Mapping[s
     Raises:
         UserError: they cannot be written.
     """
-    run = {"command": command, "versions": versions(), "commit": commit(), "hardware": hardware()}
+    _write(out, rows, about, {"command": command, "versions": versions(), "commit": commit(), "hardware": hardware()})
+
+
+def join_results(folders: Sequence[Path], out: Path) -> list[Row]:
+    """One table of those of several folders, which other processes wrote; `run.json` has all of theirs.
+
+    What stands in several of them is taken from the first one, such as full attention, which each process measures.
+
+    Args:
+        folders: from `write_results`.
+        out: a folder for the joined results.
+
+    Returns:
+        the rows, length by length and task by task.
+
+    Raises:
+        UserError: a folder holds no results, or two asked different questions.
+    """
+    rows: dict[tuple[Any, ...], Row] = {}
+    about, runs = [], []
+    for folder in folders:
+        with sensible(folder / TABLE, "name folders with finished results"):
+            found: list[Row] = json.loads((folder / TABLE).read_text("utf-8"))
+            about.append((folder / MARKDOWN).read_text("utf-8").partition("\n")[0])
+        runs.append(read_json(folder / RUN))
+        for row in found:
+            rows.setdefault((row["length"], row["task"], method_label(row)), row)
+    tasks = list(dict.fromkeys(row["task"] for row in rows.values()))
+    joined = sorted(rows.values(), key=lambda row: (row["length"], tasks.index(row["task"])))
+    asked: dict[tuple[int, str], str] = {}
+    for row in joined:
+        if asked.setdefault((row["length"], row["task"]), row["prompts"]) != row["prompts"]:
+            raise UserError(f"join: {row['task']} at {row['length']} tokens has different questions in these folders.")
+    _write(out, joined, " ".join(dict.fromkeys(about)), {"joined": runs})
+    return joined
+
+
+def _write(out: Path, rows: Sequence[Row], about: str, run: Mapping[str, Any]) -> None:
+    """Writes all four files."""
     contents = {
         TABLE: json.dumps(list(rows), indent=1, allow_nan=False).encode() + b"\n",
         MARKDOWN: markdown(rows, about).encode(),

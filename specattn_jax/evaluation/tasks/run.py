@@ -20,6 +20,7 @@ from specattn_jax.evaluation.store import Store, identify
 from specattn_jax.evaluation.tasks.answering import LOSSLESS, SPECULATIVE, Answering, Answers, Asked
 from specattn_jax.evaluation.tasks.own import OWN_TASKS, Sample, make_samples
 from specattn_jax.loading.pair import ModelPair
+from specattn_jax.runtime.session import DRAFT_REACH
 
 # Those of the harness' tasks that are made without the internet.
 RULER = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")
@@ -40,12 +41,14 @@ class TaskSettings:
         window: W, of all methods that draft.
         batch: questions at a time.
         chat: whether questions are messages in the model's chat format.
+        draft_reach: how many tokens back the draft sees while it reads the prompt; None is everything.
     """
 
     samples: int = 50
     window: int = 5
     batch: int = 1
     chat: bool = False
+    draft_reach: int | None = DRAFT_REACH.recent
 
     def __post_init__(self) -> None:
         for name in ("samples", "batch"):
@@ -92,7 +95,11 @@ def open_task_store(out: Path, pair: ModelPair, settings: TaskSettings) -> Store
     Raises:
         UserError: it belongs to something else.
     """
-    return Store(out, {**identify(pair), **dataclasses.asdict(settings)})
+    configuration = {**identify(pair), **dataclasses.asdict(settings)}
+    if settings.draft_reach == DRAFT_REACH.recent:
+        # Folders from before it could be chosen do not name it.
+        del configuration["draft_reach"]
+    return Store(out, configuration)
 
 
 class TaskRun:
@@ -168,6 +175,7 @@ class TaskRun:
             window=settings.window,
             batch=settings.batch,
             slots=max(length, self._slots),
+            draft_reach=settings.draft_reach,
             progress=progress,
         )
         make = _Ruler if task in RULER else _Own
@@ -181,7 +189,7 @@ class TaskRun:
                 source = source or make(task, length, self.pair, settings, answering)
                 values = self.store.save(_cell(task, length, case), case.describe(), source.measure(case))
             self._done += 1
-            row = _row(task, length, case, values)
+            row = _row(task, length, case, values, settings.draft_reach)
             rows.append(row)
             result = f"score {row['score']:.3f}, {row['kv_reduction']:.1%} saved, {row['windows']:.1f} windows"
             self._tell(f"{task}, {length} tokens, {case.label}", result if measured else "")
@@ -297,16 +305,19 @@ def _values(
     }
 
 
-def _row(task: str, length: int, case: Case, values: dict[str, Any]) -> dict[str, Any]:
+def _row(task: str, length: int, case: Case, values: dict[str, Any], draft_reach: int | None) -> dict[str, Any]:
     """A row of the table: means over the samples, and the standard error of the score."""
     scores = np.asarray(values["scores"], np.float64)
+    reach = None if case.method == FULL else draft_reach or "all"
     means = ("prompt_tokens", "new_tokens", "windows", "kv_reduction", "accepted_per_window")
     return {
         "task": task,
         "length": length,
         "method": case.method,
         "policy": case.policy,
-        "line": case.line,
+        "alignment": case.alignment,
+        "draft_reach": reach,
+        "line": case.line if reach in (None, DRAFT_REACH.recent) else f"{case.line}, reach {reach}",
         "wanted_kv_reduction": case.saving,
         "p": case.p,
         "score": float(scores.mean()),
