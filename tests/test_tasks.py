@@ -16,12 +16,14 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from specattn_jax import generate
 from specattn_jax.errors import UserError
-from specattn_jax.evaluation.methods import FULL, SPECATTN, Case
+from specattn_jax.evaluation.methods import FULL, SPECATTN, Case, Variant, make_selection
+from specattn_jax.evaluation.store import SETTINGS
+from specattn_jax.evaluation.tasks import answering as answering_module
 from specattn_jax.evaluation.tasks import run
 from specattn_jax.evaluation.tasks.answering import SPECULATIVE, Answering, Asked
 from specattn_jax.evaluation.tasks.likelihood import Continuation, likelihoods
 from specattn_jax.evaluation.tasks.own import OWN_TASKS, make_samples
-from specattn_jax.evaluation.tasks.report import write_results
+from specattn_jax.evaluation.tasks.report import join_results, write_results
 from specattn_jax.evaluation.tasks.run import RULER, TaskRun, TaskSettings, list_task_cases, open_task_store
 from specattn_jax.examples import byte_tokenizer
 from specattn_jax.loading.pair import ModelPair
@@ -29,6 +31,7 @@ from specattn_jax.loading.tokenizer import Tokenizer, make_tokenizer
 from specattn_jax.models.cache import KVCache
 from specattn_jax.models.forward import forward
 from specattn_jax.models.transformer import LanguageModel
+from specattn_jax.selection.policy import SelectionPolicy, load_policy, read_policies
 from specattn_jax.texts import read_text, shipped_books
 
 VOCABULARY = 1024
@@ -42,6 +45,7 @@ RULERS_PHRASES = [
 ]
 CHAT = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}<assistant>"
 SPARSE = [Case(SPECATTN, "default", p=0.7), Case("quest", saving=0.5)]
+LOSSLESS_CASES = [Case(FULL), Case(SPECULATIVE)]
 
 
 def words_tokenizer() -> Tokenizer:
@@ -148,27 +152,26 @@ def few_words(monkeypatch):
     monkeypatch.setattr(wonderwords.RandomWord, "__init__", trimmed)
 
 
-# Samples of the harness number 500 whatever is asked for.
-LENGTH = 1400
+# The shortest of RULER's, with caches for so many tokens, whatever the prompt, so that all tasks share their programs.
+LENGTH = 1024
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("cases", [SPARSE[:1], pytest.param([*LOSSLESS_CASES, SPARSE[0]], marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore")
-def test_the_harness_runs_rulers_offline_tasks(harness, few_words, pair):
+def test_the_harness_runs_rulers_offline_tasks(harness, few_words, pair, cases):
     from specattn_jax.evaluation.tasks.ruler import load_task, run_task
 
-    sparse = Case(SPECATTN, "default", p=0.7)
     for name in RULER:
-        task, found = load_task(name, LENGTH, pair.tokenizer, 2), {}
-        assert len(task.dataset["test"]) == 2
-        # Each method compiles for a while: one task compares them all.
-        for case in (Case(FULL), Case(SPECULATIVE), sparse) if name == "ruler_vt" else (sparse,):
-            model = harness.SpecAttnLM(pair, case, batch_size=2)
-            scored = found[case.method] = run_task(model, name, task, LENGTH, 2)
-            assert len(scored.scores) == 2
+        task, found = load_task(name, LENGTH, pair.tokenizer, 1), {}
+        assert len(task.dataset["test"]) == 1
+        answering = Answering(pair, cases, slots=LENGTH)
+        for case in cases:
+            model = harness.SpecAttnLM(pair, case, answering=answering)
+            scored = found[case.method] = run_task(model, name, task, LENGTH, 1)
+            assert len(scored.scores) == 1
             assert all(0 <= score <= 1 for score in scored.scores)
             assert scored.texts == [one.text for one in model.answers.results]
-        assert all(one.kv_reduction > 0 for one in model.answers.results)
+            assert all((one.kv_reduction > 0) == (case in SPARSE) for one in model.answers.results)
         assert found.get(FULL) == found.get(SPECULATIVE)
 
 
@@ -268,6 +271,75 @@ def test_tasks_go_on_where_they_stopped(pair, tmp_path, monkeypatch, methods):
     write_results(tmp_path / "run", first, "Tiny models.", {"samples": 2})
     assert json.loads((tmp_path / "run" / "table.json").read_text()) == first
     assert "| book_needle | 500 | full | 0.0% |" in (tmp_path / "run" / "table.md").read_text()
+
+
+def test_an_experiment_is_a_row_of_its_own(pair, tmp_path):
+    file = tmp_path / "variants.toml"
+    file.write_text('[whole]\nprediction = "mixture"\nnum_sink = 2\n')
+    policies, other = read_policies(file), random_alignment(pair.target.config, pair.draft.config, seed=1)
+    assert policies == {"whole": SelectionPolicy("mixture", num_sink=2)}
+    usual = Case(SPECATTN, "default", saving=0.75)
+    cases = [
+        dataclasses.replace(usual, policy="whole", variant=Variant(policies["whole"])),
+        dataclasses.replace(usual, alignment="other", variant=Variant(alignment=other)),
+    ]
+    assert [case.line for case in cases] == ["specattn whole", "specattn default other"]
+    assert len({case.key for case in [usual, *cases]}) == 3
+    assert cases[0].describe() == {**usual.describe(), "policy": dataclasses.asdict(policies["whole"])}
+    # The pair's own alignment is named by the folder, the others by each of their files.
+    assert cases[1].describe().keys() - usual.describe().keys() == {"alignment"}
+    selections = [make_selection(pair, case) for case in [usual, *cases]]
+    expected = [("default", pair.alignment), ("whole", pair.alignment), ("default", other)]
+    for selection, (policy, alignment) in zip(selections, expected, strict=True):
+        assert selection.policy == (policies.get(policy) or load_policy(policy))
+        assert selection.alignment is alignment
+    file.write_text('[whole]\nprediction = "mixture"\nspeed = 2\n')
+    with pytest.raises(UserError, match=r"variants\.toml: is damaged .*speed"):
+        read_policies(file)
+
+
+def test_the_reach_of_the_draft_belongs_to_the_results(pair, tmp_path, monkeypatch):
+    stores = {}
+    for reach in (4096, None):
+        settings = TaskSettings(samples=1, draft_reach=reach)
+        stores[reach] = open_task_store(tmp_path / str(reach), pair, settings)
+        stores[reach].save("part", {}, {})
+    # Folders from before there was a choice have no such entry.
+    assert "draft_reach" not in json.loads((tmp_path / "4096" / SETTINGS).read_text())
+    with pytest.raises(UserError, match="draft_reach differ"):
+        open_task_store(tmp_path / "None", pair, TaskSettings(samples=1))
+
+    def ask(pair, prompts, request, memory):
+        raise UserError(f"the draft sees {request.draft_reach}")
+
+    monkeypatch.setattr(answering_module, "generate", ask)
+    settings = TaskSettings(samples=1, draft_reach=None)
+    with pytest.raises(UserError, match="the draft sees None"):
+        TaskRun(pair, settings, stores[None]).run(["book_needle"], [500], [Case(FULL)])
+
+
+def row(task, line, **changes):
+    numbers = dict.fromkeys(("p", "wanted_kv_reduction", "score_se", "requests_per_minute"))
+    means = dict.fromkeys(("kv_reduction", "score", "new_tokens", "windows", "accepted_per_window"), 0.5)
+    return {"task": task, "length": 500, "line": line, "prompts": task, **numbers, **means, **changes}
+
+
+def test_results_of_several_processes_make_one_table(tmp_path):
+    first = [row("book_needle", "full"), row("book_copy", "full")]
+    second = [row("book_copy", "full", score=0.25), row("book_copy", "quest"), row("book_needle", "full", length=400)]
+    for name, rows in {"first": first, "second": second}.items():
+        write_results(tmp_path / name, rows, "Tiny models.", {"name": name})
+    joined = join_results([tmp_path / "first", tmp_path / "second"], tmp_path / "all")
+    assert joined == [second[2], *first, second[1]]
+    assert json.loads((tmp_path / "all" / "table.json").read_text()) == joined
+    assert (tmp_path / "all" / "table.md").read_text().startswith("Tiny models.\n")
+    runs = json.loads((tmp_path / "all" / "run.json").read_text())["joined"]
+    assert [run["command"]["name"] for run in runs] == ["first", "second"]
+    write_results(tmp_path / "other", [row("book_copy", "streaming", prompts="others")], "Tiny models.", {})
+    with pytest.raises(UserError, match="book_copy at 500 tokens has different questions"):
+        join_results([tmp_path / "first", tmp_path / "other"], tmp_path / "all")
+    with pytest.raises(UserError, match="name folders with finished results"):
+        join_results([tmp_path / "nothing"], tmp_path / "all")
 
 
 def test_missing_packages_are_named_with_what_installs_them(monkeypatch):

@@ -96,10 +96,10 @@ def open_task_store(out: Path, pair: ModelPair, settings: TaskSettings) -> Store
         UserError: it belongs to something else.
     """
     configuration = {**identify(pair), **dataclasses.asdict(settings)}
-    if settings.draft_reach == DRAFT_REACH.recent:
-        # Folders from before it could be chosen do not name it.
-        del configuration["draft_reach"]
-    return Store(out, configuration)
+    reach = configuration.pop("draft_reach")
+    # Folders from before it could be chosen do not name it.
+    named = {} if reach == DRAFT_REACH.recent else {"draft_reach": reach or "all"}
+    return Store(out, {**configuration, **named})
 
 
 class TaskRun:
