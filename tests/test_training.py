@@ -98,7 +98,7 @@ def test_the_token_loss_and_its_gradient_are_those_of_the_whole_softmax(target, 
 
     expected, slope = jax.value_and_grad(plain)(have)
     for chunk in (8, 4096):
-        monkeypatch.setattr("specattn_jax.training.objective._CHUNK", chunk)
+        monkeypatch.setattr("specattn_jax.training.objective._LOGITS", chunk * target.config.vocab_size)
         loss, found = jax.value_and_grad(lambda states: 2 * token_loss(target, draft, wanted, states))(have)
         assert float(loss) == pytest.approx(2 * float(expected), rel=1e-5)
         np.testing.assert_allclose(found, 2 * slope, rtol=1e-4, atol=1e-7)

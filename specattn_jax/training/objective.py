@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int32
 from specattn_jax.models.forward import causal_attention, read_sequence
 from specattn_jax.models.transformer import LanguageModel
 
-# Positions whose logits are held at once.
-_CHUNK = 4096
+# Logits that are held at once: those of 4,096 positions of SmolLM2.
+_LOGITS = 4096 * 49152
 _TINY = 1e-9
 
 
@@ -77,7 +77,9 @@ def _token_loss_and_slope(
 ) -> tuple[Float[Array, ""], Float[Array, "B T D"]]:
     """The loss and its gradient with respect to `have`."""
     total = wanted.shape[0] * wanted.shape[1]
-    chunk = _CHUNK if total % _CHUNK == 0 else total
+    # The longest power of two, of which there are so many in a batch that it always fits.
+    chunk = 1 << max(_LOGITS // target.config.vocab_size, 1).bit_length() - 1
+    chunk = chunk if total % chunk == 0 else total
 
     def part(hidden: tuple[Float[Array, "c D"], Float[Array, "c D"]]) -> tuple[Float[Array, ""], Float[Array, "c D"]]:
         teacher = jax.nn.log_softmax(target.logits(hidden[0]))
