@@ -19,7 +19,8 @@ from specattn_jax.calibration.calibrate import CalibrationSettings
 from specattn_jax.loading import load_model
 from specattn_jax.loading.draft import read_draft, save_draft
 from specattn_jax.loading.pair import load_pair
-from specattn_jax.texts import read_text, shipped_books
+from specattn_jax.texts import UNNAMED, by_kind, find_kinds, name_texts, read_text, shipped_books
+from specattn_jax.training.data import Documents
 from specattn_jax.training.distil import DRAFT, SAMPLES, distil
 from specattn_jax.training.settings import TrainSettings
 
@@ -34,13 +35,14 @@ def quantise(folder: Path) -> None:
     save_draft(model, folder / INT8, target=info.target, embedding=embedding, storage="int8", notes=info.notes)
 
 
-def align(folder: Path, documents: list[list[int]], texts: list[str]) -> None:
-    """Calibrates the int8 draft, in float32."""
-    pair = load_pair("smollm2", str(folder / INT8), alignment=None, dtype="float32")
+def align(draft: str, out: Path, documents: Documents, texts: list[str]) -> None:
+    """Calibrates a draft, in float32, on four passages of each kind or more."""
+    pair = load_pair("smollm2", draft, alignment=None, dtype="float32")
+    passages = max(8, 4 * len(by_kind(documents)))
     pair.calibrate(
         documents,
-        out=folder / "alignment",
-        settings=CalibrationSettings(passages=8, gradients=4, windows=32, budgets="kv_head"),
+        out=out,
+        settings=CalibrationSettings(passages=passages, gradients=4, windows=32, budgets="kv_head"),
         provenance={"draft": "distilled", "texts": texts},
         progress=lambda *step: print(*step, flush=True),
     )
@@ -52,15 +54,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--attention-weights", type=float, nargs="+", default=[0.1, 0.0])
     parser.add_argument("--sample-batch", type=int, default=1024)
+    parser.add_argument("--texts", nargs="+", default=[], help="as --text of the command; the shipped books without")
+    parser.add_argument(
+        "--only-align", action="store_true", help="calibrate the shipped draft on the texts, into --out"
+    )
     for field in dataclasses.fields(TrainSettings):
         if field.name != "attention_weight":
             parser.add_argument("--" + field.name.replace("_", "-"), type=type(field.default), default=field.default)
     options = vars(parser.parse_args())
-    out, weights, batch = (options.pop(name) for name in ("out", "attention_weights", "sample_batch"))
+    names = ("out", "attention_weights", "sample_batch", "texts", "only_align")
+    out, weights, batch, named, only_align = (options.pop(name) for name in names)
 
     target, tokenizer = load_model("smollm2", dtype=jnp.bfloat16)
-    books = shipped_books("train")
-    documents = [tokenizer.encode(read_text(book)) for book in books]
+    paths = find_kinds(named) or {UNNAMED: shipped_books("train")}
+    texts = name_texts(paths)
+    documents = {kind: [tokenizer.encode(read_text(path)) for path in files] for kind, files in paths.items()}
+    if only_align:
+        align("default", out, documents, texts)
+        return
     for weight in weights:
         folder = out / f"attention_{weight:g}"
         if not (folder / DRAFT).exists():
@@ -70,7 +81,7 @@ def main() -> None:
                 TrainSettings(attention_weight=weight, **options),
                 folder,
                 reference="smollm2",
-                texts=[book.name for book in books],
+                texts=texts,
                 storage="bfloat16",
                 samples=out / SAMPLES,
                 sample_batch=batch,
@@ -81,7 +92,7 @@ def main() -> None:
         if not (folder / INT8).exists():
             quantise(folder)
         if not (folder / "alignment").exists():
-            align(folder, documents, [book.name for book in books])
+            align(str(folder / INT8), folder / "alignment", documents, texts)
 
 
 if __name__ == "__main__":

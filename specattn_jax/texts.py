@@ -8,12 +8,16 @@ import gzip
 import importlib.resources
 import lzma
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from specattn_jax.errors import UserError
 from specattn_jax.files import exists
 
+# The kind of texts of which nobody said one.
+UNNAMED = ""
+_Text = TypeVar("_Text")
 _UNPACK: dict[str, Callable[[bytes], bytes]] = {
     ".xz": lzma.decompress,
     ".gz": gzip.decompress,
@@ -40,6 +44,64 @@ def find_text(name: str) -> Path:
     if name in books:
         return books[name]
     raise UserError(f"text: {name} is neither a file nor a shipped book; the books are {', '.join(sorted(books))}.")
+
+
+def find_kinds(names: Sequence[str]) -> dict[str, list[Path]]:
+    """Files by the kind of their text, as `--text` names them.
+
+    Args:
+        names: files, shipped books, and folders, each as it is or as `KIND=NAME`. Of a folder all files are taken; of
+            one that holds nothing but folders, the files of these, whose names are kinds.
+
+    Returns:
+        By kind, in the order in which kinds are first named; the kind of what has no name is empty.
+
+    Raises:
+        UserError: there is no such text, a folder holds none, or only some of the texts are named.
+    """
+    found: dict[str, list[Path]] = {}
+    for name in names:
+        kind, separated, rest = name.partition("=")
+        if not separated or exists(Path(name)):
+            kind, rest = UNNAMED, name
+        elif not kind or not rest:
+            raise UserError(f"text: {name!r} is incomplete; expected KIND=PATH.")
+        path = Path(rest)
+        inside = _in_folder(path) if exists(path) and path.is_dir() else {UNNAMED: [find_text(rest)]}
+        for part, files in inside.items():
+            found.setdefault(kind or part, []).extend(files)
+    if UNNAMED in found and len(found) > 1:
+        named = ", ".join(filter(None, found))
+        raise UserError(f"text: some are named ({named}) and some are not; name all as KIND=PATH, or none.")
+    return found
+
+
+def by_kind(
+    texts: Sequence[_Text] | Mapping[str, Sequence[_Text]],
+) -> Mapping[str, Sequence[_Text]]:
+    """Texts by their kind; those without one are of one kind."""
+    return texts if isinstance(texts, Mapping) else {UNNAMED: texts}
+
+
+def name_texts(paths: Mapping[str, Sequence[Path]]) -> list[str]:
+    """What is noted of texts: the names of files, or how many there are of each kind."""
+    if list(paths) == [UNNAMED]:
+        return [path.name for path in paths[UNNAMED]]
+    return [f"{kind}: {len(files)} texts" for kind, files in paths.items()]
+
+
+def _in_folder(folder: Path) -> dict[str, list[Path]]:
+    """The files of a folder, or of the folders in it, by their names."""
+
+    def files(place: Path) -> list[Path]:
+        return sorted(path for path in place.iterdir() if path.is_file() and not path.name.startswith("."))
+
+    if direct := files(folder):
+        return {UNNAMED: direct}
+    inside = {place.name: files(place) for place in sorted(folder.iterdir()) if place.is_dir()}
+    if not any(inside.values()):
+        raise UserError(f"text: {folder} is a folder without texts.")
+    return {name: found for name, found in inside.items() if found}
 
 
 def read_text(path: Path) -> str:

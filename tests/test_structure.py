@@ -21,6 +21,7 @@ FLOORS = (
     ("errors", "glossary", "timing"),
     ("files",),
     ("texts",),
+    ("kinds",),
     ("models",),
     ("selection",),
     ("decoding", "reporting"),

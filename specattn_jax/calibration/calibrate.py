@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -44,12 +44,14 @@ from specattn_jax.selection.alignment import (
 )
 from specattn_jax.selection.budgets import fit_budgets, length_knots
 from specattn_jax.selection.policy import SelectionPolicy
+from specattn_jax.texts import by_kind
 
 # Nucleus masses at which layers are priced: the mass left out shrinks geometrically.
 LEFT_OUT_GRID = np.geomspace(0.9, 5e-4, 16)
 SAVINGS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 HEATMAP = "heatmap.png"
 _LOGITS_AT_ONCE = 2048
+Documents = Sequence[Sequence[int]] | Mapping[str, Sequence[Sequence[int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,24 +239,29 @@ class Passage(NamedTuple):
     starts: np.ndarray
 
 
-def choose_passages(
-    documents: Sequence[Sequence[int]], settings: CalibrationSettings, rng: np.random.Generator
-) -> list[Passage]:
-    """Passages spread over the documents, and windows spread over each passage.
+def choose_passages(documents: Documents, settings: CalibrationSettings, rng: np.random.Generator) -> list[Passage]:
+    """Passages that visit the kinds of text in turn, and the documents of each; windows spread over each passage.
 
     Raises:
-        UserError: no document is as long as one passage.
+        UserError: a kind has no document as long as one passage, or more kinds than passages of each half.
     """
-    long_enough = [document for document in documents if len(document) >= settings.context]
-    if not long_enough:
-        longest = max((len(document) for document in documents), default=0)
+    kinds = []
+    for kind, texts in by_kind(documents).items():
+        kinds.append([text for text in texts if len(text) >= settings.context])
+        if not kinds[-1]:
+            longest = max((len(text) for text in texts), default=0)
+            raise UserError(
+                f"text: the longest text{f' of {kind}' if kind else ''} has {longest} tokens; expected at least the "
+                f"calibration context of {settings.context} tokens; give a longer text or a shorter --context."
+            )
+    if settings.passages < 2 * len(kinds) > 2:
         raise UserError(
-            f"text: the longest text has {longest} tokens; expected at least the calibration context of "
-            f"{settings.context} tokens; give a longer text or a shorter --context."
+            f"passages is {settings.passages}; expected at least {2 * len(kinds)}, two for each kind of text."
         )
     passages = []
     for index in range(settings.passages):
-        document = long_enough[index % len(long_enough)]
+        texts = kinds[index % len(kinds)]
+        document = texts[index // len(kinds) % len(texts)]
         begin = int(rng.integers(0, len(document) - settings.context + 1))
         tokens = jnp.asarray(document[begin : begin + settings.context], jnp.int32)
         # Spread evenly, each window jittered within its share, so that every context length is seen.
@@ -353,7 +360,7 @@ def price_passage(
 def calibrate(
     target: LanguageModel,
     draft: LanguageModel,
-    documents: Sequence[Sequence[int]],
+    documents: Documents,
     policy: SelectionPolicy,
     *,
     settings: CalibrationSettings | None = None,
@@ -365,7 +372,7 @@ def calibrate(
     Args:
         target: the target; on a mesh where its weights lie on one.
         draft: the draft, likewise.
-        documents: token ids of each text.
+        documents: token ids of each text, or of each text of each kind.
         policy: the mixture policy for which budgets are fitted.
         settings: what to read.
         provenance: noted in the artifact: models and texts.

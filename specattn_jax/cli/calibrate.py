@@ -12,6 +12,7 @@ from specattn_jax.cli import options
 from specattn_jax.cli.process import importing
 from specattn_jax.cli.terminal import check_out, print_json, print_table, stage_bar
 from specattn_jax.errors import UserError
+from specattn_jax.texts import name_texts
 
 GRANULARITIES = ("head", "kv_head", "layer")
 
@@ -23,7 +24,13 @@ def calibrate_command(
     text: options.Texts = None,
     more_texts: options.MoreTexts = None,
     context: Annotated[int, typer.Option(help="Tokens per passage.")] = 2048,
-    passages: Annotated[int, typer.Option(help="Passages: half of them fit the mixture, half the budgets.")] = 4,
+    passages: Annotated[
+        int | None,
+        typer.Option(
+            help="Passages, of all kinds of text in turn: half of them fit the mixture, half the budgets.",
+            show_default="4, at least 2 of each kind",
+        ),
+    ] = None,
     granularity: Annotated[
         str, typer.Option(help=f"Sources of the mixture: {', '.join(GRANULARITIES)}.", metavar="SOURCE")
     ] = "kv_head",
@@ -49,7 +56,7 @@ def calibrate_command(
     settings = CalibrationSettings(
         context=context,
         window=window,
-        passages=passages,
+        passages=max(4, 2 * len(paths)) if passages is None else passages,
         granularity=granularity,  # type: ignore[arg-type]
         seed=seed,
     )
@@ -59,7 +66,7 @@ def calibrate_command(
         mesh = mesh or default_mesh(target, draft, dtype, Wanted(1, context, 0))
         pair = load_pair(target, draft, alignment=None, dtype=dtype, mesh=mesh, progress=bar.bytes)
         documents = bar.read_documents(paths, pair.tokenizer)
-        texts = [path.name for path in paths]
+        texts = name_texts(paths)
         alignment = pair.calibrate(
             documents, out=out, settings=settings, provenance={"texts": texts}, progress=bar.steps
         ).alignment

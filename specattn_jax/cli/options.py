@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from specattn_jax.errors import UserError
-from specattn_jax.texts import find_text, shipped_books
+from specattn_jax.texts import UNNAMED, find_kinds, shipped_books
 
 _REFERENCE = "a preset, a Hugging Face folder, a .gguf file, a folder written by `specattn convert`, or a hub id"
 
@@ -73,28 +73,27 @@ TextSeed = Annotated[
 ]
 Out = Annotated[Path, typer.Option(help="Folder to write; it appears complete or not at all.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
+TEXTS_HELP = (
+    "UTF-8 texts (.xz, .gz, .bz2 too), folders of them, or names of shipped books; several may follow. KIND=F names a "
+    "kind of text; of a folder of folders these are the kinds."
+)
 Texts = Annotated[
     list[str] | None,
-    typer.Option(
-        "--text",
-        help="UTF-8 text (.xz, .gz, .bz2 too) or the name of a shipped book; several may follow.",
-        metavar="F...",
-        show_default="the shipped books for training",
-    ),
+    typer.Option("--text", help=TEXTS_HELP, metavar="F...", show_default="the shipped books for training"),
 ]
 # What follows the first text of `--text F...`.
 MoreTexts = Annotated[list[str] | None, typer.Argument(hidden=True)]
 
 
-def find_texts(text: list[str] | None, more: list[str] | None, split: str = "train") -> list[Path]:
-    """The files that `--text F...` names; the shipped books of a split where it names none.
+def find_texts(text: list[str] | None, more: list[str] | None, split: str = "train") -> dict[str, list[Path]]:
+    """The files that `--text F...` names, by kind; the shipped books of a split where it names none.
 
     Raises:
         UserError: a text does not exist, or stands without the option.
     """
     if more and not text:
         raise UserError(f"{more[0]!r} stands alone; put --text before the texts.")
-    return [find_text(name) for name in [*(text or []), *(more or [])]] or shipped_books(split)
+    return find_kinds([*(text or []), *(more or [])]) or {UNNAMED: shipped_books(split)}
 
 
 def split_names(given: str, option: str) -> list[str]:

@@ -17,6 +17,7 @@ from specattn_jax.cli import options
 from specattn_jax.cli.process import importing
 from specattn_jax.cli.terminal import StageBar, console, on_terminal, print_json, print_table, say, stage_bar
 from specattn_jax.errors import UserError
+from specattn_jax.texts import UNNAMED
 
 if TYPE_CHECKING:
     from specattn_jax.evaluation.tables import Row
@@ -37,7 +38,7 @@ def perplexity_command(
         list[str] | None,
         typer.Option(
             "--text",
-            help="UTF-8 text (.xz, .gz, .bz2 too) or the name of a shipped book; several may follow.",
+            help=f"{options.TEXTS_HELP} Each kind is evaluated apart.",
             metavar="F...",
             show_default="the shipped books for evaluation",
         ),
@@ -48,7 +49,7 @@ def perplexity_command(
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens per document.")] = 2048,
     prefill: Annotated[float, typer.Option(help="Share of each document that is prefilled densely.")] = 0.1,
-    documents: Annotated[int, typer.Option(help="Documents, spread evenly over the texts.")] = 4,
+    documents: Annotated[int, typer.Option(help="Documents, spread evenly over the texts (of each kind).")] = 4,
     batch: Annotated[int, typer.Option(help="Documents read at a time.")] = 4,
     methods: Annotated[
         str,
@@ -78,14 +79,14 @@ def perplexity_command(
     savings, masses = options.split_reading(kv_reduction, p)
     if dataset is not None and (text or more_texts):
         raise UserError(f"--text and --dataset {dataset} both say what to read; give one of them.")
-    paths = options.find_texts(text, more_texts, "valid") if dataset is None else []
+    paths = options.find_texts(text, more_texts, "valid") if dataset is None else {}
     began = time.perf_counter()
 
     with importing():
         from specattn_jax.evaluation.documents import cut_documents, load_dataset_preset, stream_texts, take_documents
         from specattn_jax.evaluation.methods import list_cases, without_p
         from specattn_jax.evaluation.perplexity import EvaluationSettings
-        from specattn_jax.evaluation.report import evaluate_into
+        from specattn_jax.evaluation.report import evaluate_into, evaluate_kinds_into
         from specattn_jax.loading.pair import load_pair
         from specattn_jax.planning.mesh_choice import Wanted, default_mesh
 
@@ -100,28 +101,29 @@ def perplexity_command(
         mesh = mesh or default_mesh(target, draft, dtype, Wanted(batch, context, drift_tokens))
         pair = load_pair(target, draft, alignment=alignment or "default", dtype=dtype, mesh=mesh, progress=bar.bytes)
         if dataset is None:
-            chosen = cut_documents(bar.read_documents(paths, pair.tokenizer), context, documents)
+            read = bar.read_documents(paths, pair.tokenizer)
+            chosen = {kind: cut_documents(texts, context, documents) for kind, texts in read.items()}
         else:
-            chosen = take_documents(
+            streamed = take_documents(
                 stream_texts(dataset),
                 functools.partial(pair.tokenizer.encode, add_special=False),
                 context,
                 documents,
                 functools.partial(bar.steps, "streaming texts"),
             )
-        source = dataset or ", ".join(path.name.split(".")[0] for path in paths)
-        results = evaluate_into(
-            out,
-            pair,
-            chosen,
-            cases,
-            settings,
-            names={"target": target, "draft": draft, "texts": source},
-            command={name: str(value) if isinstance(value, Path) else value for name, value in ctx.params.items()},
-            drift_tokens=drift_tokens,
-            seed=seed,
-            progress=functools.partial(_show, bar),
-        )
+            chosen = {UNNAMED: streamed}
+        source = dataset or ", ".join(path.name.split(".")[0] for path in paths.get(UNNAMED, []))
+        how: dict[str, Any] = {
+            "names": {"target": target, "draft": draft, "texts": source},
+            "command": {name: str(value) if isinstance(value, Path) else value for name, value in ctx.params.items()},
+            "drift_tokens": drift_tokens,
+            "seed": seed,
+            "progress": functools.partial(_show, bar),
+        }
+        if UNNAMED in chosen:
+            results = evaluate_into(out, pair, chosen[UNNAMED], cases, settings, **how)
+        else:
+            results = evaluate_kinds_into(out, pair, chosen, cases, settings, **how)
     report = {"out": str(out), **results, "seconds": time.perf_counter() - began}
     if as_json:
         print_json(report)
@@ -145,7 +147,7 @@ def _print(rows: Sequence[Row]) -> None:
     header, cells = short_cells(rows)
     table = Table(box=box.SIMPLE)
     for name in header:
-        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name in ("kind", "method") else "right", no_wrap=True)
     for row in cells:
         table.add_row(*row)
     # Rather wrapped by a narrow terminal than cut.
@@ -156,7 +158,7 @@ def _summary(report: dict[str, Any]) -> list[tuple[str, str]]:
     """What is below the table."""
     drift = [
         (
-            f"drift, {line['label']}",
+            ", ".join(["drift", *([line["kind"]] if "kind" in line else []), line["label"]]),
             f"KL {line['kl_first_quarter']:.4f} in the first quarter of the new tokens, "
             f"{line['kl_last_quarter']:.4f} in the last",
         )

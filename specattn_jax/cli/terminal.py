@@ -178,12 +178,13 @@ class StageBar:
         """Shows that `done` of `total` steps are done, and a note beside it."""
         self._show(stage, done, total, "steps", note)
 
-    def read_documents(self, paths: Sequence[Path], tokenizer: Tokenizer) -> list[list[int]]:
-        """Token ids of each text, showing which one is read."""
-        documents = []
-        for index, path in enumerate(paths):
-            self.steps("reading texts", index, len(paths))
-            documents.append(tokenizer.encode(read_text(path), add_special=False))
+    def read_documents(self, paths: Mapping[str, Sequence[Path]], tokenizer: Tokenizer) -> dict[str, list[list[int]]]:
+        """Token ids of each text, by kind, showing how many are read."""
+        documents: dict[str, list[list[int]]] = {kind: [] for kind in paths}
+        total = sum(map(len, paths.values()))
+        for kind, path in ((kind, path) for kind, files in paths.items() for path in files):
+            self.steps("reading texts", sum(map(len, documents.values())), total)
+            documents[kind].append(tokenizer.encode(read_text(path), add_special=False))
         return documents
 
     def wait(self, stage: str) -> None:

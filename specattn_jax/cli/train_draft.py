@@ -12,6 +12,7 @@ from specattn_jax.cli import options
 from specattn_jax.cli.process import importing
 from specattn_jax.cli.terminal import StageBar, on_terminal, print_json, print_table, say, stage_bar
 from specattn_jax.errors import UserError
+from specattn_jax.texts import name_texts
 from specattn_jax.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def train_draft_command(
                 settings,
                 out,
                 reference=target,
-                texts=[path.name for path in paths],
+                texts=name_texts(paths),
                 storage=storage,  # type: ignore[arg-type]
                 sample_batch=batch,
                 checkpoint_every=checkpoint_every,
@@ -116,8 +117,8 @@ def train_draft_command(
         pair.calibrate(
             documents,
             out=out / ALIGNMENT,
-            settings=CalibrationSettings(context=min(2048, length), seed=seed),
-            provenance={"texts": [path.name for path in paths]},
+            settings=CalibrationSettings(context=min(2048, length), passages=max(4, 2 * len(paths)), seed=seed),
+            provenance={"texts": name_texts(paths)},
             progress=bar.steps,
         )
     report = _summary(out, read_metrics(out / METRICS)[-1], time.perf_counter() - began)

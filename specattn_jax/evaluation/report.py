@@ -15,9 +15,9 @@ from specattn_jax.evaluation.drift import drift_row, measure_drift
 from specattn_jax.evaluation.methods import FULL, SPECATTN, VEGAS, Case, make_selection
 from specattn_jax.evaluation.perplexity import Evaluation, EvaluationSettings, Progress, open_store, write_tables
 from specattn_jax.evaluation.pictures import drift_curves, pareto, selection_picture, slots_read
-from specattn_jax.evaluation.store import Store
-from specattn_jax.evaluation.tables import Row
-from specattn_jax.files import atomic_file
+from specattn_jax.evaluation.store import SETTINGS, Store
+from specattn_jax.evaluation.tables import Row, of_kind
+from specattn_jax.files import atomic_file, exists
 from specattn_jax.loading.pair import ModelPair
 from specattn_jax.reporting.plots import mixture_heatmap, short_name
 from specattn_jax.reporting.provenance import commit, hardware, versions
@@ -88,6 +88,61 @@ def evaluate_into(
         _write(out / DRIFT, drift)
         if drift:
             _write(out / DRIFT_PICTURE, drift_curves(drift))
+    return {"rows": rows, "drift": drift}
+
+
+def evaluate_kinds_into(
+    out: Path,
+    pair: ModelPair,
+    documents: Mapping[str, Sequence[Sequence[int]]],
+    cases: Sequence[Case],
+    settings: EvaluationSettings,
+    *,
+    names: Mapping[str, str],
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Evaluates every kind of text apart, as `evaluate_into` does, in a folder of its name.
+
+    Every method is steered to the same saving on every kind, so that a row can be compared with the oracle's of its
+    kind. The table of all kinds lies in `out`, written anew after each.
+
+    Args:
+        out: new, empty, or of such an evaluation.
+        pair: the models.
+        documents: token ids by kind, all of one length.
+        cases: as for `evaluate_into`.
+        settings: how documents are read.
+        names: of `target` and `draft`.
+        progress: told about every reading.
+        options: further ones of `evaluate_into`.
+
+    Returns:
+        `rows` and `drift`, as `evaluate_into` does; each has its `kind`.
+
+    Raises:
+        UserError: as `evaluate_into`.
+    """
+    if exists(out / SETTINGS):
+        raise UserError(f"out: {out} holds an evaluation of texts without kinds; choose another folder.")
+    rows: list[Row] = []
+    drift: list[dict[str, Any]] = []
+    for number, (kind, texts) in enumerate(documents.items()):
+
+        def tell(done: int, total: int, case: str, result: str, number: int = number, kind: str = kind) -> None:
+            if progress is not None:
+                progress(number * total + done, len(documents) * total, f"{kind}, {case}", result)
+
+        named = {**names, "texts": kind}
+        found = evaluate_into(out / kind, pair, texts, cases, settings, names=named, progress=tell, **options)
+        rows += of_kind(kind, found["rows"])
+        drift += [{"kind": kind, **line} for line in found["drift"]]
+        about = (
+            f"{names['target']}, drafted by {names['draft']}: every kind of text apart, each on {len(texts)} documents "
+            f"of {len(texts[0])} tokens, {settings.prefill:.0%} prefilled, the rest read in teacher-forced windows of "
+            f"{settings.window}; ± is one standard error over documents."
+        )
+        write_tables(out, rows, about)
     return {"rows": rows, "drift": drift}
 
 

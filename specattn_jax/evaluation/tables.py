@@ -102,9 +102,26 @@ def make_row(case: Case, measured: Measured, full: Measured, context: int) -> Ro
     }
 
 
+def of_kind(kind: str, rows: Sequence[Row]) -> list[Row]:
+    """Rows with the kind of text that they are of, and their KL over the oracle's at the same wanted saving.
+
+    Args:
+        kind: its name.
+        rows: all rows of that kind.
+    """
+    oracle = {row["wanted_kv_reduction"]: row["kl"] for row in rows if row["method"] == "oracle"}
+
+    def ratio(row: Row) -> float | None:
+        best = oracle.get(row["wanted_kv_reduction"])
+        return None if not best or row["method"] == "full" else row["kl"] / best
+
+    return [{**row, "kind": kind, "kl_over_oracle": ratio(row)} for row in rows]
+
+
 def table_cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The table for people: its header, and one tuple of texts per row, with standard errors where there are any."""
-    return _HEADER, [_cells(row) for row in rows]
+    header = ("kind", *_HEADER[:-1], "KL / oracle's", _HEADER[-1]) if any("kind" in row for row in rows) else _HEADER
+    return header, [_cells(row) for row in rows]
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -113,7 +130,11 @@ def _cells(row: Row) -> tuple[str, ...]:
         return format(row[name], style) + ("" if not error else f" ± {format(error, style.removeprefix('+'))}")
 
     full = row["method"] == "full"
+    kind = (row["kind"],) if "kind" in row else ()
+    ratio = row.get("kl_over_oracle")
+    beside = ("" if ratio is None else f"{ratio:.2f}",) if "kind" in row else ()
     return (
+        *kind,
         row["method"],
         row["policy"] or "",
         "" if row["p"] is None else f"{row['p']:.5g}",
@@ -122,6 +143,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         "" if full else with_error("relative_increase", "+.2%"),
         "" if full else with_error("kl", ".4f"),
         "" if full else with_error("top1_fidelity", ".1%"),
+        *beside,
         "" if full else f"{row['captured_mass']:.1%}",
     )
 
@@ -129,9 +151,10 @@ def _cells(row: Row) -> tuple[str, ...]:
 def short_cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The same for a terminal: what matters most, without standard errors."""
     header, cells = table_cells(rows)
-    header = ("method", *header[2:-1])
-    return header, [
-        (f"{method} {policy}".strip(), *(cell.split(" ±")[0] for cell in rest[:-1])) for method, policy, *rest in cells
+    at = header.index("method")
+    return (*header[: at + 1], *header[at + 2 : -1]), [
+        (*row[:at], f"{row[at]} {row[at + 1]}".strip(), *(cell.split(" ±")[0] for cell in row[at + 2 : -1]))
+        for row in cells
     ]
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.resources
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +24,12 @@ from specattn_jax.models.sharding import device_weight_bytes, make_mesh, place, 
 from specattn_jax.models.transformer import LanguageModel
 from specattn_jax.selection.alignment import Alignment, load_alignment
 from specattn_jax.selection.policy import load_policy
-from specattn_jax.texts import read_text
+from specattn_jax.texts import by_kind, read_text
 
 # Stands in a draft's place where the target is alone.
 NO_DRAFT = "none"
 DTYPES = ("auto", "float32", "bfloat16")
+Text: TypeAlias = str | Path | Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,7 @@ class ModelPair:
 
     def calibrate(
         self,
-        documents: Sequence[str | Path | Sequence[int]],
+        documents: Sequence[Text] | Mapping[str, Sequence[Text]],
         *,
         out: Path | None = None,
         policy: str = "default",
@@ -80,7 +82,8 @@ class ModelPair:
         """The same pair with an alignment fitted on text; see `calibration.calibrate`.
 
         Args:
-            documents: texts, files with texts, or token ids; at least one as long as the settings' context.
+            documents: texts, files with texts, or token ids; at least one as long as the settings' context. Given by
+                kind, all kinds are read equally.
             out: folder to write the alignment and its heat-map to; `load_pair` takes it as `alignment`.
             policy: the policy preset for which budgets are fitted.
             settings: what to read of the documents.
@@ -99,12 +102,13 @@ class ModelPair:
             >>> pair.alignment.weights.shape  # 4 target layers of 2 kv heads, and as many draft heads
             (8, 8)
         """
-        names = [document.name for document in documents if isinstance(document, Path)]
+        kinds = by_kind(documents)
+        names = [document.name for texts in kinds.values() for document in texts if isinstance(document, Path)]
         notes = {"target": self.target_name, "draft": self.draft_name, "texts": names, **(provenance or {})}
         alignment, similarity = calibrate(
             self.target,
             self.need_draft(),
-            [self.encode(document) for document in documents],
+            {kind: [self.encode(document) for document in texts] for kind, texts in kinds.items()},
             load_policy(policy),
             settings=settings,
             provenance=notes,

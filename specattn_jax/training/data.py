@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +20,7 @@ from specattn_jax.files import atomic_file, sensible
 from specattn_jax.loading.draft import embedding_fingerprint
 from specattn_jax.models.transformer import LanguageModel
 from specattn_jax.runtime.session import Session
+from specattn_jax.texts import by_kind
 from specattn_jax.training.settings import TrainSettings
 
 # The last part of every text is kept from training, to watch acceptance on.
@@ -25,39 +28,68 @@ HELD_OUT = 0.02
 # The target writes at these temperatures in turn: half of it greedily, as drafts are mostly asked to decode, the rest
 # with enough chance to leave loops.
 TEMPERATURES = (0.0, 0.6, 0.0, 1.0)
+# Token ids of each text, or of each text of each kind.
+Documents = Sequence[Sequence[int]] | Mapping[str, Sequence[Sequence[int]]]
 
 
 def split_documents(documents: Sequence[Sequence[int]], length: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Training part and held-out end of every text.
+    """Training part and held-out end of every text of a kind; texts shorter than a sequence are joined into one.
 
     Raises:
-        UserError: no text is as long as one sequence.
+        UserError: all texts together are shorter than one sequence.
     """
     arrays = [np.asarray(document, np.int32) for document in documents]
-    ends = [len(array) - max(1, int(len(array) * HELD_OUT)) for array in arrays]
-    train = [array[:end] for array, end in zip(arrays, ends, strict=True) if end >= length]
+    short = [array for array in arrays if _training_part(array) < length]
+    texts = [array for array in arrays if _training_part(array) >= length]
+    if short:
+        texts.append(np.concatenate(short))
+    train = [text[: _training_part(text)] for text in texts if _training_part(text) >= length]
     if not train:
-        longest = max((len(array) for array in arrays), default=0)
+        longest = max((len(text) for text in texts), default=0)
         raise UserError(
             f"text: the longest has {longest} tokens, of which the last {HELD_OUT:.0%} are held out; expected at least "
             f"one training sequence of {length} tokens; give longer texts or a smaller --length."
         )
-    return train, [array[end:] for array, end in zip(arrays, ends, strict=True)]
+    return train, [text[_training_part(text) :] for text in texts]
 
 
-def random_windows(documents: Sequence[np.ndarray], count: int, length: int, rng: np.random.Generator) -> np.ndarray:
-    """Windows `[count, length]` that start anywhere in the texts with equal chance."""
-    fitting = [document for document in documents if len(document) >= length]
-    if not fitting:
-        raise UserError(f"text: no text has {length} tokens; give longer texts.")
-    room = np.array([len(document) - length + 1 for document in fitting])
-    which = rng.choice(len(fitting), size=count, p=room / room.sum())
-    return np.stack([fitting[index][(at := rng.integers(room[index])) : at + length] for index in which])
+def _training_part(text: np.ndarray) -> int:
+    """Tokens of a text before its held-out end."""
+    return len(text) - max(1, int(len(text) * HELD_OUT))
+
+
+def split_kinds(documents: Documents, length: int) -> tuple[list[list[np.ndarray]], list[list[np.ndarray]]]:
+    """`split_documents` of every kind of text.
+
+    Raises:
+        UserError: a kind has too little text.
+    """
+    split = [split_documents(texts, length) for texts in by_kind(documents).values()]
+    return [train for train, _ in split], [ends for _, ends in split]
+
+
+def random_windows(
+    kinds: Sequence[Sequence[np.ndarray]], count: int, length: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Windows `[count, length]`: each kind of text has equal chance, and each place in the texts of a kind."""
+    fitting: list[np.ndarray] = []
+    chances: list[np.ndarray] = []
+    for texts in kinds:
+        long = [text for text in texts if len(text) >= length]
+        if not long:
+            raise UserError(f"text: no text has {length} tokens; give longer texts.")
+        room = np.array([len(text) - length + 1 for text in long])
+        fitting += long
+        chances.append(room / room.sum())
+    which = rng.choice(len(fitting), size=count, p=np.concatenate(chances) / len(kinds))
+    return np.stack(
+        [fitting[index][(at := rng.integers(len(fitting[index]) - length + 1)) : at + length] for index in which]
+    )
 
 
 def write_continuations(
     target: LanguageModel,
-    prompts: np.ndarray,
+    prompts: Sequence[Sequence[int]],
     written: int,
     temperature: float,
     seed: int,
@@ -65,21 +97,21 @@ def write_continuations(
     batch: int = 256,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """The prompts `[n, length]`, each followed by `written` tokens of the target's own."""
+    """What the target writes after each of the n prompts, of any lengths: `[n, written]`, past its end tokens too."""
     strategy = Autoregressive(DecodeSettings(Sampling(temperature)))
     session = Session(Models(target))
     parts = []
     for begin in range(0, len(prompts), batch):
         part = prompts[begin : begin + batch]
-        count, length = part.shape
         # The last batch is filled up, so that everything is compiled once.
-        full = np.resize(part, (min(batch, len(prompts)), length))
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), begin), len(full))
-        state = session.prefill(full.tolist(), written, settings=strategy.settings, keys=keys)
+        size = min(batch, len(prompts))
+        full = [list(part[index % len(part)]) for index in range(size)]
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), begin), size)
+        state = session.prefill(full, written, settings=strategy.settings, keys=keys)
         state = session.decode(strategy, session.start(strategy, state), written)
-        parts.append(np.concatenate([part, np.asarray(state.output)[:count, :written]], axis=1))
+        parts.append(np.asarray(state.output)[: len(part), :written])
         if progress is not None:
-            progress(begin + count)
+            progress(begin + len(part))
     return np.concatenate(parts)
 
 
@@ -88,19 +120,21 @@ class TrainingData:
     """Everything that batches are drawn from.
 
     Attributes:
-        documents: training part of every text.
+        kinds: training part of every text of each kind.
         own: texts `[n, prompt + written]` that the target continued.
         held_out: prompts from the held-out ends, `[n, prompt + written]`, continued greedily.
     """
 
-    documents: list[np.ndarray]
+    kinds: list[list[np.ndarray]]
     own: np.ndarray
     held_out: np.ndarray
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that batches are drawn from; a resumed run must find the same."""
         digest = hashlib.sha256()
-        for array in [*self.documents, self.own]:
+        if len(self.kinds) > 1:
+            digest.update(repr([len(texts) for texts in self.kinds]).encode())
+        for array in [*itertools.chain(*self.kinds), self.own]:
             digest.update(repr(array.shape).encode() + np.ascontiguousarray(array, np.int32).tobytes())
         return digest.hexdigest()
 
@@ -108,7 +142,7 @@ class TrainingData:
         """Rows `[rows, length]` of one step: a function of seed and step alone, so that a resumed run sees the same."""
         rng = np.random.default_rng([settings.seed, step])
         num_own = round(settings.rows * settings.own_share)
-        books = random_windows(self.documents, max(settings.rows - num_own, 1), settings.length, rng)
+        books = random_windows(self.kinds, max(settings.rows - num_own, 1), settings.length, rng)
         per_row = settings.length // self.own.shape[1]
         chosen = self.own[rng.integers(len(self.own), size=(num_own, per_row))]
         return np.concatenate([books[: settings.rows - num_own], chosen.reshape(num_own, settings.length)])
@@ -116,7 +150,7 @@ class TrainingData:
 
 def make_data(
     target: LanguageModel,
-    documents: Sequence[Sequence[int]],
+    documents: Documents,
     settings: TrainSettings,
     *,
     held_out: int = 64,
@@ -124,7 +158,7 @@ def make_data(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> TrainingData:
     """Splits the texts and lets the target continue pieces of them, at several temperatures."""
-    train, ends = split_documents(documents, settings.length)
+    train, ends = split_kinds(documents, settings.length)
     rng = np.random.default_rng(settings.seed)
     share = -(-settings.continuations // len(TEMPERATURES))
     own = []
@@ -136,19 +170,25 @@ def make_data(
                 progress("the target writes", before + done, share * len(TEMPERATURES))
 
         seed = settings.seed * len(TEMPERATURES) + index
-        own.append(
-            write_continuations(target, prompts, settings.written, temperature, seed, batch=batch, progress=tell)
-        )
-    long_ends = [end for end in ends if len(end) >= settings.prompt] or train
+        own.append(_continued(target, prompts, settings.written, temperature, seed, batch=batch, progress=tell))
+    long_ends = [
+        [end for end in of_kind if len(end) >= settings.prompt] or texts
+        for of_kind, texts in zip(ends, train, strict=True)
+    ]
     prompts = random_windows(long_ends, held_out, settings.prompt, rng)
-    greedy = write_continuations(target, prompts, settings.written, 0.0, settings.seed, batch=batch)
+    greedy = _continued(target, prompts, settings.written, 0.0, settings.seed, batch=batch)
     return TrainingData(train, np.concatenate(own), greedy)
+
+
+def _continued(target: LanguageModel, prompts: np.ndarray, *arguments: Any, **options: Any) -> np.ndarray:
+    """Prompts `[n, prompt]`, each with what `write_continuations` adds."""
+    return np.concatenate([prompts, write_continuations(target, prompts.tolist(), *arguments, **options)], axis=1)
 
 
 def load_or_make_data(
     file: Path,
     target: LanguageModel,
-    documents: Sequence[Sequence[int]],
+    documents: Documents,
     settings: TrainSettings,
     *,
     batch: int = 256,
@@ -159,7 +199,7 @@ def load_or_make_data(
     Args:
         file: `.npz`; read if it exists, written otherwise.
         target: the target.
-        documents: token ids of each text.
+        documents: token ids of each text, or of each text of each kind.
         settings: of the run.
         batch: texts that the target writes at once.
         progress: told the stage, texts done and texts in all.
@@ -181,14 +221,16 @@ def load_or_make_data(
             f"{file}: holds what another target wrote, or after other texts or settings; choose another folder or "
             "remove the file."
         )
-    return TrainingData(split_documents(documents, settings.length)[0], own, held_out)
+    return TrainingData(split_kinds(documents, settings.length)[0], own, held_out)
 
 
-def _origin(target: LanguageModel, documents: Sequence[Sequence[int]], settings: TrainSettings) -> str:
+def _origin(target: LanguageModel, documents: Documents, settings: TrainSettings) -> str:
     """What the target's own texts depend on, as one digest."""
     wanted = (settings.length, settings.continuations, settings.prompt, settings.written, settings.seed, TEMPERATURES)
     digest = hashlib.sha256(repr(wanted).encode())
     digest.update(embedding_fingerprint(np.asarray(target.module().embedding[...])).encode())
-    for document in documents:
-        digest.update(np.asarray(document, np.int32).tobytes())
+    for kind, texts in by_kind(documents).items():
+        digest.update(kind.encode())
+        for document in texts:
+            digest.update(np.asarray(document, np.int32).tobytes())
     return digest.hexdigest()

@@ -13,7 +13,7 @@ from specattn_jax.files import atomic_file
 from specattn_jax.loading.draft import Storage, save_draft
 from specattn_jax.models.transformer import LanguageModel
 from specattn_jax.reporting.plots import training_curves
-from specattn_jax.training.data import load_or_make_data
+from specattn_jax.training.data import Documents, load_or_make_data
 from specattn_jax.training.settings import TrainSettings
 from specattn_jax.training.trainer import METRICS, Report, assemble, read_metrics, train
 
@@ -22,7 +22,7 @@ DRAFT, ALIGNMENT, CURVES, SAMPLES = "draft", "alignment", "curves.png", "own_tex
 
 def distil(
     target: LanguageModel,
-    documents: Sequence[Sequence[int]],
+    documents: Documents,
     settings: TrainSettings,
     out: Path,
     *,
@@ -40,7 +40,7 @@ def distil(
 
     Args:
         target: the teacher.
-        documents: token ids of each text.
+        documents: token ids of each text, or of each text of each kind; kinds are learnt in equal shares.
         settings: the run.
         out: for `draft/` (complete or absent), `metrics.jsonl`, `curves.png`, `checkpoints/` and what the target wrote.
         reference: of the target, as `resolve` takes it; the draft borrows its embedding and output matrix from there.

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from specattn_jax.errors import UserError
+from specattn_jax.kinds import python_sources
 from specattn_jax.loading.tokenizer import Tokenizer
 from specattn_jax.texts import read_text, shipped_books
 
@@ -214,9 +215,9 @@ def _code_completion(chance: random.Random, room: int, tokenizer: Tokenizer) -> 
 
 def _sources() -> list[Path]:
     """Modules of the standard library that are long enough, in the order of their names."""
-    folder = Path(sysconfig.get_path("stdlib"))
-    found = [path for path in sorted(folder.glob("*.py")) if path.stat().st_size > 8_000 and path.name != "this.py"]
+    found = python_sources("valid")
     if not found:
+        folder = sysconfig.get_path("stdlib")
         raise UserError(f"tasks names code_completion, but {folder} holds no sources of Python; leave it out.")
     return found
 
