@@ -72,6 +72,23 @@ def test_an_interrupted_run_goes_on_and_its_draft_serves(train, tiny_folders, tm
 
 
 @pytest.mark.slow
+def test_a_draft_of_several_kinds_of_text(tiny_folders, tmp_path):
+    kinds = {"prose": "It was a wide and silent sea. ", "tables": "| 1 | 2 |\n"}
+    for kind, text in kinds.items():
+        (tmp_path / "texts" / kind).mkdir(parents=True)
+        # Each is shorter than a sequence, all together are not, but for one that calibration takes.
+        for number, size in enumerate((100, 90, 80, 300)):
+            (tmp_path / "texts" / kind / f"{number}.txt").write_text((text * 60)[:size])
+    out = tmp_path / "run"
+    texts = ["--text", tmp_path / "texts", "--out", out]
+    assert run("train-draft", "--target", tiny_folders.target, *texts, *SMALL).exit_code == 0
+    notes = json.loads((out / "draft" / "specattn_draft.json").read_text())["notes"]
+    fitted = json.loads((out / "alignment" / "alignment.json").read_text())["provenance"]
+    assert notes["texts"] == fitted["texts"] == ["prose: 4 texts", "tables: 4 texts"]
+    assert fitted["settings"]["passages"] == 4
+
+
+@pytest.mark.slow
 def test_a_log_file_gets_a_line_for_every_checkpoint(train):
     assert not console.is_terminal
     lines = run(*train).stderr.splitlines()
