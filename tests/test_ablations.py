@@ -58,7 +58,9 @@ def make(ingredients, **changes):
     left_out = jnp.asarray(rng.uniform(0.1, 0.4, ROWS), jnp.float32)
     weights = jnp.asarray(rng.dirichlet(np.ones(8), ROWS), jnp.float32)
     ablation = Ablation.make(weights, left_out, 0.0, ingredients, TARGET, DRAFT)
-    state, _ = ablation.init(Opening(TARGET, jnp.asarray(PAST, jnp.int32), SLOTS, 5, jnp.float32, None, None))
+    state = ablation.init(
+        Opening(TARGET, jnp.asarray(PAST, jnp.int32), SLOTS, 5, jnp.float32, None, None, None, None)
+    ).state
     return ablation, dataclasses.replace(state, **changes)
 
 

@@ -208,7 +208,9 @@ def one_layer(inputs):
 
 def begin(baseline):
     """The state before the first window."""
-    return baseline.init(Opening(CONFIG, jnp.asarray(PAST, jnp.int32), 48, 3, jnp.float32, None, None))[0]
+    return baseline.init(
+        Opening(CONFIG, jnp.asarray(PAST, jnp.int32), 48, 3, jnp.float32, None, None, None, None)
+    ).state
 
 
 def nucleus(row, p):

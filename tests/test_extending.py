@@ -28,7 +28,7 @@ from specattn_jax.models.forward import forward
 from specattn_jax.runtime.generate import generate
 from specattn_jax.runtime.request import Request
 from specattn_jax.runtime.session import Session
-from specattn_jax.selection.protocol import LayerChoice, Opening, Seen, Undrafted
+from specattn_jax.selection.protocol import LayerChoice, Opened, Opening, Seen, Undrafted
 from specattn_jax.selection.reads import attend_as_chosen, layer_shares, past_mask
 
 PROMPTS = ["Call me Ishmael.", "Once upon a time there was a cache"]
@@ -84,8 +84,8 @@ class Scattered(Undrafted):
     share: float = 0.3
     recent: int = 4
 
-    def init(self, opening: Opening) -> tuple[Key[Array, ""], KVCache | None]:
-        return jax.random.key(0), opening.draft_cache
+    def init(self, opening: Opening) -> Opened:
+        return opening.opened(jax.random.key(0))
 
     def plan(
         self, state: Key[Array, ""], draft_cache: KVCache | None, past: Int32[Array, " B"]

@@ -22,7 +22,7 @@ from specattn_jax.loading.pair import NO_DRAFT
 from specattn_jax.models.cache import KVCache
 from specattn_jax.models.forward import Attend, Read
 from specattn_jax.selection.policy import SelectionPolicy, load_policy
-from specattn_jax.selection.protocol import Opening, Seen, Selection
+from specattn_jax.selection.protocol import Opened, Opening, Seen, Selection
 
 AUTOREGRESSIVE, SPECULATIVE, SPECATTN = "autoregressive", "speculative", "specattn"
 RIVAL, DENSE_DRAFT = "sparse draft, dense verification", "specattn, dense draft"
@@ -80,7 +80,7 @@ class DraftOnly:
 
     inner: Selection
 
-    def init(self, opening: Opening) -> tuple[Any, KVCache | None]:
+    def init(self, opening: Opening) -> Opened:
         """That of the other."""
         return self.inner.init(opening)
 

@@ -78,7 +78,7 @@ class Speculative:
         """Lets the selection begin; it may let the draft read its last two tokens."""
         draft, cache = drafting(models, state)
         past = state.target_cache.lengths
-        own, opened = self.selection.init(
+        opened = self.selection.init(
             Opening(
                 target=models.target.config,
                 past=past,
@@ -87,9 +87,16 @@ class Speculative:
                 dtype=draft.dtype,
                 draft_cache=cache,
                 read=lambda attend: forward(draft, state.last, cache.at(past - 1), attend),
+                target_cache=state.target_cache,
+                read_target=lambda attend: forward(models.target, state.last, state.target_cache.at(past - 1), attend),
             )
         )
-        return dataclasses.replace(state, draft_cache=None if opened is None else opened.at(past - 1), own=own)
+        return dataclasses.replace(
+            state,
+            target_cache=opened.target_cache.at(past),
+            draft_cache=None if opened.draft_cache is None else opened.draft_cache.at(past - 1),
+            own=opened.state,
+        )
 
     def verify(
         self, models: Models, state: DecodeState, keys: Key[Array, " B"], choose_token: Chooser | None = None

@@ -21,7 +21,7 @@ from specattn_jax.models.cache import KVCache
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.models.forward import Attend, Attended, Read
 from specattn_jax.selection.alignment import Alignment
-from specattn_jax.selection.protocol import LayerChoice, LayerRead, Opening, Seen
+from specattn_jax.selection.protocol import LayerChoice, LayerRead, Opened, Opening, Seen
 from specattn_jax.selection.reads import layer_shares, past_mask, plan_share
 
 # What is selected: slots, blocks by the sum or maximum of their scores, or slots for which whole blocks are fetched.
@@ -162,7 +162,7 @@ class Ablation:
         extras = frozenset(name for name, used in has.items() if used)
         return cls(weights, left_out, jnp.asarray(wanted, jnp.float32), numbers, extras, target, draft)
 
-    def init(self, opening: Opening) -> tuple[Memory, KVCache | None]:
+    def init(self, opening: Opening) -> Opened:
         """Nothing seen yet."""
         shape, zero = (opening.batch, len(self.weights), opening.num_slots), jnp.zeros((opening.batch,), jnp.float32)
         memory = Memory(
@@ -174,7 +174,7 @@ class Ablation:
             windows=jnp.zeros((), jnp.int32),
             integral=zero,
         )
-        return memory, opening.draft_cache
+        return opening.opened(memory)
 
     def _no_steps(self, shape: tuple[int, ...]) -> StepScores:
         """Scores before the first draft step."""

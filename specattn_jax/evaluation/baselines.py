@@ -17,16 +17,16 @@ from specattn_jax.evaluation.attention import attention_read, remember
 from specattn_jax.models.cache import KVCache
 from specattn_jax.models.config import ModelConfig
 from specattn_jax.selection.alignment import NucleusMass, Steering, reduce_heads
-from specattn_jax.selection.protocol import LayerChoice, LayerRead, LayerReader, Opening, Seen, Undrafted
+from specattn_jax.selection.protocol import LayerChoice, LayerRead, LayerReader, Opened, Opening, Seen, Undrafted
 from specattn_jax.selection.reads import layer_shares
 
 
 class _Forgetful(Undrafted):
     """The part of a selection that remembers nothing."""
 
-    def init(self, opening: Opening) -> tuple[tuple[()], KVCache | None]:
+    def init(self, opening: Opening) -> Opened:
         """Nothing."""
-        return (), opening.draft_cache
+        return opening.opened(())
 
     def learn(self, state: tuple[()], seen: Seen) -> tuple[()]:
         """Nothing."""
@@ -164,9 +164,9 @@ class Oracle(Undrafted):
     dense_layers: int = dataclasses.field(default=0, metadata={"static": True})
     block_size: int = dataclasses.field(default=1, metadata={"static": True})
 
-    def init(self, opening: Opening) -> tuple[Steering, KVCache | None]:
+    def init(self, opening: Opening) -> Opened:
         """Nothing was read yet."""
-        return Steering.start(opening.batch, self.target.num_layers), opening.draft_cache
+        return opening.opened(Steering.start(opening.batch, self.target.num_layers))
 
     def plan(
         self, state: Steering, draft_cache: KVCache | None, past: Int32[Array, " B"]
@@ -237,12 +237,12 @@ class Vegas(Undrafted):
     num_sink: int = dataclasses.field(default=4, metadata={"static": True})
     num_recent: int = dataclasses.field(default=16, metadata={"static": True})
 
-    def init(self, opening: Opening) -> tuple[VegasState, KVCache | None]:
+    def init(self, opening: Opening) -> Opened:
         """Nothing was seen yet."""
         layers = self.target.num_layers
         empty = jnp.zeros((opening.batch, self.target.num_kv_heads, opening.num_slots), jnp.float32)
         state = VegasState((empty,) * layers, Steering.start(opening.batch, layers), jnp.zeros((), jnp.int32))
-        return state, opening.draft_cache
+        return opening.opened(state)
 
     def plan(
         self, state: VegasState, draft_cache: KVCache | None, past: Int32[Array, " B"]

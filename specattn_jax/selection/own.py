@@ -21,7 +21,7 @@ from specattn_jax.models.cache import KVCache, Look
 from specattn_jax.models.forward import Attend, Attended, Read
 from specattn_jax.selection.looks import attend_and_look, newest_look, note_look, score_looks, window_looks
 from specattn_jax.selection.policy import LEAST_DRAFT_ENTRIES
-from specattn_jax.selection.protocol import Opening, Seen
+from specattn_jax.selection.protocol import Opened, Opening, Seen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,13 +102,13 @@ class SparseDraft:
 
     reads: OwnReads = dataclasses.field(default_factory=OwnReads)
 
-    def init(self, opening: Opening) -> tuple[DraftState, KVCache | None]:
+    def init(self, opening: Opening) -> Opened:
         """The draft's last two tokens read everything, and say what to read first."""
         read = opening.read(attend_and_look(None))
         plan = self.reads.plan(read.notes, read.cache, opening.past, 2 * (opening.window + 1))
         watched = jax.tree.map(lambda x: jnp.zeros((opening.window, *x.shape), x.dtype), newest_look(read.notes))
         watched = lay(opening.split, watched, "W M B N")
-        return DraftState(watched, plan), read.cache
+        return Opened(DraftState(watched, plan), read.cache, opening.target_cache)
 
     def observe(
         self, state: DraftState, read: Callable[[Attend], Read], step: Int32[Array, ""]

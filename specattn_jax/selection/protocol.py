@@ -78,6 +78,8 @@ class Opening(NamedTuple):
         dtype: of the draft.
         draft_cache: the draft's cache; None without a draft.
         read: lets the draft read its last two tokens, attending as it is told.
+        target_cache: the target's cache.
+        read_target: lets the target read the same two tokens, of which its cache holds the first.
     """
 
     target: ModelConfig
@@ -87,6 +89,8 @@ class Opening(NamedTuple):
     dtype: DTypeLike
     draft_cache: KVCache | None
     read: Callable[[Attend], Read]
+    target_cache: KVCache
+    read_target: Callable[[Attend], Read]
 
     @property
     def batch(self) -> int:
@@ -98,13 +102,31 @@ class Opening(NamedTuple):
         """How the draft is split over a mesh."""
         return None if self.draft_cache is None else self.draft_cache.split
 
+    def opened(self, state: Any) -> Opened:
+        """What a selection gives that has read nothing."""
+        return Opened(state, self.draft_cache, self.target_cache)
+
+
+class Opened(NamedTuple):
+    """How a selection has begun.
+
+    Attributes:
+        state: its state before the first window.
+        draft_cache: the draft's cache, in which `Opening.read` may have written.
+        target_cache: the target's, in which `Opening.read_target` may have written.
+    """
+
+    state: Any
+    draft_cache: KVCache | None
+    target_cache: KVCache
+
 
 @runtime_checkable
 class Selection(Protocol):
     """Decides what is read, by the draft and by the target; a pytree. Its state keeps its structure from `init` on."""
 
-    def init(self, opening: Opening) -> tuple[Any, KVCache | None]:
-        """The state before the first window, and the draft's cache (in which `opening.read` may have written)."""
+    def init(self, opening: Opening) -> Opened:
+        """The state before the first window, and both caches."""
         ...
 
     def observe(self, state: Any, read: Callable[[Attend], Read], step: Int32[Array, ""]) -> tuple[Read, Any]:

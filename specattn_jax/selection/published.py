@@ -16,7 +16,7 @@ from specattn_jax.models.forward import Attend, Attended, Read
 from specattn_jax.models.sharding import replicated
 from specattn_jax.selection.alignment import Alignment, NucleusMass, reduce_heads
 from specattn_jax.selection.policy import SelectionPolicy
-from specattn_jax.selection.protocol import LayerChoice, Opening, Seen
+from specattn_jax.selection.protocol import LayerChoice, Opened, Opening, Seen
 
 
 @jax.tree_util.register_dataclass
@@ -52,10 +52,10 @@ class Published:
         """Draft layers that stand for a sparse target layer."""
         return tuple(sorted({source for _, source in self._sparse_layers}))
 
-    def init(self, opening: Opening) -> tuple[Bool[Array, "B rows S"], KVCache | None]:
+    def init(self, opening: Opening) -> Opened:
         """No slot is in a nucleus yet."""
         shape = (opening.batch, len(self._watched_layers), opening.num_slots)
-        return lay(opening.split, jnp.zeros(shape, jnp.bool_), "B rows S"), opening.draft_cache
+        return opening.opened(lay(opening.split, jnp.zeros(shape, jnp.bool_), "B rows S"))
 
     def observe(
         self, state: Bool[Array, "B rows S"], read: Callable[[Attend], Read], step: Int32[Array, ""]

@@ -12,7 +12,7 @@ from specattn_kernels import SelectionPlan, plan_slots
 
 from specattn_jax.models.cache import KVCache
 from specattn_jax.models.forward import Attend, Attended
-from specattn_jax.selection.protocol import LayerChoice, LayerRead, LayerSeen, Opening, Seen, Undrafted
+from specattn_jax.selection.protocol import LayerChoice, LayerRead, LayerSeen, Opened, Opening, Seen, Undrafted
 
 
 def attend_as_chosen(choices: Sequence[LayerChoice] | None) -> Attend:
@@ -70,9 +70,9 @@ def past_mask(plan: SelectionPlan | None, past: Int32[Array, " B"], cache: KVCac
 class ReadEverything(Undrafted):
     """The selection that selects nothing: draft and target read all of their caches."""
 
-    def init(self, opening: Opening) -> tuple[tuple[()], KVCache | None]:
+    def init(self, opening: Opening) -> Opened:
         """Nothing to remember."""
-        return (), opening.draft_cache
+        return opening.opened(())
 
     def plan(self, state: tuple[()], draft_cache: KVCache | None, past: Int32[Array, " B"]) -> tuple[None, tuple[()]]:
         """Everything."""
