@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
@@ -63,8 +64,14 @@ def selection(policy: str, p: float, *, granularity: str = "kv_head", **changes)
     return selection_for(TARGET, DRAFT, policy, p, alignment=alignment, **{"draft_reads": 1.0, **changes})
 
 
-def selected(chooser: DraftedSelection, attention: np.ndarray) -> list[list[list[set[int]]] | None]:
-    """Lets a selection watch the window; the slots per layer, sequence and kv head."""
+def selected(chooser: DraftedSelection, attention: np.ndarray, **opened: Any) -> list[list[list[set[int]]] | None]:
+    """Lets a selection watch the window; the slots per layer, sequence and kv head.
+
+    Args:
+        chooser: the selection.
+        attention: of the draft.
+        opened: what the target saw when decoding began, in the place of what it would have read.
+    """
     queries, cache = attending(attention)
     past = jnp.asarray(PAST, jnp.int32)
 
@@ -78,7 +85,10 @@ def selected(chooser: DraftedSelection, attention: np.ndarray) -> list[list[list
 
         return read
 
-    state, draft_cache = chooser.init(Opening(TARGET, past, SLOTS, STEPS, jnp.float32, cache, reading(0)))
+    forgetful = dataclasses.replace(chooser.policy, opening_weight=0.0)
+    opening = Opening(TARGET, past, SLOTS, STEPS, jnp.float32, cache, reading(0), None, None)
+    state, draft_cache, _ = dataclasses.replace(chooser, policy=forgetful).init(opening)
+    state = dataclasses.replace(state, **opened) if opened else state
     for step in range(STEPS):
         _, state = chooser.observe(state, reading(step), jnp.int32(step))
     plans, _ = chooser.plan(state, draft_cache, past)
@@ -139,6 +149,26 @@ def test_default_is_one_nucleus_of_the_mixture_of_the_maximum(p, granularity):
                 best = nucleus(predicted[row, layer * 2 + head, :past], masses[layer * 2 + head])
                 wanted = best | {0, 1} | set(range(past - 3, past))
                 assert got[layer][row][head] == wanted
+
+
+@pytest.mark.parametrize("windows", [0, 4])
+def test_what_the_target_looked_at_in_the_beginning_counts_beside_the_mixture(windows):
+    policy = {"opening_weight": 0.5, "opening_life": 4.0}
+    attention, chooser = draft_attention(0), selection("default", 0.8, num_sink=2, num_recent=3)
+    target = np.random.default_rng(5).dirichlet(np.full(SLOTS, 0.2), (BATCH, 4, 2)).astype(np.float32)
+    steering = dataclasses.replace(
+        Steering.start(BATCH, TARGET.num_layers), windows=jnp.full((BATCH,), windows, jnp.int32)
+    )
+    chooser = dataclasses.replace(chooser, policy=dataclasses.replace(chooser.policy, **policy))
+    got = selected(chooser, attention, opening=jnp.asarray(target), steering=steering)
+    sources = attention.astype(np.float64).reshape(STEPS, 3, BATCH, 2, 2, SLOTS).mean(4)
+    sources = np.moveaxis(sources, 2, 1).reshape(STEPS, BATCH, 6, SLOTS)
+    predicted = np.einsum("ar,brs->bas", np.asarray(chooser.alignment.weights, np.float64), sources.max(0))
+    predicted = predicted.reshape(target.shape) + (0.25 if windows else 0.5) * target
+    for layer, row, head in itertools.product(range(4), range(BATCH), range(2)):
+        past = PAST[row]
+        best = nucleus(predicted[row, layer, head, :past], 0.8)
+        assert got[layer][row][head] == best | {0, 1} | set(range(past - 3, past))
 
 
 @pytest.mark.parametrize("threshold", ["exact", "linear"])
@@ -234,7 +264,7 @@ def draft_plan(chooser: Mixture, attention: np.ndarray):
     """What the draft is to read after a window in which it looked so."""
     queries, cache = attending(attention)
     looks = Look(jnp.asarray(queries), jnp.zeros(queries.shape[:-1], jnp.float32))
-    state = MixtureState(looks, None, Steering.start(BATCH, TARGET.num_layers))
+    state = MixtureState(looks, None, Steering.start(BATCH, TARGET.num_layers), None)
     return chooser.plan(state, cache, jnp.asarray(PAST, jnp.int32))[1].draft_plan
 
 

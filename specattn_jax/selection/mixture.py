@@ -28,7 +28,7 @@ from specattn_jax.models.sharding import replicated, target_split
 from specattn_jax.selection.alignment import Alignment, NucleusMass, Steering, reduce_heads
 from specattn_jax.selection.looks import attend_and_look, note_look, score_looks, window_looks
 from specattn_jax.selection.policy import LEAST_DRAFT_ENTRIES, SelectionPolicy
-from specattn_jax.selection.protocol import LayerChoice, Opening, Seen
+from specattn_jax.selection.protocol import LayerChoice, Opened, Opening, Seen
 from specattn_jax.selection.reads import layer_shares
 
 # Layers for which is selected at a time where there are no kernels.
@@ -46,11 +46,13 @@ class MixtureState:
             largest attention so far, `[B, R, S]`, in the draft's dtype, as it only puts entries in order.
         draft_plan: what the draft reads, layer by layer; None is everything.
         steering: what the target read so far.
+        opening: what the target itself looked at when decoding began; None where the policy does not want it.
     """
 
     watched: Look | Float[Array, "B R S"]
     draft_plan: SelectionPlan | None
     steering: Steering
+    opening: Float[Array, "B L K S"] | None
 
 
 @jax.tree_util.register_dataclass
@@ -94,7 +96,7 @@ class Mixture:
         """Whether the draft reads only a part of its cache."""
         return self.policy.draft_reads < 1.0
 
-    def init(self, opening: Opening) -> tuple[MixtureState, KVCache | None]:
+    def init(self, opening: Opening) -> Opened:
         """Nothing watched yet; a sparse draft reads what its last two tokens look at most, for which they read all."""
         cache, draft_plan = opening.draft_cache, None
         watched: Look | Float[Array, "B R S"]
@@ -113,7 +115,12 @@ class Mixture:
             scores = score_looks(read.notes, cache, opening.past)
             draft_plan = self._draft_plan(scores, opening.past, opening.window, cache.split)
         steering = lay(opening.split, Steering.start(opening.batch, self.target.num_layers), "B")
-        return MixtureState(watched, draft_plan, steering), cache
+        looked, target_cache = None, opening.target_cache
+        if self.policy.opening_weight > 0.0:
+            seen = opening.read_target(attend_and_look(None))
+            target_cache = seen.cache
+            looked = score_looks(seen.notes, target_cache, opening.past)
+        return Opened(MixtureState(watched, draft_plan, steering, looked), cache, target_cache)
 
     def observe(
         self, state: MixtureState, read: Callable[[Attend], Read], step: Int32[Array, ""]
@@ -153,9 +160,9 @@ class Mixture:
         else:
             sources, watched = state.watched, jnp.zeros_like(state.watched)
         split = None if draft_cache is None else target_split(draft_cache.split)
-        plans = self._select(sources, self._row_p(past, state.steering), past, split)
+        plans = self._select(sources, state, past, split)
         choices = tuple(None if layer < self.policy.dense_layers else plan for layer, plan in enumerate(plans))
-        return choices, MixtureState(watched, draft_plan, state.steering)
+        return choices, dataclasses.replace(state, watched=watched, draft_plan=draft_plan)
 
     def learn(self, state: MixtureState, seen: Seen) -> MixtureState:
         """Notes what was read, to meet the wanted saving."""
@@ -201,7 +208,7 @@ class Mixture:
     def _select(
         self,
         sources: Float[Array, "B R S"],
-        p: Float[Array, "B rows"],
+        state: MixtureState,
         past: Int32[Array, " B"],
         split: Split | None,
     ) -> list[SelectionPlan]:
@@ -214,13 +221,20 @@ class Mixture:
         most = layers if self._has_kernels(sources.shape) else min(_LAYERS_AT_ONCE, layers)
         size = max(count for count in range(1, most + 1) if layers % count == 0)
         rows, batch = size * heads, sources.shape[0]
+        p = self._row_p(past, state.steering)
+        age = state.steering.windows.astype(jnp.float32) / self.policy.opening_life
+        fresh = (self.policy.opening_weight / (1.0 + age)).astype(sources.dtype)
 
         def select(first: Int32[Array, ""] | int) -> SelectionPlan:
             weights = jax.lax.dynamic_slice_in_dim(self.alignment.weights, first, rows)
             weights = weights.astype(sources.dtype).reshape(size, heads, -1)
+            # With an axis of heads, along which devices that hold some of them mix those alone.
+            predicted = jnp.einsum("lkr,brs->blks", weights, sources)
+            if state.opening is not None:
+                own = jax.lax.dynamic_slice_in_dim(state.opening, first // heads, size, axis=1)
+                predicted += fresh[:, None, None, None] * own.astype(predicted.dtype)
             return select_blocks(
-                # With an axis of heads, along which devices that hold some of them mix those alone.
-                jnp.einsum("lkr,brs->blks", weights, sources),
+                predicted,
                 jax.lax.dynamic_slice_in_dim(p, first, rows, axis=1).reshape(batch, size, heads),
                 past,
                 block_size=self.policy.block_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
+import math
 import tomllib
 from pathlib import Path
 from typing import Literal
@@ -33,6 +34,10 @@ class SelectionPolicy:
         num_sink: first slots that are always read.
         num_recent: last slots that are always read.
         block_size: slots per block; 1 is token granular.
+        opening_weight: weight, beside the mixture's, of what the target itself looked at when decoding began: the
+            largest attention of the prompt's last token and the first new one. A draft may not find what was asked
+            for; the target has already. 0 does without.
+        opening_life: windows after which that weight is half as large; it falls as 1 / (1 + windows / opening_life).
     """
 
     prediction: Literal["layer_map", "mixture"]
@@ -43,6 +48,8 @@ class SelectionPolicy:
     num_sink: int = 0
     num_recent: int = 0
     block_size: int = 1
+    opening_weight: float = 0.0
+    opening_life: float = 8.0
 
     def __post_init__(self) -> None:
         if not 0.0 < self.draft_reads <= 1.0:
@@ -52,6 +59,8 @@ class SelectionPolicy:
                 f"draft_reads is {self.draft_reads}, but prediction 'layer_map' needs the attention of a draft that "
                 "reads everything; expected 1."
             )
+        if not 0.0 <= self.opening_weight < math.inf:
+            raise UserError(f"opening_weight is {self.opening_weight}; expected a number of at least 0.")
 
 
 def load_policy(name: str) -> SelectionPolicy:
