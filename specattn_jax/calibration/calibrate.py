@@ -51,6 +51,8 @@ LEFT_OUT_GRID = np.geomspace(0.9, 5e-4, 16)
 SAVINGS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 HEATMAP = "heatmap.png"
 _LOGITS_AT_ONCE = 2048
+# Tokens of what is quoted at a time, from a phrase to a paragraph.
+_PIECE = (16, 129)
 Documents = Sequence[Sequence[int]] | Mapping[str, Sequence[Sequence[int]]]
 
 
@@ -68,6 +70,8 @@ class CalibrationSettings:
         gradients: samples of the Fisher information per passage.
         seed: of window places and sampled tokens.
         budgets: whether each layer or each kv head of the target gets a budget of its own.
+        quotes: share of each passage, at its end, that repeats pieces of what stands before it. Running text looks
+            things up rarely; without some the heads that do so would be fitted to what they do meanwhile.
     """
 
     context: int = 2048
@@ -79,6 +83,7 @@ class CalibrationSettings:
     gradients: int = 1
     seed: int = 0
     budgets: Literal["layer", "kv_head"] = "layer"
+    quotes: float = 0.0
 
     def __post_init__(self) -> None:
         if self.passages < 2:
@@ -87,6 +92,8 @@ class CalibrationSettings:
             )
         if self.context < 4 * (self.window + 1) or self.windows < 1:
             raise UserError(f"context is {self.context}; expected at least four windows of {self.window + 1} tokens.")
+        if not 0.0 <= self.quotes <= 0.5:
+            raise UserError(f"quotes is {self.quotes}; expected a share of each passage from 0 to 0.5.")
 
 
 class Captured(NamedTuple):
@@ -263,13 +270,23 @@ def choose_passages(documents: Documents, settings: CalibrationSettings, rng: np
         texts = kinds[index % len(kinds)]
         document = texts[index // len(kinds) % len(texts)]
         begin = int(rng.integers(0, len(document) - settings.context + 1))
-        tokens = jnp.asarray(document[begin : begin + settings.context], jnp.int32)
+        text = document[begin : begin + settings.context]
+        tokens = jnp.asarray(quoting(text, round(settings.quotes * len(text)), rng), jnp.int32)
         # Spread evenly, each window jittered within its share, so that every context length is seen.
         first, last = settings.context // 16, settings.context - settings.window - 1
         edges = np.linspace(first, last, settings.windows + 1)
         starts = rng.uniform(edges[:-1], edges[1:]).astype(np.int32)
         passages.append(Passage(tokens, starts))
     return passages
+
+
+def quoting(text: Sequence[int], count: int, rng: np.random.Generator) -> list[int]:
+    """The text, with its last `count` tokens replaced by pieces of what stands before them, in any order."""
+    said, repeated = list(text[: len(text) - count]), list[int]()
+    while len(repeated) < count:
+        begin = int(rng.integers(0, len(said)))
+        repeated += said[begin : begin + int(rng.integers(*_PIECE))]
+    return said + repeated[:count]
 
 
 def _rows(starts: np.ndarray, count: int) -> Int32[Array, " Q"]:
