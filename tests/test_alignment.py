@@ -24,10 +24,12 @@ from specattn_jax.errors import UserError
 from specattn_jax.models import forward
 from specattn_jax.models.forward import read_sequence
 from specattn_jax.selection.alignment import (
+    Alignment,
     NucleusMass,
     Steering,
     attention_kl,
     fit_mixture,
+    join_alignments,
     layer_similarity,
     load_alignment,
     monotone_map,
@@ -133,6 +135,32 @@ def test_alignment_survives_saving(tmp_path):
     assert loaded.layer_map == alignment.layer_map
     assert loaded.granularity == alignment.granularity
     jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(loaded), jax.tree.leaves(alignment))
+
+
+def of_length(length: int, seed: int) -> Alignment:
+    """A random alignment that was calibrated on caches of so many entries."""
+    one = random_alignment(tiny_config(), tiny_config(), seed)
+    return dataclasses.replace(one, length_knots=jnp.asarray([length / 4, length], jnp.float32))
+
+
+def test_alignments_of_several_lengths_are_one_that_lies_between(tmp_path):
+    short, long = of_length(100, 1), of_length(1600, 2)
+    # A budget for every kv head beside one for every layer.
+    long = dataclasses.replace(long, left_out=jnp.repeat(long.left_out, 2, axis=1))
+    save_alignment(join_alignments([long, short]), tmp_path)
+    joined = load_alignment(tmp_path)
+    assert [one.length for one in joined.every] == [100, 1600]
+    assert joined.longest == 1600
+    past = jnp.asarray([1, 100, 400, 1600, 9000])
+    share = np.array([0.0, 0.0, 0.5, 1.0, 1.0])[:, None, None]
+    wanted = (1 - share) * np.asarray(short.weights) + share * np.asarray(long.weights)
+    np.testing.assert_allclose(joined.weights_at(past), wanted, rtol=1e-5)
+    masses = [np.asarray(one.mass_for_saving(0.7).left_out) for one in (short, long)]
+    masses[0] = np.repeat(masses[0], 2)
+    wanted = np.exp((1 - share[..., 0]) * np.log(masses[0]) + share[..., 0] * np.log(masses[1]))
+    np.testing.assert_allclose(1 - np.asarray(joined.mass_for_saving(0.7).p(past)), wanted, rtol=1e-4)
+    with pytest.raises(UserError, match="expected different lengths"):
+        join_alignments([joined, of_length(1600, 3)])
 
 
 @pytest.mark.parametrize(
@@ -252,7 +280,7 @@ def test_calibration_of_a_tiny_pair(tmp_path, budgets, units):
     jax.tree.map(np.testing.assert_array_equal, load_alignment(tmp_path), alignment)
     np.testing.assert_allclose(alignment.weights.sum(axis=1), 1.0, rtol=1e-5)
     assert told[-1][1] == told[-1][2]
-    with pytest.raises(UserError, match="longest text has 400 tokens"):
+    with pytest.raises(UserError, match="all texts have 400 tokens"):
         calibrate(target, draft, documents, load_policy("default"), settings=dataclasses.replace(settings, context=500))
 
 

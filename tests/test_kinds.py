@@ -96,13 +96,14 @@ def test_one_kind_draws_as_texts_without_kinds():
 
 
 def test_calibration_visits_kinds_in_turn():
-    documents = {"a": [[1] * 200, [2] * 200, [0] * 20], "b": [[3] * 300], "c": [[4] * 150]}
+    documents = {"a": [[1] * 200, [2] * 200, [0] * 20], "b": [[3] * 300], "c": [[4] * 70, [0] * 9, [5] * 70]}
     settings = CalibrationSettings(context=128, passages=6, windows=2)
     chosen = choose_passages(documents, settings, np.random.default_rng(0))
     assert [int(passage.tokens[0]) for passage in chosen] == [1, 3, 4, 2, 3, 4]
+    assert set(np.asarray(chosen[2].tokens).tolist()) == {0, 4, 5}, "short ones are joined"
     with pytest.raises(UserError, match="passages is 4; expected at least 6, two for each kind"):
         choose_passages(documents, CalibrationSettings(context=128, passages=4), np.random.default_rng(0))
-    with pytest.raises(UserError, match="the longest text of b has 20 tokens"):
+    with pytest.raises(UserError, match="all texts of b have 20 tokens"):
         choose_passages({"a": [[1] * 200], "b": [[1] * 20]}, settings, np.random.default_rng(0))
 
 

@@ -254,12 +254,11 @@ def choose_passages(documents: Documents, settings: CalibrationSettings, rng: np
     """
     kinds = []
     for kind, texts in by_kind(documents).items():
-        kinds.append([text for text in texts if len(text) >= settings.context])
+        kinds.append(_long_enough(texts, settings.context))
         if not kinds[-1]:
-            longest = max((len(text) for text in texts), default=0)
             raise UserError(
-                f"text: the longest text{f' of {kind}' if kind else ''} has {longest} tokens; expected at least the "
-                f"calibration context of {settings.context} tokens; give a longer text or a shorter --context."
+                f"text: all texts{f' of {kind}' if kind else ''} have {sum(map(len, texts))} tokens; expected at least "
+                f"the calibration context of {settings.context} tokens; give a longer text or a shorter --context."
             )
     if settings.passages < 2 * len(kinds) > 2:
         raise UserError(
@@ -278,6 +277,18 @@ def choose_passages(documents: Documents, settings: CalibrationSettings, rng: np
         starts = rng.uniform(edges[:-1], edges[1:]).astype(np.int32)
         passages.append(Passage(tokens, starts))
     return passages
+
+
+def _long_enough(texts: Sequence[Sequence[int]], context: int) -> list[Sequence[int]]:
+    """The texts that hold a passage, and those that are too short for one, joined until they do."""
+    found, joined = [text for text in texts if len(text) >= context], list[int]()
+    for text in texts:
+        if len(text) < context:
+            joined += text
+        if len(joined) >= context:
+            found.append(joined)
+            joined = []
+    return found
 
 
 def quoting(text: Sequence[int], count: int, rng: np.random.Generator) -> list[int]:

@@ -23,7 +23,13 @@ def calibrate_command(
     draft: options.Draft = "default",
     text: options.Texts = None,
     more_texts: options.MoreTexts = None,
-    context: Annotated[int, typer.Option(help="Tokens per passage.")] = 2048,
+    context: Annotated[
+        str,
+        typer.Option(
+            help="Tokens per passage. Several lengths are calibrated each; caches between two get what lies between.",
+            metavar="N,...",
+        ),
+    ] = "2048",
     passages: Annotated[
         int | None,
         typer.Option(
@@ -34,6 +40,9 @@ def calibrate_command(
     granularity: Annotated[
         str, typer.Option(help=f"Sources of the mixture: {', '.join(GRANULARITIES)}.", metavar="SOURCE")
     ] = "kv_head",
+    quotes: Annotated[
+        float, typer.Option(help="Share of each passage, at its end, that repeats pieces of what stands before it.")
+    ] = 0.0,
     window: options.Window = 5,
     seed: options.Seed = 0,
     dtype: options.Dtype = "auto",
@@ -42,6 +51,7 @@ def calibrate_command(
 ) -> None:
     """Fit how the draft's attention predicts the target's; writes alignment.json, alignment.npz and heatmap.png."""
     check_out(out)
+    contexts = options.split_lengths(context, "--context")
     paths = options.find_texts(text, more_texts)
     if granularity not in GRANULARITIES:
         raise UserError(f"--granularity is {granularity!r}; expected one of {', '.join(GRANULARITIES)}.")
@@ -53,17 +63,21 @@ def calibrate_command(
         from specattn_jax.loading.pair import load_pair
         from specattn_jax.planning.mesh_choice import Wanted, default_mesh
 
-    settings = CalibrationSettings(
-        context=context,
-        window=window,
-        passages=max(4, 2 * len(paths)) if passages is None else passages,
-        granularity=granularity,  # type: ignore[arg-type]
-        seed=seed,
-    )
+    settings = [
+        CalibrationSettings(
+            context=length,
+            window=window,
+            passages=max(4, 2 * len(paths)) if passages is None else passages,
+            granularity=granularity,  # type: ignore[arg-type]
+            seed=seed,
+            quotes=quotes,
+        )
+        for length in contexts
+    ]
     began = time.perf_counter()
     with stage_bar() as bar:
         bar.wait("starting")
-        mesh = mesh or default_mesh(target, draft, dtype, Wanted(1, context, 0))
+        mesh = mesh or default_mesh(target, draft, dtype, Wanted(1, contexts[-1], 0))
         pair = load_pair(target, draft, alignment=None, dtype=dtype, mesh=mesh, progress=bar.bytes)
         documents = bar.read_documents(paths, pair.tokenizer)
         texts = name_texts(paths)

@@ -108,6 +108,19 @@ def split_names(given: str, option: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def split_lengths(given: str, option: str) -> list[int]:
+    """Numbers of tokens separated by commas, each once, in ascending order.
+
+    Raises:
+        UserError: one of them is no whole number, or there are none.
+    """
+    numbers = split_numbers(given, option)
+    for number in numbers:
+        if not number.is_integer():
+            raise UserError(f"{option} names {number:g}; expected whole numbers of tokens, such as 4096,8192.")
+    return [int(number) for number in numbers]
+
+
 def split_numbers(given: str, option: str) -> list[float]:
     """Numbers separated by commas, each once, in ascending order.
 

@@ -16,7 +16,6 @@ from rich.table import Table
 from specattn_jax.cli import options
 from specattn_jax.cli.process import importing
 from specattn_jax.cli.terminal import StageBar, console, on_terminal, print_json, print_table, say, stage_bar
-from specattn_jax.errors import UserError
 
 _TABLE_WIDTH = 120
 
@@ -59,7 +58,7 @@ def tasks_command(
 
     Writes table.json, table.md, scores.png and run.json.
     """
-    counts = [_whole(number) for number in options.split_numbers(lengths, "--lengths")]
+    counts = options.split_lengths(lengths, "--lengths")
     savings, masses = options.split_reading(kv_reduction, p)
     began = time.perf_counter()
 
@@ -106,17 +105,6 @@ def tasks_command(
     else:
         _print(rows)
         print_table([("written", str(out)), ("time", f"{seconds:.0f} s")])
-
-
-def _whole(number: float) -> int:
-    """A length.
-
-    Raises:
-        UserError: it is no whole number.
-    """
-    if not number.is_integer():
-        raise UserError(f"--lengths names {number:g}; expected whole numbers of tokens, such as 4096,8192.")
-    return int(number)
 
 
 def _show(bar: StageBar, done: int, total: int, cell: str, result: str) -> None:

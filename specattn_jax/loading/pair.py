@@ -22,7 +22,7 @@ from specattn_jax.loading.tensors import Progress
 from specattn_jax.loading.tokenizer import Tokenizer, check_compatible
 from specattn_jax.models.sharding import device_weight_bytes, make_mesh, place, split_draft, split_target
 from specattn_jax.models.transformer import LanguageModel
-from specattn_jax.selection.alignment import Alignment, load_alignment
+from specattn_jax.selection.alignment import Alignment, join_alignments, load_alignment
 from specattn_jax.selection.policy import load_policy
 from specattn_jax.texts import by_kind, read_text
 
@@ -75,7 +75,7 @@ class ModelPair:
         *,
         out: Path | None = None,
         policy: str = "default",
-        settings: CalibrationSettings | None = None,
+        settings: CalibrationSettings | Sequence[CalibrationSettings] | None = None,
         provenance: Mapping[str, object] | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> ModelPair:
@@ -86,7 +86,8 @@ class ModelPair:
                 kind, all kinds are read equally.
             out: folder to write the alignment and its heat-map to; `load_pair` takes it as `alignment`.
             policy: the policy preset for which budgets are fitted.
-            settings: what to read of the documents.
+            settings: what to read of the documents. Several are of different lengths: caches in between get what lies
+                between.
             provenance: noted in the artifact besides, or instead of, the names of the models and files.
             progress: told the stage, steps done and steps in all.
 
@@ -105,17 +106,24 @@ class ModelPair:
         kinds = by_kind(documents)
         names = [document.name for texts in kinds.values() for document in texts if isinstance(document, Path)]
         notes = {"target": self.target_name, "draft": self.draft_name, "texts": names, **(provenance or {})}
-        alignment, similarity = calibrate(
-            self.target,
-            self.need_draft(),
-            {kind: [self.encode(document) for document in texts] for kind, texts in kinds.items()},
-            load_policy(policy),
-            settings=settings,
-            provenance=notes,
-            progress=progress,
-        )
+        encoded = {kind: [self.encode(document) for document in texts] for kind, texts in kinds.items()}
+        every = settings if isinstance(settings, Sequence) else [settings]
+        fitted = [
+            calibrate(
+                self.target,
+                self.need_draft(),
+                encoded,
+                load_policy(policy),
+                settings=one,
+                provenance=notes,
+                progress=progress,
+            )
+            for one in every
+        ]
+        alignment = join_alignments([one for one, _ in fitted])
         if out is not None:
-            save_calibration(Path(out), alignment, similarity)
+            # The picture is that of the first.
+            save_calibration(Path(out), alignment, fitted[0][1])
         return dataclasses.replace(self, alignment=alignment)
 
     def encode(self, document: str | Path | Sequence[int]) -> Sequence[int]:

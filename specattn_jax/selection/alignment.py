@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -62,6 +63,15 @@ class Steering:
         return Steering(self.read + active[:, None] * read, self.windows + active)
 
 
+def between_lengths(past: Int32[Array, " B"], lengths: Float[Array, " N"]) -> Float[Array, "B N"]:
+    """How much each of N calibrations counts for caches of `past` entries: linear in the logarithm of the length.
+
+    Beyond the shortest and the longest the nearest one counts alone; shares sum to 1.
+    """
+    at = jnp.log(jnp.maximum(past, 1).astype(jnp.float32))
+    return jax.vmap(lambda own: jnp.interp(at, jnp.log(lengths), own), out_axes=1)(jnp.eye(len(lengths)))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NucleusMass:
@@ -73,12 +83,14 @@ class NucleusMass:
         length_scale: factor on `left_out` at each of those lengths: a longer cache holds the same mass in a smaller
             share of its entries, so for equal savings it leaves out less.
         wanted_read: share of reads to steer to, or 0 to keep `left_out` as it is.
+        longer: masses found on longer texts, in the order of their lengths; between two lengths they are interpolated.
     """
 
     left_out: Float[Array, " u"]
     length_knots: Float[Array, " C"]
     length_scale: Float[Array, " C"]
     wanted_read: Float[Array, ""]
+    longer: tuple[NucleusMass, ...] = ()
 
     @classmethod
     def uniform(cls, p: float, num_layers: int) -> NucleusMass:
@@ -95,14 +107,24 @@ class NucleusMass:
             past: entries in each cache.
             steering: what was read so far; None corrects nothing.
         """
-        length = jnp.log(jnp.maximum(past, 1).astype(jnp.float32))
-        scale = jnp.exp(jnp.interp(length, jnp.log(self.length_knots), jnp.log(self.length_scale)))
+        left_out = self._unsteered(past)
+        if self.longer:
+            every = (self, *self.longer)
+            share = between_lengths(past, jnp.stack([one.length_knots[-1] for one in every]))
+            logs = jnp.stack([jnp.log(one._unsteered(past)) for one in every])
+            left_out = jnp.exp(jnp.einsum("bn,nbu->bu", share, logs))
         if steering is not None:
             steady = jnp.where(self.wanted_read > 0, self.wanted_read, 1.0)
             read = jnp.mean(steering.read, axis=1)
             mean = (read + _STEER_PRIOR * steady) / (steering.windows + _STEER_PRIOR)
-            scale *= jnp.where(self.wanted_read > 0, (mean / steady) ** _STEER_POWER, 1.0)
-        return 1.0 - jnp.clip(self.left_out * scale[:, None], 0.0, _MOST_LEFT_OUT)
+            left_out *= jnp.where(self.wanted_read > 0, (mean / steady) ** _STEER_POWER, 1.0)[:, None]
+        return 1.0 - jnp.clip(left_out, 0.0, _MOST_LEFT_OUT)
+
+    def _unsteered(self, past: Int32[Array, " B"]) -> Float[Array, "B u"]:
+        """Mass that is left out, of these texts alone."""
+        length = jnp.log(jnp.maximum(past, 1).astype(jnp.float32))
+        scale = jnp.exp(jnp.interp(length, jnp.log(self.length_knots), jnp.log(self.length_scale)))
+        return self.left_out * scale[:, None]
 
 
 @jax.tree_util.register_dataclass
@@ -120,6 +142,8 @@ class Alignment:
         length_scale: factor on `left_out[i]` at each of those lengths.
         layer_map: draft layer that stands for each target layer (published alignment).
         granularity: what one source is.
+        longer: alignments of the same pair that were calibrated on longer texts, in the order of their lengths.
+            Between two lengths weights and masses are interpolated.
         provenance: how this was made, as JSON: models, texts, context, seed, fit statistics.
     """
 
@@ -130,12 +154,28 @@ class Alignment:
     length_scale: Float[Array, "Q C"]
     layer_map: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     granularity: Granularity = dataclasses.field(metadata={"static": True})
+    longer: tuple[Alignment, ...] = ()
     provenance: str = dataclasses.field(default="{}", metadata={"static": True})
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest cache that calibration looked at."""
+    def every(self) -> tuple[Alignment, ...]:
+        """This one and those of longer texts."""
+        return (self, *self.longer)
+
+    @property
+    def length(self) -> int:
+        """Entries of the longest cache that its own calibration looked at."""
         return int(self.length_knots[-1])
+
+    @property
+    def longest(self) -> int:
+        """Entries of the longest cache that any of them looked at."""
+        return self.every[-1].length
+
+    def weights_at(self, past: Int32[Array, " B"]) -> Float[Array, "B rows R"]:
+        """Mixture weights for caches of `past` entries."""
+        share = between_lengths(past, jnp.stack([one.length_knots[-1] for one in self.every]))
+        return jnp.einsum("bn,nar->bar", share, jnp.stack([one.weights for one in self.every]))
 
     def doubt(self, tokens: int) -> str | None:
         """A sentence for people who use it on texts far longer than those it was made of; None where they are not."""
@@ -164,7 +204,17 @@ class Alignment:
             return jnp.exp(jax.vmap(lambda column: jnp.interp(saving, self.savings, column), in_axes=1)(jnp.log(table)))
 
         wanted = jnp.asarray(1.0 - saving, jnp.float32)
-        return NucleusMass(interpolate(self.left_out), self.length_knots, interpolate(self.length_scale), wanted)
+        mass = NucleusMass(interpolate(self.left_out), self.length_knots, interpolate(self.length_scale), wanted)
+        if not self.longer:
+            return mass
+        longer = tuple(one.mass_for_saving(saving) for one in self.longer)
+        # Some may have a mass per layer, and others one per kv head.
+        units = max(len(one.left_out) for one in (mass, *longer))
+        same = [
+            dataclasses.replace(one, left_out=jnp.repeat(one.left_out, units // len(one.left_out)))
+            for one in (mass, *longer)
+        ]
+        return dataclasses.replace(same[0], longer=tuple(same[1:]))
 
 
 _ARRAYS = ("weights", "savings", "left_out", "length_knots", "length_scale")
@@ -228,14 +278,38 @@ def monotone_map(similarity: np.ndarray) -> tuple[int, ...]:
     return tuple(reversed(path))
 
 
+def join_alignments(alignments: Sequence[Alignment]) -> Alignment:
+    """One alignment of several that were calibrated on texts of different lengths, in any order.
+
+    Raises:
+        UserError: two are of one length, or they are not of one pair and kind.
+    """
+    single = [dataclasses.replace(one, longer=()) for several in alignments for one in several.every]
+    first, *longer = sorted(single, key=lambda one: one.length)
+    lengths = [one.length for one in (first, *longer)]
+    if len(set(lengths)) < len(lengths):
+        raise UserError(f"alignments were calibrated on caches of {lengths} entries; expected different lengths.")
+    kinds = {(one.weights.shape, one.granularity) for one in (first, *longer)}
+    if len(kinds) > 1:
+        raise UserError("alignments are of different models or sources; expected those of one pair and granularity.")
+    return dataclasses.replace(first, longer=tuple(longer))
+
+
 def save_alignment(alignment: Alignment, folder: Path) -> None:
-    """Writes `alignment.json` and `alignment.npz` into an existing folder (see `files.atomic_folder`)."""
-    header = {
+    """Writes `alignment.json` and `alignment.npz` into an existing folder (see `files.atomic_folder`).
+
+    Those of longer texts go into folders of their own in there, named by their lengths.
+    """
+    header: dict[str, Any] = {
         "format": FORMAT,
         "granularity": alignment.granularity,
         "layer_map": list(alignment.layer_map),
+        "longer": [f"longer_{one.length}" for one in alignment.longer],
         "provenance": json.loads(alignment.provenance),
     }
+    for name, one in zip(header["longer"], alignment.longer, strict=True):
+        (folder / name).mkdir()
+        save_alignment(one, folder / name)
     (folder / "alignment.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
     arrays: dict[str, Any] = {name: np.asarray(getattr(alignment, name)) for name in _ARRAYS}
     np.savez_compressed(folder / "alignment.npz", **arrays)
@@ -267,7 +341,8 @@ def load_alignment(directory: Path) -> Alignment:
             provenance=json.dumps(header["provenance"], sort_keys=True),
         )
         _check_sound(alignment)
-    return alignment
+        longer = [load_alignment(directory / str(name)) for name in header.get("longer", [])]
+        return join_alignments([alignment, *longer])
 
 
 def _check_sound(alignment: Alignment) -> None:

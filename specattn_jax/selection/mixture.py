@@ -226,10 +226,8 @@ class Mixture:
         fresh = (self.policy.opening_weight / (1.0 + age)).astype(sources.dtype)
 
         def select(first: Int32[Array, ""] | int) -> SelectionPlan:
-            weights = jax.lax.dynamic_slice_in_dim(self.alignment.weights, first, rows)
-            weights = weights.astype(sources.dtype).reshape(size, heads, -1)
             # With an axis of heads, along which devices that hold some of them mix those alone.
-            predicted = jnp.einsum("lkr,brs->blks", weights, sources)
+            predicted = self._mix(sources, past, first, size)
             if state.opening is not None:
                 own = jax.lax.dynamic_slice_in_dim(state.opening, first // heads, size, axis=1)
                 predicted += fresh[:, None, None, None] * own.astype(predicted.dtype)
@@ -252,6 +250,19 @@ class Mixture:
             stacked = jax.lax.map(select, jnp.arange(0, layers * heads, rows))
             groups = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(layers // size)]
         return [groups[layer // size].at_layer(layer % size) for layer in range(layers)]
+
+    def _mix(
+        self, sources: Float[Array, "B R S"], past: Int32[Array, " B"], first: Int32[Array, ""] | int, size: int
+    ) -> Float[Array, "B size K S"]:
+        """The predicted attention of `size` layers from row `first` on, weighted as fits the length of each cache."""
+        heads = self.target.num_kv_heads
+        if not self.alignment.longer:
+            weights = jax.lax.dynamic_slice_in_dim(self.alignment.weights, first, size * heads)
+            weights = weights.astype(sources.dtype).reshape(size, heads, -1)
+            return jnp.einsum("lkr,brs->blks", weights, sources)
+        each = jax.lax.dynamic_slice_in_dim(self.alignment.weights_at(past), first, size * heads, axis=1)
+        each = each.astype(sources.dtype).reshape(len(past), size, heads, -1)
+        return jnp.einsum("blkr,brs->blks", each, sources)
 
     def _has_kernels(self, shape: tuple[int, ...]) -> bool:
         """Whether kernels select from all rows at once; they hold no arrays besides scores and ids.
