@@ -327,7 +327,7 @@ def load_alignment(directory: Path) -> Alignment:
         try:
             header: dict[str, Any] = json.loads((directory / "alignment.json").read_text(encoding="utf-8"))
             with open(directory / "alignment.npz", "rb") as file, np.load(file) as arrays:
-                fitted = {name: jnp.asarray(arrays[name]) for name in _ARRAYS}
+                fitted: dict[str, Any] = {name: jnp.asarray(arrays[name]) for name in _ARRAYS}
         except FileNotFoundError as error:
             raise UserError(f"alignment: {error.filename} does not exist; {remedy}.") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
