@@ -11,6 +11,7 @@ from specattn_jax.cli import chat
 from specattn_jax.errors import UserError
 from specattn_jax.runtime.generate import generate
 from specattn_jax.runtime.session import Memory
+from specattn_jax.selection.alignment import Alignment
 
 TURNS = ["Call me Ishmael. ", "Some years ago, never mind how long precisely, ", "I went"]
 
@@ -99,6 +100,13 @@ def test_what_is_said_is_read_as_files_are(talk, monkeypatch):
     assert done.exit_code == 0
     assert heard == ["Hello", "é"]
     assert "Error: what you said is not valid UTF-8: byte 0xff at offset 0" in done.stderr
+
+
+def test_what_makes_answers_doubtful_is_said_once_a_conversation(talk, monkeypatch):
+    monkeypatch.setattr(Alignment, "doubt", lambda *_: "this text is long.")
+    done = talk(b"Hello\n/mode specattn\nHello\nHello\n/reset\nHello\n", "--max-new-tokens", 4)
+    assert done.exit_code == 0
+    assert done.stderr.count("note: this text is long.") == 2
 
 
 def test_a_conversation_ends_with_the_context_and_begins_anew(talk, tiny_pair):

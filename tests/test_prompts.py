@@ -10,6 +10,7 @@ from command import mistake, run
 from specattn_jax.cli.prompts import Results, read_jobs
 from specattn_jax.errors import UserError
 from specattn_jax.runtime.generate import generate as generate_in_python
+from specattn_jax.selection.alignment import Alignment
 
 TEXTS = ["Once upon a time", "naïve 日本語", "a", "There was a cache.", "the end"]
 LINES = [json.dumps({"prompt": text}) for text in TEXTS[:3]]
@@ -64,6 +65,18 @@ def test_prompts_of_different_batches_draw_differently(command, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"prompt": "same"}\n' * 4)
     run(*command("--prompts", tmp_path / "in.jsonl", "--temperature", 1))
     assert len({row["text"] for row in rows(tmp_path / "out.jsonl")}) == 4
+
+
+def test_what_makes_results_doubtful_is_said_once(tiny_folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(Alignment, "doubt", lambda _, tokens: f"{tokens} tokens are many.")
+    (tmp_path / "in.jsonl").write_text("\n".join(LINES[:3]))
+    pair = ["--target", tiny_folders.target, "--draft", tiny_folders.draft, "--alignment", tiny_folders.alignment]
+    more = ["--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl", "--max-new-tokens", 4, "--json"]
+    done = run("generate", *pair, "--mode", "specattn", *more, "--batch", 1)
+    assert json.loads(done.stdout)["prompts"] == 3
+    assert [line for line in done.stderr.splitlines() if "note:" in line] == [
+        f"note: {len(TEXTS[0]) + 4} tokens are many."
+    ]
 
 
 def test_prompt_files_may_follow_each_other(command, tmp_path):

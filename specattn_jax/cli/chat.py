@@ -10,7 +10,7 @@ import typer
 
 from specattn_jax.cli import options
 from specattn_jax.cli.process import importing
-from specattn_jax.cli.terminal import open_stdin, say, say_error, stage_bar
+from specattn_jax.cli.terminal import open_stdin, say, say_error, say_notes, stage_bar
 from specattn_jax.errors import UserError
 from specattn_jax.texts import decode_text
 
@@ -123,6 +123,7 @@ class _Conversation:
         self._messages: list[dict[str, str]] = []
         self._memory = Memory()
         self._last: Generations | None = None
+        self._noted = False
 
     def hear(self, line: str) -> bool:
         """Obeys a command or answers; False where the person leaves."""
@@ -171,6 +172,10 @@ class _Conversation:
         print(flush=True)
         if self._last is not None and self._last.results[0].finish_reason == "length" and room < wanted:
             say(f"(the context of {context} tokens is full; /reset begins anew)", style="dim")
+        if self._last is not None and self._last.notes and not self._noted:
+            # Later answers would say the same of a longer text.
+            say_notes(self._last.notes)
+            self._noted = True
         self._messages = [*messages, {"role": "assistant", "content": "".join(said)}]
 
     def _saved(self) -> str:

@@ -21,7 +21,7 @@ from specattn_jax.cli.prompts import (
     read_prompt_file,
     read_prompt_files,
 )
-from specattn_jax.cli.terminal import print_json, print_table, say, stage_bar
+from specattn_jax.cli.terminal import print_json, print_table, say, say_notes, stage_bar
 from specattn_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -225,8 +225,7 @@ def generate_command(
             on_decision=on_decision,
         )
     print(file=shown, flush=True)
-    for note in run.notes:
-        say(f"note: {note}", style="dim")
+    say_notes(run.notes)
     result = run.results[0]
     report = {
         **_report(run),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specattn_jax.cli.terminal import StageBar, read_stdin
+from specattn_jax.cli.terminal import StageBar, read_stdin, say_notes
 from specattn_jax.errors import UserError
 from specattn_jax.files import exists, first_line
 from specattn_jax.texts import read_text, without_final_newline
@@ -231,7 +231,7 @@ def answer(
     bar: StageBar,
     **hooks: Callable[..., None],
 ) -> dict[str, Any]:
-    """Answers what has no answer yet, batch by batch.
+    """Answers what has no answer yet, batch by batch; what makes results doubtful is said once.
 
     Where a prompt has no seed it gets that of the request plus the number of prompts before it, so that no two draw
     alike; each then draws as it would alone.
@@ -264,13 +264,18 @@ def answer(
         except UserError as error:
             raise UserError(f"{job.origin}: {error}") from error
     assert isinstance(request.seed, int)
-    first, before, tokens, seconds = request.seed, results.done, 0, 0.0
+    first, before, tokens, seconds, noted = request.seed, results.done, 0, 0.0, False
     bar.steps("answering", before, len(jobs))
     for start in range(before, len(jobs), batch):
         now = jobs[start : start + batch]
         seeds = [(first + start + index) % 2**32 if job.seed is None else job.seed for index, job in enumerate(now)]
         run = generate(pair, encoded[start : start + batch], request.change(seed=seeds), **hooks)  # type: ignore[arg-type]
         results.append([{"id": job.id, **describe(one)} for job, one in zip(now, run.results, strict=True)])
+        if run.notes and not noted:
+            # Those of later batches would say the same of other lengths.
+            bar.hide()
+            say_notes(run.notes)
+            noted = True
         tokens += sum(len(one.tokens) for one in run.results)
         seconds += run.timing.prefill_s + run.timing.decode_s
         bar.steps("answering", results.done, len(jobs), f"{tokens / seconds:.1f} tokens/s" if seconds else "")

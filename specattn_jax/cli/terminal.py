@@ -45,6 +45,12 @@ def say(message: str, style: str = "") -> None:
     console.print(Text(message, style=style), soft_wrap=True)
 
 
+def say_notes(notes: Sequence[str]) -> None:
+    """What makes a result doubtful, a line each."""
+    for note in notes:
+        say(f"note: {note}", style="dim")
+
+
 def print_errors_alone() -> None:
     """Lets another process say all the rest."""
     console.quiet = True
