@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -203,6 +204,34 @@ def check_speeds(cells: list[str], alone: float, dense: float, sparse: float) ->
     assert cells == [f"{speed:,.0f}" for speed in (alone, dense, sparse)] + [
         f"{ratio:.2f}" for ratio in (sparse / dense, sparse / alone)
     ]
+
+
+def section(page: str, heading: str) -> str:
+    """What stands between a heading and the next one."""
+    return re.split(r"^#+ ", PAGES[page].partition(f"# {heading}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def test_the_table_of_near_ties():
+    """Each row: accepted per window and per inner one, tokens that differ, share of windows, largest and median gap."""
+    measured = json.loads((RESULTS / "lossless-nvidia-h100" / "lossless.json").read_text(encoding="utf-8"))
+    text = section("docs/results.md", "Near-ties in bfloat16")
+    reference, *modes = measured["near_ties"]
+    assert (reference["mode"], reference["differing"]) == ("autoregressive", 0)
+    for row in modes:
+        ((_, *cells),) = rows(text, row["mode"])
+        inner = row.get("inner_accepted_per_window")
+        assert cells == [
+            f"{row['accepted_per_window']:.2f}",
+            "" if inner is None else f"{inner:.2f}",
+            f"{row['differing']}",
+            f"{row['share_of_windows']:.1%}".replace("%", " %").removeprefix("0"),
+            *(f"{row[name]:.3f}".removeprefix("0") for name in ("largest_gap", "median_gap")),
+        ]
+    assert {row["tokens"] for row in measured["near_ties"]} == {4080}
+    assert max(row["largest_gap"] for row in modes) < -math.log(0.88)
+    for row in measured["single"]:
+        assert f"{row['accepted_per_window']:.2f}" in text
+        assert f"{row['inner_accepted_per_window']:.2f}" in text
 
 
 @pytest.mark.parametrize("label", QUALITY)
