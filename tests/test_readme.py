@@ -234,6 +234,22 @@ def test_the_table_of_near_ties():
         assert f"{row['inner_accepted_per_window']:.2f}" in text
 
 
+def test_the_table_of_a_small_draft():
+    """Each row: prompts, then accepted per window and agreement, of the small draft beside that of the preset."""
+    text, folder = section("docs/your_own_models.md", "What ten minutes buy"), RESULTS / "small-draft-nvidia-h100"
+    small, preset = (
+        json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["kinds"]
+        for name in ("five_layers", "half_billion")
+    )
+    for kind, found in small.items():
+        ((_, *cells),) = rows(text, kind)
+        assert cells == [
+            f"{found['acceptance']['prompts']}",
+            *(f"{one[kind]['acceptance']['accepted_per_window']:.2f}" for one in (small, preset)),
+            *(f"{one[kind]['top1_agreement_on_text']:.0%}".replace("%", " %") for one in (small, preset)),
+        ]
+
+
 @pytest.mark.parametrize("label", QUALITY)
 def test_the_table_of_quality(label):
     """Each row: KL, top-1 and increase of perplexity, at 75 and at 90 % saved."""
