@@ -23,7 +23,7 @@ from specattn_jax.evaluation.tasks import run
 from specattn_jax.evaluation.tasks.answering import SPECULATIVE, Answering, Asked
 from specattn_jax.evaluation.tasks.likelihood import Continuation, likelihoods
 from specattn_jax.evaluation.tasks.own import OWN_TASKS, make_samples
-from specattn_jax.evaluation.tasks.report import join_results, write_results
+from specattn_jax.evaluation.tasks.report import averages, join_results, write_results
 from specattn_jax.evaluation.tasks.run import RULER, TaskRun, TaskSettings, list_task_cases, open_task_store
 from specattn_jax.examples import byte_tokenizer
 from specattn_jax.loading.pair import ModelPair
@@ -340,6 +340,20 @@ def test_results_of_several_processes_make_one_table(tmp_path):
         join_results([tmp_path / "first", tmp_path / "other"], tmp_path / "all")
     with pytest.raises(UserError, match="name folders with finished results"):
         join_results([tmp_path / "nothing"], tmp_path / "all")
+
+
+def test_means_are_over_tasks_that_all_methods_of_a_length_answered():
+    rows = [
+        row("book_needle", "full", score=1.0),
+        row("book_copy", "full", score=0.0),
+        row("book_needle", "quest", score=0.5),
+        row("book_copy", "full", length=400, score=0.25),
+    ]
+    assert [(label, length, score) for label, length, score, _ in averages(rows)] == [
+        ("full", 500, 1.0),
+        ("quest", 500, 0.5),
+        ("full", 400, 0.25),
+    ]
 
 
 def test_missing_packages_are_named_with_what_installs_them(monkeypatch):

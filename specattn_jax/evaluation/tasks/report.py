@@ -107,10 +107,20 @@ def cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     ]
 
 
-def averages(rows: Sequence[Row]) -> list[tuple[str, int, float, float]]:
-    """For each method and length its label, the length, and score and reads saved averaged over tasks."""
-    groups: dict[tuple[str, int], list[Row]] = {}
+def comparable(rows: Sequence[Row]) -> list[Row]:
+    """Rows of those tasks that every method of their length has answered: means over other tasks say nothing."""
+    methods: dict[int, set[str]] = {}
+    answered: dict[tuple[int, str], set[str]] = {}
     for row in rows:
+        methods.setdefault(row["length"], set()).add(method_label(row))
+        answered.setdefault((row["length"], row["task"]), set()).add(method_label(row))
+    return [row for row in rows if answered[row["length"], row["task"]] == methods[row["length"]]]
+
+
+def averages(rows: Sequence[Row]) -> list[tuple[str, int, float, float]]:
+    """For each method and length its label, the length, and score and reads saved averaged over comparable tasks."""
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in comparable(rows):
         # The p that was found differs from length to length, the saving does not.
         groups.setdefault((method_label(row), row["length"]), []).append(row)
     return [
@@ -143,6 +153,7 @@ def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def picture(rows: Sequence[Row]) -> bytes:
     """Mean score against reads saved: one panel for short answers and one for long ones, one line a method."""
+    rows = comparable(rows) or rows
     long = [row for row in rows if row["task"] in OWN_TASKS and OWN_TASKS[row["task"]].long]
     short = [row for row in rows if row not in long]
     panels = [(title, part) for title, part in (("short answers", short), ("long answers", long)) if part]
