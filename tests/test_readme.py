@@ -257,10 +257,34 @@ def test_the_table_of_quality(label):
     (cells,) = rows(PAGES["docs/quality.md"], label)
     for saving, shown in ((0.75, cells[1:4]), (0.9, cells[5:8])):
         (row,) = (one for one in ablation if (one["row"], one["wanted_saving"]) == (QUALITY[label], saving))
-        measured = row["kl"], 100 * row["top1_fidelity"], 100 * row["relative_increase"]
-        for cell, number in zip(shown, measured, strict=True):
-            digits = len(cell.strip("*+ %").partition(".")[2])
-            assert float(cell.strip("*+ %")) == pytest.approx(number, abs=0.5001 * 10**-digits)
+        check_cells(shown, [row["kl"], 100 * row["top1_fidelity"], 100 * row["relative_increase"]])
+
+
+@pytest.mark.parametrize("kind", ["code", "dialogue", "languages", "tables", "prose"])
+def test_the_table_of_kinds(kind):
+    """Each row: KL before and now, that of the oracle, how many times it, top-1, at 75 and at 90 % saved; and the card."""
+    runs = {
+        name: json.loads((RESULTS / "kinds-nvidia-h100" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+        for name in ("new", "old")
+    }
+    (cells,) = rows(PAGES["docs/quality.md"], kind)
+    (short,) = rows((ROOT / "specattn_jax/data/drafts/smollm2/README.md").read_text(encoding="utf-8"), kind)
+    for saving, shown, brief in ((0.75, cells[1:6], short[1]), (0.9, cells[6:11], short[2])):
+        before, now, oracle = (
+            one
+            for run, method in (("old", "specattn"), ("new", "specattn"), ("new", "oracle"))
+            for one in runs[run]
+            if (one["kind"], one["method"], one["wanted_kv_reduction"]) == (kind, method, saving)
+        )
+        check_cells(shown, [before["kl"], now["kl"], oracle["kl"], now["kl"] / oracle["kl"], 100 * now["top1_fidelity"]])
+        assert brief == f"{shown[1].strip('*')} ({shown[0]})"
+
+
+def check_cells(cells: list[str], measured: list[float]) -> None:
+    """Numbers in cells are those that were measured, rounded."""
+    for cell, number in zip(cells, measured, strict=True):
+        digits = len(cell.strip("*+ %").partition(".")[2])
+        assert float(cell.strip("*+ %")) == pytest.approx(number, abs=0.5001 * 10**-digits)
 
 
 def test_the_readme_says_what_the_pages_say():
