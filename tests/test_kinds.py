@@ -77,13 +77,14 @@ def test_texts_are_named_one_by_one_or_by_folders(tmp_path):
 def test_kinds_are_learnt_in_equal_shares_whatever_their_size():
     # Tokens of a kind lie in a range of their own; the second is of short texts.
     documents = {"large": [(np.arange(50_000) % 100).tolist()], "small": [[200 + number] * 60 for number in range(10)]}
-    train, ends = split_kinds(documents, 128)
+    train, ends = split_kinds(documents, 128, 64)
     assert [len(texts) for texts in train] == [1, 1]
-    assert len(train[1][0]) + len(ends[1][0]) == 600
+    assert [len(texts[0]) for texts in ends] == [1000, 64], "long enough for a prompt"
+    assert len(train[1][0]) == 600 - 64
     windows = random_windows(train, 2000, 128, np.random.default_rng(0))
     assert np.mean(windows[:, 0] >= 200) == pytest.approx(0.5, abs=0.05)
     with pytest.raises(UserError, match="the longest has 600 tokens"):
-        split_kinds(documents, 1024)
+        split_kinds(documents, 1024, 64)
 
 
 def test_one_kind_draws_as_texts_without_kinds():

@@ -32,39 +32,50 @@ TEMPERATURES = (0.0, 0.6, 0.0, 1.0)
 Documents = Sequence[Sequence[int]] | Mapping[str, Sequence[Sequence[int]]]
 
 
-def split_documents(documents: Sequence[Sequence[int]], length: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def split_documents(
+    documents: Sequence[Sequence[int]], length: int, prompt: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Training part and held-out end of every text of a kind; texts shorter than a sequence are joined into one.
+
+    Args:
+        documents: the texts.
+        length: tokens of a training sequence.
+        prompt: tokens that an end should have, to be a prompt; it has fewer where a sequence would not be left.
 
     Raises:
         UserError: all texts together are shorter than one sequence.
     """
     arrays = [np.asarray(document, np.int32) for document in documents]
-    short = [array for array in arrays if _training_part(array) < length]
-    texts = [array for array in arrays if _training_part(array) >= length]
+    short = [array for array in arrays if _training_part(array, length, prompt) < length]
+    texts = [array for array in arrays if _training_part(array, length, prompt) >= length]
     if short:
         texts.append(np.concatenate(short))
-    train = [text[: _training_part(text)] for text in texts if _training_part(text) >= length]
+    parts = [_training_part(text, length, prompt) for text in texts]
+    train = [text[:part] for text, part in zip(texts, parts, strict=True) if part >= length]
     if not train:
         longest = max((len(text) for text in texts), default=0)
         raise UserError(
             f"text: the longest has {longest} tokens, of which the last {HELD_OUT:.0%} are held out; expected at least "
             f"one training sequence of {length} tokens; give longer texts or a smaller --length."
         )
-    return train, [text[_training_part(text) :] for text in texts]
+    return train, [text[part:] for text, part in zip(texts, parts, strict=True)]
 
 
-def _training_part(text: np.ndarray) -> int:
+def _training_part(text: np.ndarray, length: int, prompt: int) -> int:
     """Tokens of a text before its held-out end."""
-    return len(text) - max(1, int(len(text) * HELD_OUT))
+    end = max(1, int(len(text) * HELD_OUT))
+    return len(text) - (prompt if end < prompt <= len(text) - length else end)
 
 
-def split_kinds(documents: Documents, length: int) -> tuple[list[list[np.ndarray]], list[list[np.ndarray]]]:
+def split_kinds(
+    documents: Documents, length: int, prompt: int
+) -> tuple[list[list[np.ndarray]], list[list[np.ndarray]]]:
     """`split_documents` of every kind of text.
 
     Raises:
         UserError: a kind has too little text.
     """
-    split = [split_documents(texts, length) for texts in by_kind(documents).values()]
+    split = [split_documents(texts, length, prompt) for texts in by_kind(documents).values()]
     return [train for train, _ in split], [ends for _, ends in split]
 
 
@@ -158,7 +169,7 @@ def make_data(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> TrainingData:
     """Splits the texts and lets the target continue pieces of them, at several temperatures."""
-    train, ends = split_kinds(documents, settings.length)
+    train, ends = split_kinds(documents, settings.length, settings.prompt)
     rng = np.random.default_rng(settings.seed)
     share = -(-settings.continuations // len(TEMPERATURES))
     own = []
@@ -221,7 +232,7 @@ def load_or_make_data(
             f"{file}: holds what another target wrote, or after other texts or settings; choose another folder or "
             "remove the file."
         )
-    return TrainingData(split_kinds(documents, settings.length)[0], own, held_out)
+    return TrainingData(split_kinds(documents, settings.length, settings.prompt)[0], own, held_out)
 
 
 def _origin(target: LanguageModel, documents: Documents, settings: TrainSettings) -> str:
