@@ -23,6 +23,7 @@ from specattn_jax.evaluation.tables import Measured, Row, make_row, markdown
 from specattn_jax.files import atomic_file
 from specattn_jax.loading.pair import ModelPair
 from specattn_jax.reporting.provenance import documents_digest
+from specattn_jax.runtime.session import DRAFT_REACH
 from specattn_jax.selection.protocol import Selection
 
 TABLE, MARKDOWN = "table.json", "table.md"
@@ -164,6 +165,7 @@ class Evaluation:
     def _read(
         self, selection: Selection | None, index: int, reference: Float[np.ndarray, "windows B W D"] | None
     ) -> Reading:
+        """One batch, with a draft that sees as far back as it does where people generate."""
         return read_documents(
             self.pair.target,
             self.pair.need_draft(),
@@ -173,6 +175,7 @@ class Evaluation:
             prefill_share=self.settings.prefill,
             window=self.settings.window,
             measure_mass=True,
+            draft_reach=DRAFT_REACH,
         )
 
 
