@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from tiny import random_alignment, tiny_config, tiny_model
 
+from specattn_jax.decoding.forced import Forced
 from specattn_jax.decoding.protocol import Models
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.baselines import Oracle, Quest, Streaming, Vegas
-from specattn_jax.evaluation.forced import Forced, read_documents, read_together
+from specattn_jax.evaluation.forced import read_documents, read_together
 from specattn_jax.models.cache import KVCache
 from specattn_jax.models.forward import read_sequence
 from specattn_jax.runtime.session import Session

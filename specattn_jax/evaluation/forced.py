@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +13,17 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from specattn_jax.decoding import loop
-from specattn_jax.decoding.protocol import DecodeSettings, Models, WindowRecord, check_window, newest
-from specattn_jax.decoding.sampling import Verdict
-from specattn_jax.decoding.speculative import SpecAttn
-from specattn_jax.decoding.state import DecodeState, commit
-from specattn_jax.decoding.work import Drafter, Scenario, Work
+from specattn_jax.decoding.forced import Forced
+from specattn_jax.decoding.protocol import Models, WindowRecord, check_window
+from specattn_jax.decoding.state import DecodeState
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.attention import mass_read
 from specattn_jax.models.cache import Reach
-from specattn_jax.models.forward import forward
 from specattn_jax.models.transformer import LanguageModel
 from specattn_jax.runtime.faults import unsound
 from specattn_jax.runtime.session import Session
-from specattn_jax.selection.protocol import Seen, Selection
-from specattn_jax.selection.reads import attend_as_chosen, head_shares, layer_shares
+from specattn_jax.selection.protocol import Selection
+from specattn_jax.selection.reads import head_shares
 
 # Token ids of B documents of one length.
 Documents: TypeAlias = Sequence[Sequence[int] | Int[np.ndarray, " n"]] | Int[np.ndarray, "B n"]
@@ -66,69 +63,6 @@ class Reading:
     def kv_reduction(self) -> float:
         """Share of the target's cache reads saved."""
         return float(1.0 - self.read.mean())
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Forced:
-    """The strategy that takes known text: its windows are drafted, selected and read as in real decoding.
-
-    But the drafted tokens are the text's own, and all of them count as accepted. The target's own token after a window,
-    which decoding gets for nothing, is left to the next window.
-
-    Attributes:
-        text: what comes after the prompts.
-        selection: what the target reads; None reads everything, without drafting.
-        window: W.
-    """
-
-    text: Int32[Array, "B n"]
-    selection: Selection | None
-    window: int = dataclasses.field(default=5, metadata={"static": True})
-
-    name: ClassVar[str] = "forced"
-    needs_text: ClassVar[bool] = False
-    drafter: ClassVar[Drafter] = Drafter.NOBODY
-    lossless: ClassVar[bool] = False
-    settings: ClassVar[DecodeSettings] = DecodeSettings()
-
-    @property
-    def needs_draft(self) -> bool:
-        """Where something is selected."""
-        return self.selection is not None
-
-    def _strategy(self) -> SpecAttn:
-        """The one whose windows are read; only where something is selected."""
-        assert self.selection is not None
-        return SpecAttn(self.selection, self.settings, self.window)
-
-    def start(self, models: Models, state: DecodeState) -> DecodeState:
-        """The first new token is the text's own too."""
-        state = dataclasses.replace(state, last=state.last.at[:, 1].set(self.text[:, 0]))
-        return state if self.selection is None else self._strategy().start(models, state)
-
-    def step(self, models: Models, state: DecodeState) -> tuple[DecodeState, WindowRecord]:
-        """The next W tokens of the text, the same place in all of them."""
-        given = jax.lax.dynamic_slice_in_dim(self.text, state.emitted[0], self.window, axis=1)
-        # Of W tokens that are known, the last one stands where the target's own would.
-        verdict = Verdict(given, jnp.full_like(state.emitted, self.window - 1))
-        if self.selection is not None:
-            strategy = self._strategy()
-            window = strategy.verify(models, state, state.keys, lambda step, *_: (given[:, step], None))
-            return strategy.finish(state, window, verdict)
-        past = state.target_cache.lengths
-        tokens = jnp.concatenate([newest(state), given], axis=1)
-        read = forward(models.target, tokens, state.target_cache, attend_as_chosen(None))
-        seen = Seen(past, ~state.done, read.notes, read.cache.at(past))
-        shares = layer_shares(seen)
-        state = dataclasses.replace(state, target_cache=seen.cache)
-        return commit(state, verdict, shares, drafted=0, stop_tokens=()), WindowRecord(
-            seen, shares, read.hidden, verdict
-        )
-
-    def cost(self, scenario: Scenario) -> Work:
-        """Nobody waits for it."""
-        return Work(tokens=self.window, verified=self.window + 1)
 
 
 @jax.tree_util.register_dataclass

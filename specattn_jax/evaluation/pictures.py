@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
+from specattn_jax.decoding.forced import Forced
 from specattn_jax.decoding.protocol import Models, WindowRecord
-from specattn_jax.evaluation.forced import Forced
 from specattn_jax.evaluation.methods import Case
 from specattn_jax.evaluation.tables import Row
 from specattn_jax.loading.pair import ModelPair

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
+from specattn_jax.decoding.forced import Forced
 from specattn_jax.decoding.protocol import Models, WindowRecord
 from specattn_jax.evaluation.drift import read_densely
-from specattn_jax.evaluation.forced import Forced
 from specattn_jax.evaluation.methods import Case, make_selection
 from specattn_jax.evaluation.tasks.answering import LOSSLESS
 from specattn_jax.loading.pair import ModelPair
