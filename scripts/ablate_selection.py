@@ -168,7 +168,7 @@ def make_selection(row: Row, saving: float, pair: ModelPair, alignments: dict[st
     if row.kind == "policy":
         policy = load_policy("default")
         if row.draft_reads is not None:
-            policy = dataclasses.replace(policy, draft_reads=row.draft_reads)
+            policy = policy.with_draft_reads(row.draft_reads)
         return make.make_selection(policy, alignment, alignment.mass_for_saving(saving), target, draft)
     rows = target.num_layers * target.num_kv_heads
     # Steering only needs a start that is about right: that of the saving where reads can be saved.

@@ -9,6 +9,7 @@ the first W rows are what the draft would have said, all W + 1 are what verifica
   moves the attention output of a layer by d, then KL(full || sparse) is about E[(g . d)^2] / 2, where g is the gradient
   of log p(y) with y drawn from the model itself (the Fisher information). One backward pass prices every layer at
   every p.
+- What it costs that the draft leaves out a part of its own cache, on these too (`draft_reads`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 from specattn_kernels import top_p_threshold
 
+from specattn_jax.calibration.draft_reads import measure_draft_reads
 from specattn_jax.errors import UserError
 from specattn_jax.files import atomic_folder
 from specattn_jax.models.forward import causal_attention, read_sequence
@@ -51,6 +53,8 @@ LEFT_OUT_GRID = np.geomspace(0.9, 5e-4, 16)
 SAVINGS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 HEATMAP = "heatmap.png"
 _LOGITS_AT_ONCE = 2048
+# Passages, read together, of which is measured what a sparse draft costs.
+_READ_SPARSELY = 4
 # Tokens of what is quoted at a time, from a phrase to a paragraph.
 _PIECE = (16, 129)
 Documents = Sequence[Sequence[int]] | Mapping[str, Sequence[Sequence[int]]]
@@ -72,6 +76,8 @@ class CalibrationSettings:
         budgets: whether each layer or each kv head of the target gets a budget of its own.
         quotes: share of each passage, at its end, that repeats pieces of what stands before it. Running text looks
             things up rarely; without some the heads that do so would be fitted to what they do meanwhile.
+        draft_windows: windows of held-out passages in which is measured what it costs that the draft reads sparsely;
+            0 measures nothing.
     """
 
     context: int = 2048
@@ -84,6 +90,7 @@ class CalibrationSettings:
     seed: int = 0
     budgets: Literal["layer", "kv_head"] = "layer"
     quotes: float = 0.0
+    draft_windows: int = 64
 
     def __post_init__(self) -> None:
         if self.passages < 2:
@@ -94,6 +101,8 @@ class CalibrationSettings:
             raise UserError(f"context is {self.context}; expected at least four windows of {self.window + 1} tokens.")
         if not 0.0 <= self.quotes <= 0.5:
             raise UserError(f"quotes is {self.quotes}; expected a share of each passage from 0 to 0.5.")
+        if self.draft_windows < 0:
+            raise UserError(f"draft_windows is {self.draft_windows}; expected at least 0.")
 
 
 class Captured(NamedTuple):
@@ -420,7 +429,7 @@ def calibrate(
     passages = choose_passages(documents, settings, rng)
     half = len(passages) // 2
     tell = progress or (lambda stage, done, total: None)
-    total = len(passages) + 2
+    total = len(passages) + 3
 
     wanted, sources = [], []
     for index, passage in enumerate(passages[:half]):
@@ -443,7 +452,7 @@ def calibrate(
         _finite("target", target, jnp.asarray(cost))
         costs.append(cost)
         densities.append(density)
-    tell("fitting budgets", total - 1, total)
+    tell("fitting budgets", total - 2, total)
     starts = np.concatenate([passage.starts for passage in passages[half:]])
     budgets = fit_budgets(np.mean(costs, axis=0), np.concatenate(densities, axis=2), starts, LEFT_OUT_GRID, SAVINGS)
     notes = {
@@ -453,7 +462,6 @@ def calibrate(
         "mixture_kl": float(fetch(jnp.mean(mixture_kl))),
         "layer_map_kl": float(-np.mean([similarity[i, j] for j, i in enumerate(layer_map)])),
     }
-    tell("done", total, total)
     alignment = Alignment(
         weights=weights,
         savings=jnp.asarray(SAVINGS, jnp.float32),
@@ -464,6 +472,11 @@ def calibrate(
         granularity=settings.granularity,
         provenance=json.dumps(notes, sort_keys=True),
     )
+    tell("reading with a sparse draft", total - 1, total)
+    held_out = jnp.stack([passage.tokens for passage in passages[half:][:_READ_SPARSELY]])
+    count = {"window": settings.window, "windows": settings.draft_windows}
+    alignment = measure_draft_reads(target, draft, alignment, policy, held_out, **count)
+    tell("done", total, total)
     return alignment, similarity
 
 

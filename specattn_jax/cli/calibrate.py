@@ -93,6 +93,7 @@ def calibrate_command(
         **_fit(json.loads(alignment.provenance)),
         "layer_map": list(alignment.layer_map),
         "granularity": alignment.granularity,
+        "draft_kl": alignment.draft_losses,
         "seconds": time.perf_counter() - began,
     }
     if as_json:
@@ -106,11 +107,20 @@ def _fit(provenance: dict[str, Any]) -> dict[str, float]:
     return {name: provenance[name] for name in ("mixture_kl", "layer_map_kl")}
 
 
+def sparse_draft(losses: dict[float, float]) -> str:
+    """What it costs that the draft reads sparsely, for people."""
+    if not losses:
+        return "not measured: it reads all of texts this short, or its sources are no kv heads"
+    read = [f"{kl:.4f} where it reads {share:.1%}" for share, kl in losses.items()]
+    return f"KL {', '.join(read)} of its cache"
+
+
 def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("written", f"{report['out']}: alignment.json, alignment.npz, heatmap.png"),
         ("misfit of the mixture", f"{report['mixture_kl']:.3f} nats (KL from the target's attention)"),
         ("misfit of the layer map", f"{report['layer_map_kl']:.3f} nats"),
+        ("cost of a sparse draft", sparse_draft(report["draft_kl"])),
         ("time", f"{report['seconds']:.0f} s"),
         (
             "use it",

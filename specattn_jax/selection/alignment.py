@@ -145,6 +145,9 @@ class Alignment:
         longer: alignments of the same pair that were calibrated on longer texts, in the order of their lengths.
             Between two lengths weights and masses are interpolated.
         provenance: how this was made, as JSON: models, texts, context, seed, fit statistics.
+        draft_shares: shares of its own cache that the draft read of held-out text, all of it first; None where that
+            was not measured, as in alignments of before.
+        draft_kl: mean KL(full || sparse) of the target's next-token distributions at each of those shares, in nats.
     """
 
     weights: Float[Array, "rows R"]
@@ -156,6 +159,8 @@ class Alignment:
     granularity: Granularity = dataclasses.field(metadata={"static": True})
     longer: tuple[Alignment, ...] = ()
     provenance: str = dataclasses.field(default="{}", metadata={"static": True})
+    draft_shares: Float[Array, " D"] | None = None
+    draft_kl: Float[Array, " D"] | None = None
 
     @property
     def every(self) -> tuple[Alignment, ...]:
@@ -185,6 +190,15 @@ class Alignment:
             f"the alignment was calibrated on texts of up to {self.longest:,} tokens, and this one has {tokens:,}; "
             "calibrate on longer ones with `specattn calibrate --context`, lest it reads what is not needed."
         )
+
+    @property
+    def draft_losses(self) -> dict[float, float]:
+        """KL in nats by the share that the draft read of its own cache, all of it first; empty if not measured."""
+        if self.draft_shares is None or self.draft_kl is None:
+            return {}
+        # To the digits that people write, whatever 32 bits make of them.
+        shares = [round(share, 4) for share in np.asarray(self.draft_shares).tolist()]
+        return dict(zip(shares, np.asarray(self.draft_kl).tolist(), strict=True))
 
     def mass_for_saving(self, saving: float) -> NucleusMass:
         """Nucleus mass that saves the wanted share of reads, interpolated between the fitted budgets.
@@ -218,6 +232,8 @@ class Alignment:
 
 
 _ARRAYS = ("weights", "savings", "left_out", "length_knots", "length_scale")
+# Both or none; those who know them not leave them aside, so that the format is the same.
+_MEASURED = ("draft_shares", "draft_kl")
 
 
 def fit_mixture(
@@ -311,7 +327,8 @@ def save_alignment(alignment: Alignment, folder: Path) -> None:
         (folder / name).mkdir()
         save_alignment(one, folder / name)
     (folder / "alignment.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
-    arrays: dict[str, Any] = {name: np.asarray(getattr(alignment, name)) for name in _ARRAYS}
+    found = {name: getattr(alignment, name) for name in (*_ARRAYS, *_MEASURED)}
+    arrays: dict[str, Any] = {name: np.asarray(array) for name, array in found.items() if array is not None}
     np.savez_compressed(folder / "alignment.npz", **arrays)
 
 
@@ -328,6 +345,7 @@ def load_alignment(directory: Path) -> Alignment:
             header: dict[str, Any] = json.loads((directory / "alignment.json").read_text(encoding="utf-8"))
             with open(directory / "alignment.npz", "rb") as file, np.load(file) as arrays:
                 fitted: dict[str, Any] = {name: jnp.asarray(arrays[name]) for name in _ARRAYS}
+                fitted |= {name: jnp.asarray(arrays[name]) for name in _MEASURED if name in arrays}
         except FileNotFoundError as error:
             raise UserError(f"alignment: {error.filename} does not exist; {remedy}.") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
@@ -354,10 +372,24 @@ def _check_sound(alignment: Alignment) -> None:
     for name, shape in wanted.items():
         if getattr(alignment, name).shape != shape:
             raise ValueError(f"{name} has shape {getattr(alignment, name).shape}, expected {shape}")
-    for name in _ARRAYS:
-        if not bool(jnp.all(jnp.isfinite(getattr(alignment, name)))):
+    for name in (*_ARRAYS, *_MEASURED):
+        array = getattr(alignment, name)
+        if array is not None and not bool(jnp.all(jnp.isfinite(array))):
             raise ValueError(f"{name} holds NaN or infinity")
+    _check_measured(alignment)
     if rows % layers or not all(isinstance(layer, int) and 0 <= layer < sources for layer in alignment.layer_map):
         raise ValueError("layer_map does not fit the weights")
     if alignment.granularity not in get_args(Granularity):
         raise ValueError(f"granularity is {alignment.granularity!r}")
+
+
+def _check_measured(alignment: Alignment) -> None:
+    """Raises ValueError for what cannot have been measured of a draft."""
+    shares, losses = alignment.draft_shares, alignment.draft_kl
+    if shares is None and losses is None:
+        return
+    if shares is None or losses is None or shares.ndim != 1 or shares.shape != losses.shape or not shares.size:
+        raise ValueError("draft_shares and draft_kl are not of one length")
+    falls = bool(jnp.all(jnp.diff(shares) < 0)) and float(shares[0]) == 1.0 and float(shares[-1]) > 0.0
+    if not falls or bool(jnp.any(losses < 0)):
+        raise ValueError("draft_shares does not fall from 1, or draft_kl is negative")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from specattn_kernels import Implementation
 
 from specattn_jax.models.config import ModelConfig
@@ -36,5 +34,5 @@ def make_selection(
     """
     kind: type[Mixture] | type[Published] = Published if policy.prediction == "layer_map" else Mixture
     if alignment.granularity != "kv_head":
-        policy = dataclasses.replace(policy, draft_reads=1.0)
+        policy = policy.with_draft_reads(1.0)
     return kind(alignment, mass, policy, target, draft, implementation)

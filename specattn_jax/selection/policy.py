@@ -62,6 +62,10 @@ class SelectionPolicy:
         if not 0.0 <= self.opening_weight < math.inf:
             raise UserError(f"opening_weight is {self.opening_weight}; expected a number of at least 0.")
 
+    def with_draft_reads(self, share: float) -> SelectionPolicy:
+        """The same policy with a share that the draft reads in any case."""
+        return dataclasses.replace(self, draft_reads=share)
+
 
 def load_policy(name: str) -> SelectionPolicy:
     """The policy preset called `name`.
