@@ -25,7 +25,7 @@ from specattn_jax.texts import shipped_books
 JSON_KEYS = {
     "text", "new_tokens", "prompt_tokens", "finish_reason", "mode", "windows", "accepted_per_window", "kv_reduction",
     "prefill_s", "decode_s", "tokens_per_s", "compile_s", "target", "draft", "policy", "seed", "requested_mode",
-    "window",
+    "window", "draft_reads",
 }  # fmt: skip
 PROMPT = "Once upon a time there was a cache. "
 

@@ -95,7 +95,9 @@ def test_the_table_and_everything_beside_it(evaluate, tmp_path, methods, policie
     for name in ("pareto.png", "alignment.png", "selection.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     note = json.loads((out / "run.json").read_text())
-    assert set(note) == {"command", "versions", "commit", "hardware"}
+    assert set(note) == {"command", "versions", "commit", "hardware", "draft_reads"}
+    # Of documents this short the draft reads everything.
+    assert set(note["draft_reads"].values()) == {1.0}
     assert note["command"]["seed"] == 0
     lines = (out / "table.md").read_text().splitlines()
     assert len([line for line in lines if line.startswith("|")]) == 2 + len(rows)

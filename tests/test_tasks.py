@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from specattn_jax import generate
 from specattn_jax.errors import UserError
-from specattn_jax.evaluation.methods import FULL, SPECATTN, Case, Variant, make_selection
+from specattn_jax.evaluation.methods import FULL, SPECATTN, Case, Variant, fit_case, make_selection
 from specattn_jax.evaluation.store import SETTINGS
 from specattn_jax.evaluation.tasks import answering as answering_module
 from specattn_jax.evaluation.tasks import run
@@ -262,7 +262,9 @@ def test_tasks_go_on_where_they_stopped(pair, tmp_path, monkeypatch, methods):
     assert again.run(["book_needle"], [500], cases) == first
     assert told[-1] == (len(methods), len(methods), "")
     full, *speculative, sparse = first
-    kept = [store.load(f"book_needle-500-{case.key}", case.describe()) for case in cases]
+    fitted = [fit_case(pair, case, context=500, batch=2) for case in cases]
+    assert [row["draft_reads"] for row in first] == [case.draft_reads for case in fitted]
+    kept = [store.load(f"book_needle-500-{case.key}", case.describe()) for case in fitted]
     for other, row in zip(kept[1:-1], speculative, strict=True):
         assert other["texts"] == kept[0]["texts"]
         assert row["score"] == full["score"]

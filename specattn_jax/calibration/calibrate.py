@@ -90,7 +90,7 @@ class CalibrationSettings:
     seed: int = 0
     budgets: Literal["layer", "kv_head"] = "layer"
     quotes: float = 0.0
-    draft_windows: int = 64
+    draft_windows: int = 32
 
     def __post_init__(self) -> None:
         if self.passages < 2:

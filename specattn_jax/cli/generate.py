@@ -369,4 +369,5 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         rows.insert(2, ("drafts accepted", accepted))
     if report["policy"]:
         rows.insert(3, ("cache reads saved", f"{report['kv_reduction']:.1%}"))
+        rows.insert(4, ("the draft reads", f"{report['draft_reads']:.1%} of its own cache"))
     return rows

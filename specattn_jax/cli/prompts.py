@@ -300,4 +300,5 @@ def describe(result: Generation) -> dict[str, Any]:
         "windows": result.windows,
         "accepted_per_window": result.accepted_per_window,
         "kv_reduction": result.kv_reduction,
+        "draft_reads": result.draft_reads,
     }

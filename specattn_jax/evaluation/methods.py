@@ -11,9 +11,11 @@ import jax.numpy as jnp
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.baselines import Oracle, Quest, Streaming, Vegas
 from specattn_jax.loading.pair import ModelPair
+from specattn_jax.planning.draft_reads import fit_draft_reads
 from specattn_jax.reporting.provenance import alignment_digest
 from specattn_jax.runtime.request import choose_reading
 from specattn_jax.selection.alignment import Alignment, NucleusMass
+from specattn_jax.selection.mixture import Mixture
 from specattn_jax.selection.policy import SelectionPolicy, load_policy
 from specattn_jax.selection.protocol import Selection
 
@@ -70,6 +72,11 @@ class Case:
         return None if self.policy is None else self.variant.policy or load_policy(self.policy)
 
     @property
+    def draft_reads(self) -> float | None:
+        """Share of its own cache that its draft reads; None where the method has no policy."""
+        return None if self.ingredients is None else self.ingredients.draft_reads
+
+    @property
     def label(self) -> str:
         """For people."""
         if self.saving is not None:
@@ -93,6 +100,10 @@ class Case:
     def with_p(self, p: float) -> Case:
         """The same row with the p that was found for it."""
         return dataclasses.replace(self, p=p)
+
+    def with_policy(self, policy: SelectionPolicy) -> Case:
+        """The same row by other ingredients."""
+        return dataclasses.replace(self, variant=dataclasses.replace(self.variant, policy=policy))
 
     def describe(self) -> dict[str, Any]:
         """All that decides what it reads, as JSON."""
@@ -175,3 +186,25 @@ def make_selection(pair: ModelPair, case: Case) -> Selection | None:
         )
     assert case.saving is not None
     return (Streaming if case.method == "streaming" else Quest)(jnp.asarray(case.saving, jnp.float32), shape)
+
+
+def fit_case(pair: ModelPair, case: Case, *, context: int, batch: int = 1, window: int = 5) -> Case:
+    """The case with what its draft reads of texts of one length, where its policy leaves that to the pair.
+
+    It depends on shapes and on the pair's calibration alone, so that a table is the same on every device.
+
+    Args:
+        pair: the models.
+        case: a row of the table.
+        context: tokens of a text, or of a prompt and its answer.
+        batch: texts read at a time.
+        window: W.
+
+    Raises:
+        UserError: as `make_selection`.
+    """
+    if case.method != SPECATTN or case.ingredients is None or not case.ingredients.fits_draft_reads:
+        return case
+    selection = make_selection(pair, case)
+    assert isinstance(selection, Mixture)
+    return case.with_policy(fit_draft_reads(selection, context=context, batch=batch, window=window).policy)

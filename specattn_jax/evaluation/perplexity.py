@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.forced import Reading, read_documents
-from specattn_jax.evaluation.methods import FULL, Case, make_selection
+from specattn_jax.evaluation.methods import FULL, Case, fit_case, make_selection
 from specattn_jax.evaluation.search import find_left_out
 from specattn_jax.evaluation.store import Store, identify
 from specattn_jax.evaluation.tables import Measured, Row, make_row, markdown
@@ -107,7 +107,8 @@ class Evaluation:
         """
         count = len(self.batches)
         full_case = Case(FULL)
-        everything = [full_case, *(case for case in cases if case != full_case)]
+        how = {"context": self._context, "batch": self.settings.batch, "window": self.settings.window}
+        everything = [full_case, *(fit_case(self.pair, case, **how) for case in cases if case != full_case)]
         self._clock.expect({case: count + (_SEARCH_READINGS - 1) * case.searched for case in everything})
         for case in everything:  # what cannot work fails before anything slow
             if not case.searched:

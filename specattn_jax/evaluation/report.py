@@ -79,7 +79,9 @@ def evaluate_into(
         f"{settings.window}; ± is one standard error over documents."
     )
     write_tables(out, rows, about)
-    _write(out / RUN, {"command": command, "versions": versions(), "commit": commit(), "hardware": hardware()})
+    shares = {case.label: case.draft_reads for case, _ in results if case.draft_reads is not None}
+    about_run = {"command": command, "versions": versions(), "commit": commit(), "hardware": hardware()}
+    _write(out / RUN, {**about_run, "draft_reads": shares})
     _draw(out, pair, documents, results, store, names, settings.window)
     drift: list[dict[str, Any]] = []
     if drift_tokens:

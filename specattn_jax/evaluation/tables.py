@@ -99,6 +99,7 @@ def make_row(case: Case, measured: Measured, full: Measured, context: int) -> Ro
         "kl_se": standard_error(measured.kl),
         "kv_reduction_by_layer": (1.0 - measured.head_read.mean(axis=(0, 2))).tolist(),
         "kv_reduction_by_head": (1.0 - measured.head_read.mean(axis=0)).tolist(),
+        "draft_reads": case.draft_reads,
     }
 
 

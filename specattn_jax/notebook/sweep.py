@@ -127,7 +127,11 @@ def sweep(
     settings: list[dict[str, float]] = [{"p": value} for value in p] + [
         {"kv_reduction": value} for value in kv_reduction
     ]
-    selections = [choose_reading(pair, policy=policy, **setting) for setting in settings]
+    # Without a context: what is read together differs in arrays alone, so that the draft reads the policy's own share.
+    selections = [
+        choose_reading(pair, policy=policy, p=setting.get("p"), kv_reduction=setting.get("kv_reduction"))
+        for setting in settings
+    ]
     draft = pair.need_draft()
     documents = cut_documents([pair.encode(text)], context, 1)
     points, tokens = [], 0

@@ -102,13 +102,14 @@ def generate(
     if isinstance(prompts, str):
         raise UserError(f"prompts is one text, {prompts[:40]!r}; expected a list of prompts: put it into brackets.")
     request = (request or Request()).change(**changes)
-    strategies, selection = find_candidates(pair, request)
     if memory is not None and memory.tokens and len(prompts) != len(memory.tokens):
         raise UserError(
             f"prompts holds {len(prompts)}, but memory {len(memory.tokens)} sequences; expected as many, or new memory."
         )
     encoded = [encode_prompt(pair, prompt, index) for index, prompt in enumerate(prompts)]
     check_lengths(pair, encoded, request.max_new_tokens)
+    longest = max(map(len, encoded)) + request.max_new_tokens
+    strategies, selection = find_candidates(pair, request, context=longest, batch=len(encoded))
     keys = prompt_keys(request, len(encoded))
     possible = check_draft(pair, strategies, encoded, request.max_new_tokens)
     if len(possible) > 1 and decide is None and _together():
@@ -167,7 +168,9 @@ def generate(
     writer.finish(new)
     if memory is not None:
         memory.keep(decoded.state, [[*before, *after] for before, after in zip(encoded, new, strict=True)])
-    results = _results(pair, encoded, new, decoded, by_choice[decoded.choice].lossless, watched, request)
+    lossless = by_choice[decoded.choice].lossless
+    draft_reads = None if lossless or selection is None else selection.policy.draft_reads
+    results = _results(pair, encoded, new, decoded, lossless, draft_reads, watched, request)
     told = decoded.decisions or ([first] if first.reason else [])
     return Generations(results, Timing(**clock.seconds), told, _notes(pair, results))
 
@@ -247,6 +250,7 @@ def _results(
     new: list[list[int]],
     decoded: Decoded,
     lossless: bool,
+    draft_reads: float | None,
     watched: Sequence[_Window],
     request: Request,
 ) -> list[Generation]:
@@ -272,6 +276,7 @@ def _results(
                 selection=_record(pair, prompt, tokens, watched, index) if watched else None,
                 finish_reason=reason,
                 inner_accepted_per_window=float(counts.inner_accepted[index]) / inner if inner else None,
+                draft_reads=draft_reads,
             )
         )
     return results

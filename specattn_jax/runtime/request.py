@@ -21,6 +21,7 @@ from specattn_jax.decoding.speculative import SparselyDrafted, SpecAttn, Specula
 from specattn_jax.errors import UserError
 from specattn_jax.loading.pair import NO_DRAFT, ModelPair
 from specattn_jax.models.cache import Reach
+from specattn_jax.planning.draft_reads import fit_draft_reads
 from specattn_jax.planning.gate import WINDOWS
 from specattn_jax.runtime.session import DRAFT_REACH, seed_keys
 from specattn_jax.selection.alignment import NucleusMass
@@ -192,8 +193,14 @@ class Candidates(NamedTuple):
     selection: DraftedSelection | None
 
 
-def find_candidates(pair: ModelPair, request: Request) -> Candidates:
+def find_candidates(pair: ModelPair, request: Request, *, context: int | None = None, batch: int = 1) -> Candidates:
     """The strategies that may answer a request: the one that it names, or all that `auto` may choose from.
+
+    Args:
+        pair: the models.
+        request: what is wanted.
+        context: entries in the cache of the longest sequence, at the end, where that is known already.
+        batch: sequences.
 
     Raises:
         UserError: there is no such mode, or what is asked for does not fit it or the pair.
@@ -211,7 +218,15 @@ def find_candidates(pair: ModelPair, request: Request) -> Candidates:
     # Who says how much to read wants to know that it cannot be had.
     asks = pair.alignment is not None or request.p is not None or request.kv_reduction is not None
     if request.may_be_sparse and (request.mode_is_fixed or asks):
-        selection = choose_reading(pair, policy=request.policy, p=request.p, kv_reduction=request.kv_reduction)
+        selection = choose_reading(
+            pair,
+            policy=request.policy,
+            p=request.p,
+            kv_reduction=request.kv_reduction,
+            context=context,
+            batch=batch,
+            window=request.window or DEFAULT_WINDOW,
+        )
     return Candidates(tuple(_strategies(request, settings, selection, pair.draft is not None)), selection)
 
 
@@ -287,8 +302,11 @@ def choose_reading(
     policy: str | SelectionPolicy = "default",
     p: float | None = None,
     kv_reduction: float | None = None,
+    context: int | None = None,
+    batch: int = 1,
+    window: int = DEFAULT_WINDOW,
 ) -> DraftedSelection:
-    """What the target will read: a policy with its nucleus mass.
+    """What target and draft will read: a policy with its nucleus mass, and the draft's share of its own cache.
 
     Args:
         pair: the models and their alignment.
@@ -296,6 +314,10 @@ def choose_reading(
         p: nucleus mass, the same in every layer, in (0, 1]; 1 reads everything.
         kv_reduction: wanted share of cache reads saved, met with the per-layer masses found at calibration. Without
             either, the default policy saves 0.75 and the published one takes p = 0.95.
+        context: entries in the cache of the longest sequence, at the end. With it the draft reads what pays there (see
+            `planning.draft_reads`), without it what the policy says.
+        batch: sequences.
+        window: W.
 
     Raises:
         UserError: both are given, a value is out of range, or the pair has no alignment.
@@ -318,7 +340,8 @@ def choose_reading(
         if not 0.0 < p <= 1.0:
             raise UserError(f"p is {p}; expected a number in (0, 1].")
         mass = NucleusMass.uniform(p, pair.target.config.num_layers)
-    return make_selection(chosen, pair.alignment, mass, pair.target.config, pair.need_draft().config)
+    selection = make_selection(chosen, pair.alignment, mass, pair.target.config, pair.need_draft().config)
+    return selection if context is None else fit_draft_reads(selection, context=context, batch=batch, window=window)
 
 
 def encode_prompt(pair: ModelPair, prompt: str | Sequence[int], index: int) -> list[int]:

@@ -32,6 +32,8 @@ class Generation:
         finish_reason: why the text ends: at the model's own end token, at a stop text, or at the wanted length.
         inner_accepted_per_window: in mode `hierarchical`, mean number of tokens that the target over few entries
             accepted in each of its own windows; None where there is no such level.
+        draft_reads: in mode `specattn`, share of its own cache that the draft was to read (see
+            `planning.draft_reads`); None in other modes.
     """
 
     text: str
@@ -47,6 +49,7 @@ class Generation:
     window: int | None = None
     finish_reason: FinishReason = "length"
     inner_accepted_per_window: float | None = None
+    draft_reads: float | None = None
 
     @property
     def stats(self) -> dict[str, float | int | str | None]:

@@ -177,6 +177,10 @@ class Alignment:
         """Entries of the longest cache that any of them looked at."""
         return self.every[-1].length
 
+    def nearest(self, entries: int) -> Alignment:
+        """The one whose own length is the nearest, in proportion, to a cache of so many entries."""
+        return min(self.every, key=lambda one: abs(np.log(max(entries, 1) / one.length)))
+
     def weights_at(self, past: Int32[Array, " B"]) -> Float[Array, "B rows R"]:
         """Mixture weights for caches of `past` entries."""
         share = between_lengths(past, jnp.stack([one.length_knots[-1] for one in self.every]))

@@ -28,6 +28,8 @@ class SelectionPolicy:
         draft_reads: share of its own cache that the draft reads: for each of its kv heads the entries that the window
             before looked at most, sinks and recent window besides. 1 is all. What the target reads does not depend
             on it but through the draft's queries, as its whole cache is scored in any case.
+        fits_draft_reads: whether the pair, the context and the batch say how much that is, where they are known
+            (`planning.draft_reads`); `draft_reads` is then for pairs of which nothing was measured.
         threshold: `exact` minimal nucleus, or `linear` bisection that over-selects (published).
         steps: halvings of the linear bisection.
         dense_layers: leading target layers that read everything.
@@ -42,6 +44,7 @@ class SelectionPolicy:
 
     prediction: Literal["layer_map", "mixture"]
     draft_reads: float = 1.0
+    fits_draft_reads: bool = False
     threshold: Literal["exact", "linear"] = "exact"
     steps: int = 10
     dense_layers: int = 0
@@ -54,17 +57,18 @@ class SelectionPolicy:
     def __post_init__(self) -> None:
         if not 0.0 < self.draft_reads <= 1.0:
             raise UserError(f"draft_reads is {self.draft_reads}; expected a share in (0, 1].")
-        if self.draft_reads < 1.0 and self.prediction != "mixture":
+        if (self.draft_reads < 1.0 or self.fits_draft_reads) and self.prediction != "mixture":
+            fitted = ", to be fitted" if self.fits_draft_reads else ""
             raise UserError(
-                f"draft_reads is {self.draft_reads}, but prediction 'layer_map' needs the attention of a draft that "
-                "reads everything; expected 1."
+                f"draft_reads is {self.draft_reads}{fitted}, but prediction 'layer_map' needs the attention of a draft "
+                "that reads everything; expected 1."
             )
         if not 0.0 <= self.opening_weight < math.inf:
             raise UserError(f"opening_weight is {self.opening_weight}; expected a number of at least 0.")
 
     def with_draft_reads(self, share: float) -> SelectionPolicy:
         """The same policy with a share that the draft reads in any case."""
-        return dataclasses.replace(self, draft_reads=share)
+        return dataclasses.replace(self, draft_reads=share, fits_draft_reads=False)
 
 
 def load_policy(name: str) -> SelectionPolicy:

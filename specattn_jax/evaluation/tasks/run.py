@@ -14,7 +14,7 @@ import numpy as np
 
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.forced import read_documents
-from specattn_jax.evaluation.methods import FULL, METHODS, Case, list_cases, make_selection
+from specattn_jax.evaluation.methods import FULL, METHODS, Case, fit_case, list_cases, make_selection
 from specattn_jax.evaluation.search import find_left_out
 from specattn_jax.evaluation.store import Store, identify
 from specattn_jax.evaluation.tasks.answering import LOSSLESS, SPECULATIVE, Answering, Answers, Asked
@@ -152,7 +152,9 @@ class TaskRun:
         rows = []
         for length in lengths:
             known: dict[str, dict[float, float]] = {}
-            resolved = [self._resolve(case, length, known.setdefault(case.line, {})) for case in cases]
+            how = {"context": length, "batch": self.settings.batch, "window": self.settings.window}
+            fitted = [fit_case(self.pair, case, **how) for case in cases]
+            resolved = [self._resolve(case, length, known.setdefault(case.line, {})) for case in fitted]
             for task in tasks:
                 rows += self._task(task, length, resolved)
         return rows
@@ -316,6 +318,7 @@ def _row(task: str, length: int, case: Case, values: dict[str, Any], draft_reach
         "method": case.method,
         "policy": case.policy,
         "alignment": case.alignment,
+        "draft_reads": case.draft_reads,
         "draft_reach": reach,
         "line": case.line if reach in (None, DRAFT_REACH.recent) else f"{case.line}, reach {reach}",
         "wanted_kv_reduction": case.saving,
