@@ -262,7 +262,7 @@ def test_the_table_of_quality(label):
 
 @pytest.mark.parametrize("kind", ["code", "dialogue", "languages", "tables", "prose"])
 def test_the_table_of_kinds(kind):
-    """Each row: KL before and now, the oracle's, how many times that, top-1, at 75 and at 90 % saved; likewise the card."""
+    """Each row: KL before and now, the oracle's, how many times that, top-1, at 75 and at 90 % saved; the card too."""
     runs = {
         name: json.loads((RESULTS / "kinds-nvidia-h100" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
         for name in ("new", "old")
