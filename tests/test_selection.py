@@ -300,10 +300,13 @@ def test_a_sparse_draft_reads_some_entries_however_short_the_text():
     ("changes", "message"),
     [
         ({"draft_reads": 0.0}, "expected a share"),
+        ({"opening_weight": -0.1}, "expected a number of at least 0"),
+        ({"opening_weight": float("nan")}, "expected a number of at least 0"),
+        ({"opening_life": 0.0}, "expected a number of windows above 0"),
         ({"draft_reads": 0.5, "prediction": "layer_map"}, "needs the attention of a draft that reads everything"),
     ],
 )
-def test_impossible_sparse_drafts_are_refused(changes, message):
+def test_impossible_policies_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(load_policy("default"), **changes)
 

@@ -65,6 +65,8 @@ class SelectionPolicy:
             )
         if not 0.0 <= self.opening_weight < math.inf:
             raise UserError(f"opening_weight is {self.opening_weight}; expected a number of at least 0.")
+        if not 0.0 < self.opening_life < math.inf:
+            raise UserError(f"opening_life is {self.opening_life}; expected a number of windows above 0.")
 
     def with_draft_reads(self, share: float) -> SelectionPolicy:
         """The same policy with a share that the draft reads in any case."""
