@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -185,6 +186,22 @@ def test_the_table_of_decoding(page):
             check_speeds(cells[3:], speeds["autoregressive"], speeds["speculative"], speeds["specattn"])
             found += 1
     assert found >= 3
+
+
+@pytest.mark.parametrize("batch", [1, 16, 32])
+def test_the_table_of_the_real_pair(batch):
+    """Seconds to the first token and for the others, of each method."""
+    points = json.loads((RESULTS / "request-real-nvidia-h100" / "request.json").read_text(encoding="utf-8"))["points"]
+    found = {
+        point["method"]: point
+        for point in points
+        if (point["case"]["target"], point["case"]["batch"], point["prompt_tokens"]) == ("qwen2.5-coder", batch, 30_000)
+    }
+    (cells,) = rows(section("README.md", "What it brings, and what it costs"), str(batch))
+    for cell, method in zip(cells[1:], ("autoregressive", "speculative", "specattn, 90 % saved", "auto"), strict=True):
+        first, others = (float(number) for number in cell.split(" + "))
+        assert first == pytest.approx(found[method]["prefill_seconds"], rel=0.02)
+        assert others == pytest.approx(statistics.median(found[method]["decode_seconds"]), rel=0.02)
 
 
 def test_the_row_of_the_embedded_pair():
