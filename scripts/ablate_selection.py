@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from specattn_jax.calibration.calibrate import CalibrationSettings
+from specattn_jax.calibration.passages import CalibrationSettings
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.ablations import Ablation, Ingredients, head_weights, map_weights
 from specattn_jax.evaluation.baselines import Quest, Streaming

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from specattn_jax.calibration.calibrate import CalibrationSettings
+from specattn_jax.calibration.passages import CalibrationSettings
 from specattn_jax.loading import load_model
 from specattn_jax.loading.draft import read_draft, save_draft
 from specattn_jax.loading.pair import load_pair

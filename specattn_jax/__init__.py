@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from specattn_jax.bench.kernels import kernel_benchmark
     from specattn_jax.bench.runner import run_benchmark
-    from specattn_jax.calibration.calibrate import CalibrationSettings, calibrate
+    from specattn_jax.calibration.calibrate import calibrate
+    from specattn_jax.calibration.passages import CalibrationSettings
     from specattn_jax.decoding.protocol import DecodeSettings, Models, Strategy, WindowRecord
     from specattn_jax.decoding.sampling import Sampling
     from specattn_jax.errors import UserError
@@ -63,7 +64,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CalibrationSettings": "calibration.calibrate",
+    "CalibrationSettings": "calibration.passages",
     "DecodeSettings": "decoding.protocol",
     "ModelPair": "loading.pair",
     "Models": "decoding.protocol",

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from tiny import outputs, selection_for, start, tiny_model
 
-from specattn_jax.calibration.calibrate import CalibrationSettings
+from specattn_jax.calibration.passages import CalibrationSettings
 from specattn_jax.decoding import loop
 from specattn_jax.decoding.autoregressive import Autoregressive
 from specattn_jax.decoding.hierarchical import Hierarchical

@@ -13,13 +13,13 @@ from tiny import random_alignment, tiny_config, tiny_model
 
 from specattn_jax.calibration import calibrate as calibration
 from specattn_jax.calibration.calibrate import (
-    CalibrationSettings,
     attention_at,
     calibrate,
     capture,
     output_gradients,
     price_layer,
 )
+from specattn_jax.calibration.passages import CalibrationSettings
 from specattn_jax.errors import UserError
 from specattn_jax.models import forward
 from specattn_jax.models.forward import read_sequence

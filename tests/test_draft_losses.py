@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from tiny import random_alignment, selection_for, tiny_config, tiny_model
 
-from specattn_jax.calibration.calibrate import CalibrationSettings, calibrate
+from specattn_jax.calibration.calibrate import calibrate
 from specattn_jax.calibration.draft_reads import SAVING, SHARES, measured_shares
+from specattn_jax.calibration.passages import CalibrationSettings
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.forced import read_documents
 from specattn_jax.selection.alignment import load_alignment, save_alignment

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from command import mistake
 
-from specattn_jax.calibration.calibrate import CalibrationSettings
+from specattn_jax.calibration.passages import CalibrationSettings
 from specattn_jax.decoding.sampling import is_sound
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.forced import read_documents

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from command import mistake, run
 
-from specattn_jax.calibration.calibrate import CalibrationSettings, choose_passages
+from specattn_jax.calibration.passages import CalibrationSettings, choose_passages
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.tables import of_kind
 from specattn_jax.evaluation.tasks import own

@@ -17,9 +17,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 from specattn_kernels import top_p_threshold
 
 from specattn_jax.calibration.draft_reads import measure_draft_reads
+from specattn_jax.calibration.passages import CalibrationSettings, Documents, Passage, choose_passages, rows_of
 from specattn_jax.errors import UserError
 from specattn_jax.files import atomic_folder
 from specattn_jax.models.forward import causal_attention, read_sequence
@@ -46,7 +47,6 @@ from specattn_jax.selection.alignment import (
 )
 from specattn_jax.selection.budgets import fit_budgets, length_knots
 from specattn_jax.selection.policy import SelectionPolicy
-from specattn_jax.texts import by_kind
 
 # Nucleus masses at which layers are priced: the mass left out shrinks geometrically.
 LEFT_OUT_GRID = np.geomspace(0.9, 5e-4, 16)
@@ -55,54 +55,6 @@ HEATMAP = "heatmap.png"
 _LOGITS_AT_ONCE = 2048
 # Passages, read together, of which is measured what a sparse draft costs.
 _READ_SPARSELY = 4
-# Tokens of what is quoted at a time, from a phrase to a paragraph.
-_PIECE = (16, 129)
-Documents = Sequence[Sequence[int]] | Mapping[str, Sequence[Sequence[int]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class CalibrationSettings:
-    """What calibration reads.
-
-    Attributes:
-        context: tokens per passage.
-        window: W.
-        passages: how many passages; the first half fits the mixture, the second the budgets.
-        windows: windows looked at per passage.
-        granularity: sources of the mixture.
-        iterations: EM steps.
-        gradients: samples of the Fisher information per passage.
-        seed: of window places and sampled tokens.
-        budgets: whether each layer or each kv head of the target gets a budget of its own.
-        quotes: share of each passage, at its end, that repeats pieces of what stands before it. Running text looks
-            things up rarely; without some the heads that do so would be fitted to what they do meanwhile.
-        draft_windows: windows of held-out passages in which is measured what it costs that the draft reads sparsely;
-            0 measures nothing.
-    """
-
-    context: int = 2048
-    window: int = 5
-    passages: int = 4
-    windows: int = 16
-    granularity: Granularity = "kv_head"
-    iterations: int = 60
-    gradients: int = 1
-    seed: int = 0
-    budgets: Literal["layer", "kv_head"] = "layer"
-    quotes: float = 0.0
-    draft_windows: int = 32
-
-    def __post_init__(self) -> None:
-        if self.passages < 2:
-            raise UserError(
-                f"passages is {self.passages}; expected at least 2, one to fit the mixture and one the budgets."
-            )
-        if self.context < 4 * (self.window + 1) or self.windows < 1:
-            raise UserError(f"context is {self.context}; expected at least four windows of {self.window + 1} tokens.")
-        if not 0.0 <= self.quotes <= 0.5:
-            raise UserError(f"quotes is {self.quotes}; expected a share of each passage from 0 to 0.5.")
-        if self.draft_windows < 0:
-            raise UserError(f"draft_windows is {self.draft_windows}; expected at least 0.")
 
 
 class Captured(NamedTuple):
@@ -248,77 +200,11 @@ def price_layer(
     return costs.T, jnp.swapaxes(densities, 0, 1)
 
 
-class Passage(NamedTuple):
-    """One passage and where its windows begin."""
-
-    tokens: Int32[Array, " T"]
-    starts: np.ndarray
-
-
-def choose_passages(documents: Documents, settings: CalibrationSettings, rng: np.random.Generator) -> list[Passage]:
-    """Passages that visit the kinds of text in turn, and the documents of each; windows spread over each passage.
-
-    Raises:
-        UserError: a kind has no document as long as one passage, or more kinds than passages of each half.
-    """
-    kinds = []
-    for kind, texts in by_kind(documents).items():
-        kinds.append(_long_enough(texts, settings.context))
-        if not kinds[-1]:
-            raise UserError(
-                f"text: all texts{f' of {kind}' if kind else ''} have {sum(map(len, texts))} tokens; expected at least "
-                f"the calibration context of {settings.context} tokens; give a longer text or a shorter --context."
-            )
-    if settings.passages < 2 * len(kinds) > 2:
-        raise UserError(
-            f"passages is {settings.passages}; expected at least {2 * len(kinds)}, two for each kind of text."
-        )
-    passages = []
-    for index in range(settings.passages):
-        texts = kinds[index % len(kinds)]
-        document = texts[index // len(kinds) % len(texts)]
-        begin = int(rng.integers(0, len(document) - settings.context + 1))
-        text = document[begin : begin + settings.context]
-        tokens = jnp.asarray(quoting(text, round(settings.quotes * len(text)), rng), jnp.int32)
-        # Spread evenly, each window jittered within its share, so that every context length is seen.
-        first, last = settings.context // 16, settings.context - settings.window - 1
-        edges = np.linspace(first, last, settings.windows + 1)
-        starts = rng.uniform(edges[:-1], edges[1:]).astype(np.int32)
-        passages.append(Passage(tokens, starts))
-    return passages
-
-
-def _long_enough(texts: Sequence[Sequence[int]], context: int) -> list[Sequence[int]]:
-    """The texts that hold a passage, and those that are too short for one, joined until they do."""
-    found, joined = [text for text in texts if len(text) >= context], list[int]()
-    for text in texts:
-        if len(text) < context:
-            joined += text
-        if len(joined) >= context:
-            found.append(joined)
-            joined = []
-    return found
-
-
-def quoting(text: Sequence[int], count: int, rng: np.random.Generator) -> list[int]:
-    """The text, with its last `count` tokens replaced by pieces of what stands before them, in any order."""
-    said, repeated = list(text[: len(text) - count]), list[int]()
-    while len(repeated) < count:
-        begin = int(rng.integers(0, len(said)))
-        repeated += said[begin : begin + int(rng.integers(*_PIECE))]
-    return said + repeated[:count]
-
-
-def _rows(starts: np.ndarray, count: int) -> Int32[Array, " Q"]:
-    """`count` consecutive rows per window."""
-    return jnp.asarray((starts[:, None] + np.arange(count)).reshape(-1), jnp.int32)
-
-
 def draft_sources(
     draft: LanguageModel, passage: Passage, granularity: Granularity, window: int
 ) -> Float[Array, "R Q T"]:
     """Attention of every source of the draft at the W draft rows of every window."""
-    rows = _rows(passage.starts, window)
+    rows = rows_of(passage.starts, window)
     reduce = jax.jit(
         lambda layer, rows: reduce_heads(
             jnp.swapaxes(attention_at(layer, rows), 0, 1), granularity, draft.config.num_kv_heads
@@ -330,7 +216,7 @@ def draft_sources(
 
 def target_rows(target: LanguageModel, passage: Passage, window: int) -> Float[Array, "rows Q T"]:
     """Attention of every target kv head (mean over its group) at the W draft rows of every window."""
-    rows, heads = _rows(passage.starts, window), target.config.num_kv_heads
+    rows, heads = rows_of(passage.starts, window), target.config.num_kv_heads
     average = jax.jit(
         lambda layer, rows: jnp.mean(
             attention_at(layer, rows).reshape(heads, -1, rows.shape[0], layer.k.shape[1]), axis=1
@@ -367,7 +253,7 @@ def price_passage(
     """Estimated KL `[units, C]` and density `[units, C, n]` on one passage; units are layers, or kv heads of layers."""
     count, heads = settings.window + 1, target.config.num_kv_heads
     units = heads if settings.budgets == "kv_head" else 1
-    rows = _rows(passage.starts, count)
+    rows = rows_of(passage.starts, count)
     sources = draft_sources(draft, passage, settings.granularity, settings.window)
     layers = capture(target, passage.tokens, rows)
     samples = [

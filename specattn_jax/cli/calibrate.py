@@ -59,7 +59,7 @@ def calibrate_command(
         raise UserError(f"--window is {window}; expected at least 1 drafted token per window.")
 
     with importing():
-        from specattn_jax.calibration.calibrate import CalibrationSettings
+        from specattn_jax.calibration.passages import CalibrationSettings
         from specattn_jax.loading.pair import load_pair
         from specattn_jax.planning.mesh_choice import Wanted, default_mesh
 

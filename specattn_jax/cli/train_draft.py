@@ -82,7 +82,7 @@ def train_draft_command(
         seed=seed,
     )
     with importing():
-        from specattn_jax.calibration.calibrate import CalibrationSettings
+        from specattn_jax.calibration.passages import CalibrationSettings
         from specattn_jax.loading import load_model, resolve
         from specattn_jax.loading.pair import choose_dtype, load_pair
         from specattn_jax.training.distil import ALIGNMENT, DRAFT, check_room, distil

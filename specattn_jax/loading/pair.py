@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from specattn_jax.calibration.calibrate import CalibrationSettings, calibrate, save_calibration
+from specattn_jax.calibration.calibrate import calibrate, save_calibration
+from specattn_jax.calibration.passages import CalibrationSettings
 from specattn_jax.errors import UserError
 from specattn_jax.loading.draft import limit_vocabulary, share_embedding
 from specattn_jax.loading.memory import check_memory
@@ -95,7 +96,7 @@ class ModelPair:
             UserError: the documents are too short, a file cannot be read, or `out` is taken or cannot be written.
 
         Example:
-            >>> from specattn_jax.calibration.calibrate import CalibrationSettings
+            >>> from specattn_jax.calibration.passages import CalibrationSettings
             >>> from specattn_jax.examples import tiny_pair
             >>> from specattn_jax.texts import find_text
             >>> settings = CalibrationSettings(context=128, passages=2, windows=4)  # for real models leave this out

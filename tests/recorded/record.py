@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 import specattn_jax
-from specattn_jax.calibration.calibrate import CalibrationSettings
+from specattn_jax.calibration.passages import CalibrationSettings
 from specattn_jax.examples import tiny_pair
 from specattn_jax.selection.alignment import load_alignment
 from specattn_jax.texts import find_text, read_text
