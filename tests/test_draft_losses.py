@@ -29,6 +29,7 @@ class TestMeasuring:
         assert measured_shares(2048) == (1.0, 0.25, 0.125)
         assert measured_shares(100_000) == SHARES
 
+    @pytest.mark.slow
     def test_calibration_reads_with_each(self):
         target, draft = tiny_model(0, scale=4.0, num_layers=3), tiny_model(1, scale=4.0)
         documents = [np.random.default_rng(0).integers(0, 8, 900).tolist()]
