@@ -188,8 +188,8 @@ class StageBar:
         """Token ids of each text, by kind, showing how many are read."""
         documents: dict[str, list[list[int]]] = {kind: [] for kind in paths}
         total = sum(map(len, paths.values()))
-        for kind, path in ((kind, path) for kind, files in paths.items() for path in files):
-            self.steps("reading texts", sum(map(len, documents.values())), total)
+        for index, (kind, path) in enumerate((kind, path) for kind, files in paths.items() for path in files):
+            self.steps("reading texts", index, total)
             documents[kind].append(tokenizer.encode(read_text(path), add_special=False))
         return documents
 

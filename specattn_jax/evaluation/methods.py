@@ -74,7 +74,8 @@ class Case:
     @property
     def draft_reads(self) -> float | None:
         """Share of its own cache that its draft reads; None where the method has no policy."""
-        return None if self.ingredients is None else self.ingredients.draft_reads
+        policy = self.ingredients
+        return None if policy is None else policy.draft_reads
 
     @property
     def label(self) -> str:

@@ -75,8 +75,7 @@ def evaluate_into(
     rows = [row for _, row in results]
     about = (
         f"{names['target']}, drafted by {names['draft']}, on {len(documents)} documents of {context} tokens "
-        f"({names['texts']}), {settings.prefill:.0%} prefilled, the rest read in teacher-forced windows of "
-        f"{settings.window}; ± is one standard error over documents."
+        f"({names['texts']}), {_how_read(settings)}"
     )
     write_tables(out, rows, about)
     shares = {case.label: case.draft_reads for case, _ in results if case.draft_reads is not None}
@@ -141,11 +140,18 @@ def evaluate_kinds_into(
         drift += [{"kind": kind, **line} for line in found["drift"]]
         about = (
             f"{names['target']}, drafted by {names['draft']}: every kind of text apart, each on {len(texts)} documents "
-            f"of {len(texts[0])} tokens, {settings.prefill:.0%} prefilled, the rest read in teacher-forced windows of "
-            f"{settings.window}; ± is one standard error over documents."
+            f"of {len(texts[0])} tokens, {_how_read(settings)}"
         )
         write_tables(out, rows, about)
     return {"rows": rows, "drift": drift}
+
+
+def _how_read(settings: EvaluationSettings) -> str:
+    """The end of what is said of a table."""
+    return (
+        f"{settings.prefill:.0%} prefilled, the rest read in teacher-forced windows of {settings.window}; ± is one "
+        "standard error over documents."
+    )
 
 
 def _write(path: Path, content: bytes | object) -> None:
