@@ -19,7 +19,8 @@ from specattn_jax.models.sharding import fetch
 from specattn_jax.models.transformer import LanguageModel
 from specattn_jax.selection.alignment import Alignment
 from specattn_jax.selection.make import make_selection
-from specattn_jax.selection.policy import LEAST_DRAFT_ENTRIES, SelectionPolicy
+from specattn_jax.selection.own import OwnReads
+from specattn_jax.selection.policy import SelectionPolicy
 
 SHARES = (1.0, 0.25, 0.1, 0.05)
 SAVING = 0.75
@@ -29,8 +30,7 @@ _CHUNK, _SLOTS = 512, 128
 
 def measured_shares(past: int) -> tuple[float, ...]:
     """The `SHARES` that a draft can read of so many entries: of few it reads no less than `LEAST_DRAFT_ENTRIES`."""
-    least = min(1.0, LEAST_DRAFT_ENTRIES / past)
-    return tuple(dict.fromkeys(max(share, least) for share in SHARES))
+    return tuple(dict.fromkeys(OwnReads(share).share_of(past) for share in SHARES))
 
 
 def measure_draft_reads(
