@@ -15,12 +15,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from specattn_jax.calibration.passages import CalibrationSettings
+from specattn_jax.calibration.passages import CalibrationSettings, usual_passages
 from specattn_jax.loading import load_model
 from specattn_jax.loading.draft import read_draft, save_draft
 from specattn_jax.loading.pair import load_pair
-from specattn_jax.texts import UNNAMED, by_kind, find_kinds, name_texts, read_text, shipped_books
-from specattn_jax.training.data import Documents
+from specattn_jax.texts import UNNAMED, Documents, by_kind, find_kinds, name_texts, read_text, shipped_books
 from specattn_jax.training.distil import DRAFT, SAMPLES, distil
 from specattn_jax.training.settings import TrainSettings
 
@@ -36,9 +35,9 @@ def quantise(folder: Path) -> None:
 
 
 def align(draft: str, out: Path, documents: Documents, texts: list[str]) -> None:
-    """Calibrates a draft, in float32, on four passages of each kind or more."""
+    """Calibrates a draft, in float32, on twice as many passages as is usual."""
     pair = load_pair("smollm2", draft, alignment=None, dtype="float32")
-    passages = max(8, 4 * len(by_kind(documents)))
+    passages = 2 * usual_passages(len(by_kind(documents)))
     pair.calibrate(
         documents,
         out=out,

@@ -10,13 +10,15 @@ import lzma
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from specattn_jax.errors import UserError
 from specattn_jax.files import exists
 
 # The kind of texts of which nobody said one.
 UNNAMED = ""
+# Token ids of each text, or of each text of each kind.
+Documents: TypeAlias = Sequence[Sequence[int]] | Mapping[str, Sequence[Sequence[int]]]
 _Text = TypeVar("_Text")
 _UNPACK: dict[str, Callable[[bytes], bytes]] = {
     ".xz": lzma.decompress,

@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 from specattn_kernels import top_p_threshold
 
 from specattn_jax.calibration.draft_reads import measure_draft_reads
-from specattn_jax.calibration.passages import CalibrationSettings, Documents, Passage, choose_passages, rows_of
+from specattn_jax.calibration.passages import CalibrationSettings, Passage, choose_passages, rows_of
 from specattn_jax.errors import UserError
 from specattn_jax.files import atomic_folder
 from specattn_jax.models.forward import causal_attention, read_sequence
@@ -47,6 +47,7 @@ from specattn_jax.selection.alignment import (
 )
 from specattn_jax.selection.budgets import fit_budgets, length_knots
 from specattn_jax.selection.policy import SelectionPolicy
+from specattn_jax.texts import Documents
 
 # Nucleus masses at which layers are priced: the mass left out shrinks geometrically.
 LEFT_OUT_GRID = np.geomspace(0.9, 5e-4, 16)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -12,11 +12,10 @@ from jaxtyping import Array, Int32
 
 from specattn_jax.errors import UserError
 from specattn_jax.selection.alignment import Granularity
-from specattn_jax.texts import by_kind
+from specattn_jax.texts import Documents, by_kind
 
 # Tokens of what is quoted at a time, from a phrase to a paragraph.
 _PIECE = (16, 129)
-Documents = Sequence[Sequence[int]] | Mapping[str, Sequence[Sequence[int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +61,11 @@ class CalibrationSettings:
             raise UserError(f"quotes is {self.quotes}; expected a share of each passage from 0 to 0.5.")
         if self.draft_windows < 0:
             raise UserError(f"draft_windows is {self.draft_windows}; expected at least 0.")
+
+
+def usual_passages(kinds: int) -> int:
+    """Passages where nobody says how many: at least two of each kind of text, one of which fits the mixture."""
+    return max(CalibrationSettings.passages, 2 * kinds)
 
 
 class Passage(NamedTuple):

@@ -59,7 +59,7 @@ def calibrate_command(
         raise UserError(f"--window is {window}; expected at least 1 drafted token per window.")
 
     with importing():
-        from specattn_jax.calibration.passages import CalibrationSettings
+        from specattn_jax.calibration.passages import CalibrationSettings, usual_passages
         from specattn_jax.loading.pair import load_pair
         from specattn_jax.planning.mesh_choice import Wanted, default_mesh
 
@@ -67,7 +67,7 @@ def calibrate_command(
         CalibrationSettings(
             context=length,
             window=window,
-            passages=max(4, 2 * len(paths)) if passages is None else passages,
+            passages=usual_passages(len(paths)) if passages is None else passages,
             granularity=granularity,  # type: ignore[arg-type]
             seed=seed,
             quotes=quotes,

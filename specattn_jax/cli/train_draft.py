@@ -82,7 +82,7 @@ def train_draft_command(
         seed=seed,
     )
     with importing():
-        from specattn_jax.calibration.passages import CalibrationSettings
+        from specattn_jax.calibration.passages import CalibrationSettings, usual_passages
         from specattn_jax.loading import load_model, resolve
         from specattn_jax.loading.pair import choose_dtype, load_pair
         from specattn_jax.training.distil import ALIGNMENT, DRAFT, check_room, distil
@@ -117,7 +117,7 @@ def train_draft_command(
         pair.calibrate(
             documents,
             out=out / ALIGNMENT,
-            settings=CalibrationSettings(context=min(2048, length), passages=max(4, 2 * len(paths)), seed=seed),
+            settings=CalibrationSettings(context=min(2048, length), passages=usual_passages(len(paths)), seed=seed),
             provenance={"texts": name_texts(paths)},
             progress=bar.steps,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from specattn_jax.files import atomic_file, sensible
 from specattn_jax.loading.draft import embedding_fingerprint
 from specattn_jax.models.transformer import LanguageModel
 from specattn_jax.runtime.session import Session
-from specattn_jax.texts import by_kind
+from specattn_jax.texts import Documents, by_kind
 from specattn_jax.training.settings import TrainSettings
 
 # The last part of every text is kept from training, to watch acceptance on.
@@ -28,8 +28,6 @@ HELD_OUT = 0.02
 # The target writes at these temperatures in turn: half of it greedily, as drafts are mostly asked to decode, the rest
 # with enough chance to leave loops.
 TEMPERATURES = (0.0, 0.6, 0.0, 1.0)
-# Token ids of each text, or of each text of each kind.
-Documents = Sequence[Sequence[int]] | Mapping[str, Sequence[Sequence[int]]]
 
 
 def split_documents(

@@ -13,7 +13,8 @@ from specattn_jax.files import atomic_file
 from specattn_jax.loading.draft import Storage, save_draft
 from specattn_jax.models.transformer import LanguageModel
 from specattn_jax.reporting.plots import training_curves
-from specattn_jax.training.data import Documents, load_or_make_data
+from specattn_jax.texts import Documents
+from specattn_jax.training.data import load_or_make_data
 from specattn_jax.training.settings import TrainSettings
 from specattn_jax.training.trainer import METRICS, Report, assemble, read_metrics, train
 
