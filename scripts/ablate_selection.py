@@ -6,6 +6,7 @@ the same share of the cache. Each row is written when it is there, so the same c
     python scripts/ablate_selection.py --out DIR                              all rows, minutes each on two cores
     python scripts/ablate_selection.py --out DIR --together 40 --jobs 8       an accelerator: many rows in one batch
     python scripts/ablate_selection.py --out DIR --rows default "oracle, budgets" --savings 0.9
+    python scripts/ablate_selection.py --out DIR --pair qwen2.5-coder --dtype bfloat16 --text kinds/train --passages 80
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -27,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from specattn_jax.calibration.passages import CalibrationSettings
+from specattn_jax.calibration.passages import CalibrationSettings, usual_passages
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.ablations import Ablation, Ingredients, head_weights, map_weights
 from specattn_jax.evaluation.baselines import Quest, Streaming
@@ -40,7 +41,7 @@ from specattn_jax.selection import make
 from specattn_jax.selection.alignment import Alignment, load_alignment
 from specattn_jax.selection.policy import load_policy
 from specattn_jax.selection.protocol import Selection
-from specattn_jax.texts import read_text, shipped_books
+from specattn_jax.texts import UNNAMED, find_kinds, name_texts, read_text, shipped_books
 
 # Savings are equal if they differ by less.
 TOLERANCE = 0.005
@@ -80,12 +81,10 @@ EXACT = PUBLISHED._replace(ingredients=PUBLISHED.ingredients._replace(linear=Fal
 # Calibrations beside the shipped one, which has kv-head sources and a budget for each kv head.
 ALIGNMENTS: dict[str, CalibrationSettings | None] = {
     "shipped": None,
-    "layer sources": CalibrationSettings(passages=8, gradients=4, windows=32, granularity="layer"),
-    "head sources": CalibrationSettings(passages=8, gradients=4, windows=32, granularity="head"),
-    "budgets per layer": CalibrationSettings(passages=8, gradients=4, windows=32),
-    "head sources, budgets per kv head": CalibrationSettings(
-        passages=8, gradients=4, windows=32, granularity="head", budgets="kv_head"
-    ),
+    "layer sources": CalibrationSettings(granularity="layer"),
+    "head sources": CalibrationSettings(granularity="head"),
+    "budgets per layer": CalibrationSettings(budgets="layer"),
+    "head sources, budgets per layer": CalibrationSettings(granularity="head", budgets="layer"),
 }
 
 
@@ -121,10 +120,7 @@ ROWS: dict[str, Row] = {
     "last verification blended, 1/2": _with(blend=0.5),
     "last verification blended, 1/2, decayed": _with(blend=0.5, decay=0.9),
     "centroids of 256 unread keys": _with(tail=True),
-    "layer sources": Row(alignment="layer sources"),
-    "head sources": Row(alignment="head sources"),
-    "budgets per layer": Row(alignment="budgets per layer"),
-    "head sources, budgets per kv head": Row(alignment="head sources, budgets per kv head"),
+    **{name: Row(alignment=name) for name in ALIGNMENTS if name != "shipped"},
     "blocks of 4, sum": _with(grain="sum 4"),
     "blocks of 8, sum": _with(grain="sum 8"),
     "blocks of 16, sum": _with(grain="sum 16"),
@@ -138,9 +134,7 @@ ROWS: dict[str, Row] = {
     "dense verification every 32 windows": _with(dense_every=32),
     "dense verification every 64 windows": _with(dense_every=64),
     "no sinks, no recent window": _with(num_sink=0, num_recent=0),
-    "head sources, budgets per kv head, last verification 1/2": _with(
-        Row(alignment="head sources, budgets per kv head"), blend=0.5
-    ),
+    "head sources, last verification 1/2": _with(Row(alignment="head sources"), blend=0.5),
 }
 
 
@@ -198,18 +192,25 @@ def make_weights(kind: Weights, alignment: Alignment, pair: ModelPair) -> Float[
     return weights
 
 
-def find_alignments(folder: Path, names: Sequence[str], pair: ModelPair, jobs: int) -> dict[str, Alignment]:
-    """The alignments that the rows need; those that are not in the folder yet are calibrated on books/train."""
+def find_alignments(
+    folder: Path, names: Sequence[str], pair: ModelPair, texts: Mapping[str, Sequence[Path]], passages: int, jobs: int
+) -> dict[str, Alignment]:
+    """The alignments that the rows need; those that are not in the folder yet are calibrated on the texts."""
     assert pair.alignment is not None
-    books = shipped_books("train")
+    documents = {
+        kind: [pair.tokenizer.encode(read_text(path), add_special=False) for path in files]
+        for kind, files in texts.items()
+    }
     places = {name: folder / name.replace(",", "").replace(" ", "_") for name in names if ALIGNMENTS[name] is not None}
     missing = [name for name, place in places.items() if not exists(place)]
 
     def make(name: str) -> None:
+        settings = ALIGNMENTS[name]
+        assert settings is not None
         pair.calibrate(
-            books,
+            documents,
             out=places[name],
-            settings=ALIGNMENTS[name],
+            settings=dataclasses.replace(settings, passages=passages),
             progress=lambda *step: print(name, *step, file=sys.stderr, flush=True),
         )
 
@@ -295,6 +296,10 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--pair", default="smollm2", help="a preset with an alignment")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--text", nargs="+", help="of other calibrations, kinds as for `specattn calibrate`; the books")
+    parser.add_argument("--passages", type=int, help="of other calibrations; as many as is usual")
     parser.add_argument("--rows", nargs="+", metavar="ROW", default=list(ROWS), help="names of rows; all by default")
     parser.add_argument("--savings", type=float, nargs="+", default=[0.75, 0.9])
     parser.add_argument("--alignments", type=Path, help="folder of other calibrations; OUT/alignments by default")
@@ -316,12 +321,16 @@ def main() -> None:
     """Reads what is missing, then writes the table."""
     options = parse()
     jax.config.update("jax_default_matmul_precision", "highest")
-    pair = load_pair("smollm2", dtype="float32")
+    pair = load_pair(options.pair, dtype=options.dtype)
     needed = list(dict.fromkeys(ROWS[name].alignment for name in options.rows))
-    alignments = find_alignments(options.alignments or options.out / "alignments", needed, pair, options.jobs)
+    texts = find_kinds(options.text) if options.text else {UNNAMED: shipped_books("train")}
+    passages = options.passages or usual_passages(len(texts))
+    folder = options.alignments or options.out / "alignments"
+    alignments = find_alignments(folder, needed, pair, texts, passages, options.jobs)
     if options.calibrate_only:
         return
-    setting = {name: getattr(options, name) for name in ("documents", "context", "prefill", "window")}
+    setting = {name: getattr(options, name) for name in ("pair", "dtype", "documents", "context", "prefill", "window")}
+    setting |= {"calibrated_on": name_texts(texts), "passages": passages}
     noted = options.out / "setting.json"
     if exists(noted) and read_json(noted) != setting:
         raise SystemExit(f"{options.out}: holds rows of another setting, {read_json(noted)}; choose another folder.")
@@ -331,8 +340,8 @@ def main() -> None:
     tasks = [Task(name, saving) for saving in options.savings for name in options.rows]
     rest = [task for task in tasks if not exists(options.out / "rows" / task.file)]
     how = {"prefill_share": options.prefill, "window": options.window}
-    texts = [pair.tokenizer.encode(read_text(book)) for book in shipped_books("valid")]
-    documents = cut_documents(texts, options.context, options.documents)
+    novels = [pair.tokenizer.encode(read_text(book)) for book in shipped_books("valid")]
+    documents = cut_documents(novels, options.context, options.documents)
     dense = read_documents(pair.target, pair.need_draft(), None, documents, **how)
     reference = dense.hidden
     assert reference is not None

@@ -41,7 +41,7 @@ def align(draft: str, out: Path, documents: Documents, texts: list[str]) -> None
     pair.calibrate(
         documents,
         out=out,
-        settings=CalibrationSettings(passages=passages, gradients=4, windows=32, budgets="kv_head"),
+        settings=CalibrationSettings(passages=passages),
         provenance={"draft": "distilled", "texts": texts},
         progress=lambda *step: print(*step, flush=True),
     )

@@ -41,12 +41,12 @@ class CalibrationSettings:
     context: int = 2048
     window: int = 5
     passages: int = 4
-    windows: int = 16
+    windows: int = 32
     granularity: Granularity = "kv_head"
     iterations: int = 60
-    gradients: int = 1
+    gradients: int = 4
     seed: int = 0
-    budgets: Literal["layer", "kv_head"] = "layer"
+    budgets: Literal["layer", "kv_head"] = "kv_head"
     quotes: float = 0.0
     draft_windows: int = 32
 

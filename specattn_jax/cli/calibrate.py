@@ -31,9 +31,11 @@ def calibrate_command(
         ),
     ] = "2048",
     passages: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            help="Passages, of all kinds of text in turn: half of them fit the mixture, half the budgets.",
+            help="Passages, of all kinds of text in turn: half of them fit the mixture, half the budgets. One number "
+            "for all lengths, or one for each.",
+            metavar="N,...",
             show_default="4, at least 2 of each kind",
         ),
     ] = None,
@@ -41,8 +43,13 @@ def calibrate_command(
         str, typer.Option(help=f"Sources of the mixture: {', '.join(GRANULARITIES)}.", metavar="SOURCE")
     ] = "kv_head",
     quotes: Annotated[
-        float, typer.Option(help="Share of each passage, at its end, that repeats pieces of what stands before it.")
-    ] = 0.0,
+        str,
+        typer.Option(
+            help="Share of each passage, at its end, that repeats pieces of what stands before it. One number for all "
+            "lengths, or one for each.",
+            metavar="R,...",
+        ),
+    ] = "0",
     window: options.Window = 5,
     seed: options.Seed = 0,
     dtype: options.Dtype = "auto",
@@ -63,16 +70,19 @@ def calibrate_command(
         from specattn_jax.loading.pair import load_pair
         from specattn_jax.planning.mesh_choice import Wanted, default_mesh
 
+    asked = options.split_for_each(passages or str(usual_passages(len(paths))), len(contexts), "--passages")
+    counts = options.whole(asked, "--passages", "of passages, such as 20")
+    shares = options.split_for_each(quotes, len(contexts), "--quotes")
     settings = [
         CalibrationSettings(
             context=length,
             window=window,
-            passages=usual_passages(len(paths)) if passages is None else passages,
+            passages=count,
             granularity=granularity,  # type: ignore[arg-type]
             seed=seed,
-            quotes=quotes,
+            quotes=share,
         )
-        for length in contexts
+        for length, count, share in zip(contexts, counts, shares, strict=True)
     ]
     began = time.perf_counter()
     with stage_bar() as bar:

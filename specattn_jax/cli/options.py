@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -114,10 +115,18 @@ def split_lengths(given: str, option: str) -> list[int]:
     Raises:
         UserError: one of them is no whole number, or there are none.
     """
-    numbers = split_numbers(given, option)
+    return whole(split_numbers(given, option), option, "of tokens, such as 4096,8192")
+
+
+def whole(numbers: Sequence[float], option: str, what: str) -> list[int]:
+    """The same numbers as integers.
+
+    Raises:
+        UserError: one of them is no whole number; `what` goes on after "expected whole numbers".
+    """
     for number in numbers:
         if not number.is_integer():
-            raise UserError(f"{option} names {number:g}; expected whole numbers of tokens, such as 4096,8192.")
+            raise UserError(f"{option} names {number:g}; expected whole numbers {what}.")
     return [int(number) for number in numbers]
 
 
@@ -136,6 +145,21 @@ def split_numbers(given: str, option: str) -> list[float]:
     if not numbers:
         raise UserError(f"{option} is {given!r}; expected numbers separated by commas.")
     return sorted(numbers)
+
+
+def split_for_each(given: str, count: int, option: str) -> list[float]:
+    """Numbers separated by commas: one for all of so many, or one for each.
+
+    Raises:
+        UserError: one of them is no number, or there are neither one nor so many.
+    """
+    try:
+        numbers = [float(part) for part in given.split(",")]
+    except ValueError as error:
+        raise UserError(f"{option} is {given!r}; expected numbers, such as 0,0.25.") from error
+    if len(numbers) not in (1, count):
+        raise UserError(f"{option} holds {len(numbers)} numbers; expected one, or one for each of {count} lengths.")
+    return numbers * count if len(numbers) == 1 else numbers
 
 
 def split_reading(kv_reduction: str | None, p: str | None) -> tuple[list[float], list[float]]:
