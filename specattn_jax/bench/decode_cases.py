@@ -47,6 +47,7 @@ class DecodeCase:
         density: share of the target's cache that sparse methods read.
         dtype: of weights and caches.
         mesh: devices that share the work, such as heads=2; empty: one.
+        rates: preset of the pair at whose measured acceptance each method decodes, in place of `accepted`.
     """
 
     target: str
@@ -59,6 +60,7 @@ class DecodeCase:
     density: float = 0.12
     dtype: str = "bfloat16"
     mesh: str = ""
+    rates: str = ""
 
     @property
     def context(self) -> int:

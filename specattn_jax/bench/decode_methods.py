@@ -27,11 +27,11 @@ from specattn_jax.selection.protocol import Opened, Opening, Seen, Selection
 AUTOREGRESSIVE, SPECULATIVE, SPECATTN = "autoregressive", "speculative", "specattn"
 RIVAL, DENSE_DRAFT = "sparse draft, dense verification", "specattn, dense draft"
 MOSAIC = "speculative (mosaic gpu)"
-ALONE, SPARSE_DRAFT = "self", "speculative, sparse draft"
+ALONE, LOOKUP, SPARSE_DRAFT = "self", "lookup", "speculative, sparse draft"
 HIERARCHY, HIERARCHY_OF_TEXT = "hierarchical", "hierarchical, no draft"
 # Of what `--mode auto` chooses from, those that every case of a benchmark has, the simplest first.
 CHOICES = (AUTOREGRESSIVE, SPECULATIVE, SPECATTN)
-AUTO = "auto"
+AUTO, AUTO_LOSSLESS = "auto", "auto, lossless"
 # The implementation that is the fastest of ours on the device.
 BEST = "best"
 
@@ -56,6 +56,7 @@ class ImposedAcceptance:
         logits: Float[Array, "B T V"],
         sampling: Sampling,
         windows: Int32[Array, " B"],
+        count: Int32[Array, " B"] | None = None,
     ) -> Verdict:
         """The exact verdict, but for the count.
 
@@ -65,7 +66,7 @@ class ImposedAcceptance:
         window = drafted.shape[1]
         if not all(0 <= count <= window for count in self.counts):
             raise UserError(f"counts is {self.counts}; expected counts from 0 to the window's {window} drafted tokens.")
-        verdict = judge_exactly(keys, drafted, probs, logits, sampling, windows)
+        verdict = judge_exactly(keys, drafted, probs, logits, sampling, windows, count)
         return verdict._replace(accepted=jnp.array(self.counts, jnp.int32)[windows % len(self.counts)])
 
 
@@ -178,8 +179,8 @@ REAL_METHODS: dict[str, dict[str, Any]] = {
     "specattn, 90 % saved": {"mode": SPECATTN, "kv_reduction": 0.9},
     # As it is without any option: the window is chosen too.
     AUTO: {"mode": AUTO, "window": None},
-    "auto, lossless": {"mode": AUTO, "window": None, "lossless": True},
-    "lookup": {"mode": "lookup"},
+    AUTO_LOSSLESS: {"mode": AUTO, "window": None, "lossless": True},
+    LOOKUP: {"mode": LOOKUP},
     ALONE: {"mode": ALONE},
     SPARSE_DRAFT: {"mode": SPECULATIVE, "draft_reads": 0.1},
     HIERARCHY: {"mode": "hierarchical", "window": None},

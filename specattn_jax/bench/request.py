@@ -19,7 +19,12 @@ from specattn_jax.bench.decode_cases import LARGER, REAL, TINY, DecodeCase, by_c
 from specattn_jax.bench.decode_methods import (
     ALONE,
     AUTO,
+    AUTO_LOSSLESS,
+    AUTOREGRESSIVE,
     CHOICES,
+    HIERARCHY,
+    HIERARCHY_OF_TEXT,
+    LOOKUP,
     REAL_METHODS,
     SPARSE_DRAFT,
     SPECATTN,
@@ -30,6 +35,7 @@ from specattn_jax.bench.decode_methods import (
 from specattn_jax.bench.decode_real import measure_real
 from specattn_jax.bench.decode_roofline import predict
 from specattn_jax.bench.decode_workload import link_facts, peak_bytes, random_alignment, random_models
+from specattn_jax.bench.imposed import RATES, impose, lossless_strategy
 from specattn_jax.bench.request_report import draw_requests, request_table
 from specattn_jax.bench.runner import Benchmark, Point, Report
 from specattn_jax.decoding.protocol import Models, Strategy
@@ -41,6 +47,7 @@ from specattn_jax.planning.cost import prefill_arithmetic
 from specattn_jax.planning.device import measure_profile
 from specattn_jax.planning.gate import Situation, choose_strategy
 from specattn_jax.runtime.clock import Clock
+from specattn_jax.runtime.request import DEFAULT_PLACES
 from specattn_jax.runtime.session import DRAFT_REACH, Session, seed_keys
 from specattn_jax.selection.alignment import NucleusMass
 from specattn_jax.selection.make import make_selection
@@ -48,13 +55,15 @@ from specattn_jax.selection.protocol import Selection
 from specattn_jax.selection.reads import ReadEverything
 from specattn_jax.timing import TimingSettings, time_calls
 
-RequestGrid: TypeAlias = Literal["tiny", "small", "real"]
+RequestGrid: TypeAlias = Literal["tiny", "small", "real", "lossless"]
 HF_RESULTS = "hf.json"
+_QWEN = "qwen2.5-coder-1.5b"
 _LLAMA3, _TINY_PAIR = ("llama-3.1-8b", "llama-3.2-1b"), ("tiny", "tiny-draft")
 # Width of the square product by which the rate of matrices is measured.
 _PRODUCT = {"cpu": 512}
 _PROBES, _PROBE_WINDOWS, _CLOSE = 8, 2, 0.05
 # Short requests are repeated more often: two of the same differ by more than two ways of decoding them.
+_LEAST_LUCK = 4
 _LEAST_REPEATS, _MOST_REPEATS, _REPEATED_TOKENS = 2, 7, 250_000
 
 
@@ -100,6 +109,18 @@ def _points(grid: RequestGrid) -> list[Point]:
             (real(LARGER, 30000, 256), every), (real(LARGER, 30000, 256, 16), every),
             (real(LARGER, 30000, 256, 32), every), (real(LARGER, 8000, 256), every), (real(REAL, 6144, 256), every),
         ]  # fmt: skip
+    elif grid == "lossless":
+        # What needs no draft comes first: the prompts are read once by the target, and once more by both models.
+        chosen = (AUTOREGRESSIVE, LOOKUP, ALONE, HIERARCHY_OF_TEXT, SPECULATIVE, SPARSE_DRAFT, HIERARCHY)
+        wanted = [
+            (dataclasses.replace(case(*size, 256), rates=LARGER), (*chosen, SPECATTN, AUTO_LOSSLESS))
+            for size in ((8, 32768), (1, 131072), (1, 32768))
+        ]
+        # A draft of few layers beside the one of the pair: what is asked of both is how long a window takes.
+        wanted += [
+            (dataclasses.replace(case(1, 30000, 256, (_QWEN, draft)), rates=LARGER), (SPECULATIVE,))
+            for draft in ("qwen2.5-coder-0.5b", "qwen2.5-coder-five-layers")
+        ]
     else:
         alone, without_loss = CHOICES[:1], (*CHOICES, ALONE, SPARSE_DRAFT)
         wanted = [
@@ -132,11 +153,15 @@ class _Bench:
     def __init__(self, *, once: bool) -> None:
         self._once = once
         self._models: tuple[tuple[str, ...], Models] | None = None
+        self._request: _Request | None = None
 
     def measure(self, point: Point, beside: Sequence[str]) -> dict[str, Any]:
         """One point, of whose case the methods `beside` are wanted."""
         case = point.case
         repeats = 1 if self._once else _repeats(case)
+        if case.rates:
+            return self._at_rates(case, point.name, repeats)
+        self._request = None
         if case.real:
             self._models = None
             found = measure_real(case, point.name, beside, repeats)
@@ -166,6 +191,35 @@ class _Bench:
         weights, attention = prefill_arithmetic(shape(case.target), case.batch, case.context)
         facts["arithmetic"] = {"weights": weights, "attention": attention}
         return facts | _whole(case, statistics.median(prefills), statistics.median(runs))
+
+    def _at_rates(self, case: DecodeCase, name: str, repeats: int) -> dict[str, Any]:
+        """One method at the acceptance of a real pair. The prompts are read for all that need the same models."""
+        if self._request is None or self._request.case != case:
+            self._request = None
+            gc.collect()
+            self._request = _Request(case, self._session(case))
+        request, rates, facts = self._request, RATES[case.rates], dict[str, Any]()
+        if name == SPECATTN:
+            make = functools.partial(_strategy, case, request.session.models, name)
+            request.read(make(1.0))
+            tuned, facts["p"] = _tune(request, make)
+            strategy = impose(tuned, rates)
+        else:
+            strategy, decision = lossless_strategy(case, name, rates, measure_profile())
+            if decision is not None:
+                facts |= {"plan": str(decision.choice), "reason": decision.reason}
+        prefill = request.read(strategy)
+        request.decode(strategy, case.room)
+        runs, windows, accepted, longest = list[float](), 0.0, 0.0, 0
+        # Each with other luck, of which the mean counts.
+        for seed in range(1 if self._once else max(_LEAST_LUCK, repeats)):
+            runs.append(request.decode(strategy, case.room, seed))
+            done = jax.device_get(request.state.statistics)
+            windows, accepted = windows + float(np.sum(done.windows)), accepted + float(np.sum(done.accepted))
+            longest += int(np.max(done.windows))
+        facts |= {"windows": windows / len(runs) / case.batch, "accepted_per_window": accepted / windows}
+        facts["window_seconds"] = sum(runs) / longest
+        return facts | {"decode_repeats": runs} | _whole(case, prefill, statistics.mean(runs))
 
     def _session(self, case: DecodeCase) -> Session:
         """The case's models, random ones."""
@@ -206,6 +260,7 @@ class _Request:
         self.case = case
         rng = np.random.default_rng(0)
         self._prompts = rng.integers(0, shape(case.target).vocab_size, (case.batch, case.context)).tolist()
+        self._seconds = dict[bool, float]()
         self.state: Any = None
 
     def prefill(self, strategy: Strategy, draft_reach: Reach | None = DRAFT_REACH) -> float:
@@ -216,16 +271,33 @@ class _Request:
         self.state = dataclasses.replace(self.session, draft_reach=draft_reach).prefill(
             self._prompts,
             self.case.room,
-            window=self.case.window,
+            window=max(self.case.window, strategy.window, DEFAULT_PLACES if self.case.rates else 0),
             with_draft=strategy.needs_draft,
             clock=clock,
         )
         return clock.seconds["prefill_s"]
 
-    def decode(self, strategy: Strategy, windows: int) -> float:
-        """Decodes from the end of the prompts on; the seconds that it took."""
-        room = self.case.room + self.case.window + 1
-        state = _again(self.state, jnp.int32(self.case.context), jnp.int32(self.case.room), room=room)
+    def read(self, strategy: Strategy) -> float:
+        """Sees to it that the models of a strategy have read the prompts; the seconds that it takes, measured once."""
+        needed = strategy.needs_draft
+        if needed not in self._seconds:
+            self.prefill(strategy)
+            self._seconds[needed] = self.prefill(strategy)
+        elif self.state is None or (needed and self.state.draft_cache is None):
+            self.prefill(strategy)
+        return self._seconds[needed]
+
+    def decode(self, strategy: Strategy, windows: int, seed: int = 0) -> float:
+        """Decodes from the end of the prompts on, with keys of a seed; the seconds that it took."""
+        room = self.case.room + max(self.case.window, strategy.window) + 1
+        state = _again(
+            self.state,
+            jnp.int32(self.case.context),
+            jnp.int32(self.case.room),
+            seed_keys(seed, self.case.batch),
+            room=room,
+            with_prompt=strategy.needs_text,
+        )
         self.state = None
         state = jax.block_until_ready(self.session.start(strategy, state))
         clock = Clock()
@@ -233,14 +305,24 @@ class _Request:
         return clock.lap("decode", self.state)
 
 
-@functools.partial(jax.jit, static_argnames=("room",), donate_argnames=("state",))
-def _again(state: DecodeState, context: jax.Array, new: jax.Array, *, room: int) -> DecodeState:
-    """The state right after prefill: what was decoded since is forgotten."""
-    batch = state.limit.shape[0]
+@functools.partial(jax.jit, static_argnames=("room", "with_prompt"), donate_argnames=("state",))
+def _again(
+    state: DecodeState, context: jax.Array, new: jax.Array, keys: jax.Array, *, room: int, with_prompt: bool
+) -> DecodeState:
+    """The state right after prefill: what was decoded since is forgotten. Of the prompts' text nothing is kept."""
+    batch, slots = state.limit.shape[0], state.target_cache.num_slots
     full = jnp.full((batch,), context)
     draft = None if state.draft_cache is None else state.draft_cache.at(full)
     last = jnp.tile(jnp.arange(1, 3, dtype=jnp.int32), (batch, 1))
-    return begin(state.target_cache.at(full), draft, last, jnp.full((batch,), new), seed_keys(0, batch), room=room)
+    return begin(
+        state.target_cache.at(full),
+        draft,
+        last,
+        jnp.full((batch,), new),
+        keys,
+        room=room,
+        prompt=jnp.zeros((batch, slots), jnp.int32) if with_prompt else None,
+    )
 
 
 def _strategy(case: DecodeCase, models: Models, name: str, p: float) -> Strategy:
@@ -273,7 +355,7 @@ def _conclude(report: Report) -> None:
     good = [point for point in report["points"] if point["failure"] is None]
     report["auto"] = []
     for case, points in by_case(good).items():
-        if case.real:
+        if case.real or case.rates:
             report["auto"] += _chosen_by_itself(points)
             continue
         times = {point["method"]: point["request_seconds"] for point in points}
@@ -304,7 +386,7 @@ def _chosen_by_itself(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             if (other := REAL_METHODS[name]["mode"]) != AUTO and not (asked.get("lossless") and other == SPECATTN)
         }
         if fixed:
-            reason = " ".join(point["decisions"])
+            reason = " ".join(point["decisions"]) if "decisions" in point else point["reason"]
             found.append(_beside_the_best(point["case"], point["method"], reason, times[point["method"]], fixed))
     return found
 

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
+from typing import Protocol
 
 from jaxtyping import Array, Float, Int32, Key
 
 from specattn_jax.decoding.sampling import Sampling, Verdict, verify
 
-# Decides what of a window is kept: takes a key per sequence, the drafted tokens, the distributions that they were drawn
-# from, the target's logits, how tokens are drawn, and the number of windows before.
-Judge: TypeAlias = Callable[
-    [Key[Array, " B"], Int32[Array, "B W"], Float[Array, "B W V"] | None, Float[Array, "B T V"], Sampling, Array],
-    Verdict,
-]
+
+class Judge(Protocol):
+    """Decides what of a window is kept."""
+
+    def __call__(
+        self,
+        keys: Key[Array, " B"],
+        drafted: Int32[Array, "B W"],
+        probs: Float[Array, "B W V"] | None,
+        logits: Float[Array, "B T V"],
+        sampling: Sampling,
+        windows: Int32[Array, " B"],
+        count: Int32[Array, " B"] | None = None,
+    ) -> Verdict:
+        """The verdict.
+
+        Args:
+            keys: one per sequence.
+            drafted: the drafted tokens.
+            probs: the distributions that they were drawn from; None when greedy.
+            logits: the target's.
+            sampling: how tokens are drawn.
+            windows: how many there were before.
+            count: how many of the tokens are proposed; None is all.
+        """
 
 
 def judge_exactly(
@@ -24,6 +42,7 @@ def judge_exactly(
     logits: Float[Array, "B T V"],
     sampling: Sampling,
     windows: Int32[Array, " B"],
+    count: Int32[Array, " B"] | None = None,
 ) -> Verdict:
     """The exact acceptance rule, whatever came before."""
-    return verify(keys, drafted, probs, logits, sampling)
+    return verify(keys, drafted, probs, logits, sampling, count)

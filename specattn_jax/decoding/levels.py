@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32
 from specattn_kernels import SelectionPlan, lay
 
+from specattn_jax.decoding.judging import Judge, judge_exactly
 from specattn_jax.decoding.middle import InnerDrafter, Proposed, propose
 from specattn_jax.decoding.pacing import Tally, passes_for, tokens_ahead
 from specattn_jax.decoding.protocol import (
@@ -28,7 +29,7 @@ from specattn_jax.decoding.protocol import (
     target_logits,
 )
 from specattn_jax.decoding.refreshing import read_and_refresh
-from specattn_jax.decoding.sampling import Verdict, verify
+from specattn_jax.decoding.sampling import Verdict
 from specattn_jax.decoding.state import DecodeState, commit
 from specattn_jax.decoding.work import Drafter, Scenario, Work
 from specattn_jax.errors import UserError
@@ -66,12 +67,16 @@ class TwoLevels(abc.ABC):
             one inner window.
         inner: tokens that are proposed to the middle level at a time.
         reads: how much of its cache the middle level reads.
+        judge: decides what the dense pass keeps; another one than the exact rule is for measuring. Likewise
+        inner_judge: what the middle level keeps.
     """
 
     settings: DecodeSettings = dataclasses.field(default_factory=DecodeSettings)
     window: int = 15
     inner: int = 3
     reads: OwnReads = dataclasses.field(default_factory=OwnReads)
+    judge: Judge = judge_exactly
+    inner_judge: Judge = judge_exactly
 
     name: ClassVar[str] = "hierarchical"
     drafter: ClassVar[Drafter] = Drafter.TARGET
@@ -131,6 +136,7 @@ class TwoLevels(abc.ABC):
             sampling=sampling,
             inner=self.inner,
             most=self.verified,
+            judge=self.inner_judge,
         )
         drafted = middle.tokens[:, : self.verified]
         probs = None if middle.probs is None else middle.probs[:, : self.verified]
@@ -138,7 +144,7 @@ class TwoLevels(abc.ABC):
         tokens = jnp.concatenate([newest(state), drafted], axis=1)
         read = read_and_refresh(models, state, tokens, middle.target_cache, self.reads, 2 * (self.window + 1))
         state, logits = target_logits(models, state, read.hidden, drafted, sampling)
-        verdict = verify(for_verdict, drafted, probs, logits, sampling, wanted)
+        verdict = self.judge(for_verdict, drafted, probs, logits, sampling, state.statistics.windows, wanted)
         own = dataclasses.replace(state.own, plan=read.plan, tally=tally.add(verdict, wanted, ~state.done))
         counts = state.statistics.add_inner(middle.windows, middle.accepted)
         state = dataclasses.replace(state, target_cache=read.seen.cache, keys=later, own=own, statistics=counts)

@@ -8,6 +8,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from specattn_jax.decoding.judging import Judge, judge_exactly
 from specattn_jax.decoding.looking import LONGEST, certain, look_up, text_so_far, write_on
 from specattn_jax.decoding.protocol import (
     DecodeSettings,
@@ -18,7 +19,6 @@ from specattn_jax.decoding.protocol import (
     next_keys,
     target_logits,
 )
-from specattn_jax.decoding.sampling import verify
 from specattn_jax.decoding.state import DecodeState, commit
 from specattn_jax.decoding.work import Drafter, Scenario, Work
 from specattn_jax.errors import UserError
@@ -39,11 +39,13 @@ class PromptLookup:
         settings: how tokens are drawn, and where sequences end.
         window: W, tokens proposed per window.
         longest: most of the newest tokens that are looked for.
+        judge: decides what is kept; another one than the exact rule is for measuring.
     """
 
     settings: DecodeSettings = dataclasses.field(default_factory=DecodeSettings)
     window: int = 5
     longest: int = LONGEST
+    judge: Judge = judge_exactly
 
     name: ClassVar[str] = "lookup"
     needs_draft: ClassVar[bool] = False
@@ -70,7 +72,7 @@ class PromptLookup:
         read = forward(models.target, tokens, state.target_cache, attend_as_chosen(None))
         seen = Seen(past, ~state.done, read.notes, read.cache.at(past))
         state, logits = target_logits(models, state, read.hidden, drafted, sampling)
-        verdict = verify(for_verdict, drafted, probs, logits, sampling)
+        verdict = self.judge(for_verdict, drafted, probs, logits, sampling, state.statistics.windows)
         shares, text = layer_shares(seen), write_on(state.own, verdict.tokens, past + 1)
         state = dataclasses.replace(state, target_cache=seen.cache, keys=later, own=text)
         state = commit(state, verdict, shares, drafted=self.window, stop_tokens=self.settings.stop_tokens)

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Key
 from specattn_kernels import SelectionPlan
 
+from specattn_jax.decoding.judging import Judge
 from specattn_jax.decoding.protocol import Models
-from specattn_jax.decoding.sampling import Sampling, token_distribution, verify
+from specattn_jax.decoding.sampling import Sampling, token_distribution
 from specattn_jax.decoding.state import DecodeState
 from specattn_jax.models.cache import KVCache
 from specattn_jax.models.forward import forward
@@ -87,6 +88,7 @@ def propose(
     sampling: Sampling,
     inner: int,
     most: int,
+    judge: Judge,
 ) -> Proposed:
     """Inner windows, until every sequence has as many tokens as are wanted; those that have wait.
 
@@ -101,6 +103,7 @@ def propose(
         sampling: how tokens are drawn.
         inner: tokens that the lowest level proposes at a time.
         most: the largest `wanted` there can be.
+        judge: decides what of an inner window is kept.
     """
     past, vocab = state.target_cache.lengths, models.target.config.vocab_size
     batch, places = len(past), most + inner + 1
@@ -115,7 +118,7 @@ def propose(
         tokens = jnp.concatenate([last[:, 1:], drafted.tokens], axis=1)
         read = forward(models.target, tokens, middle.target_cache.at(have), attend_by(plan))
         logits = models.target.logits(read.hidden)
-        verdict = verify(now[:, 1], drafted.tokens, drafted.probs, logits, sampling)
+        verdict = judge(now[:, 1], drafted.tokens, drafted.probs, logits, sampling, middle.windows)
         waits = middle.filled >= wanted
         probs = middle.probs
         if probs is not None:

@@ -227,13 +227,20 @@ def find_candidates(pair: ModelPair, request: Request, *, context: int | None = 
             batch=batch,
             window=request.window or DEFAULT_WINDOW,
         )
-    return Candidates(tuple(_strategies(request, settings, selection, pair.draft is not None)), selection)
+    return Candidates(tuple(strategies_of(request, settings, selection, pair.draft is not None)), selection)
 
 
-def _strategies(
+def strategies_of(
     request: Request, settings: DecodeSettings, selection: DraftedSelection | None, has_draft: bool
 ) -> Iterator[Strategy]:
-    """The strategy of a mode, or those of `auto`: an entry per window."""
+    """The strategy of a mode, or those of `auto`: an entry per window.
+
+    Args:
+        request: with the mode, and what it says of windows and the draft.
+        settings: how tokens are drawn, and where sequences end.
+        selection: what a sparse verification reads; None where there is none.
+        has_draft: whether there is a draft.
+    """
     windows = (DEFAULT_WINDOW,) if request.mode_is_fixed else WINDOWS
     if request.window is not None:
         windows = (request.window,)

@@ -1,0 +1,148 @@
+"""What a real pair accepts, imposed on random weights: every method at its own rate, token by token."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Key
+
+from specattn_jax.bench.decode_cases import LARGER, DecodeCase, shape
+from specattn_jax.bench.decode_methods import REAL_METHODS
+from specattn_jax.decoding.judging import judge_exactly
+from specattn_jax.decoding.levels import TwoLevels
+from specattn_jax.decoding.protocol import DecodeSettings, Strategy
+from specattn_jax.decoding.sampling import Sampling, Verdict
+from specattn_jax.decoding.work import Drafter, Scenario
+from specattn_jax.loading.pair import NO_DRAFT
+from specattn_jax.planning.acceptance import Acceptance
+from specattn_jax.planning.device import DeviceProfile
+from specattn_jax.planning.gate import Choice, Decision, Situation, choose_strategy
+from specattn_jax.runtime.request import AUTO, Request, strategies_of
+from specattn_jax.runtime.session import DRAFT_REACH
+
+
+@dataclasses.dataclass(frozen=True)
+class ImposedRate:
+    """A judge for random weights: each drafted token is accepted with this chance if all before it were.
+
+    The verdict is worked out all the same, and the tokens are its own, so that only the count is not.
+
+    Attributes:
+        rate: the chance.
+    """
+
+    rate: float
+
+    def __call__(
+        self,
+        keys: Key[Array, " B"],
+        drafted: Int32[Array, "B W"],
+        probs: Float[Array, "B W V"] | None,
+        logits: Float[Array, "B T V"],
+        sampling: Sampling,
+        windows: Int32[Array, " B"],
+        count: Int32[Array, " B"] | None = None,
+    ) -> Verdict:
+        """The exact verdict, but for how many are accepted."""
+        verdict = judge_exactly(keys, drafted, probs, logits, sampling, windows, count)
+        width = drafted.shape[1]
+        lucky = jax.vmap(lambda key: jax.random.uniform(key, (width,)))(keys) < self.rate
+        accepted = jnp.sum(jnp.cumprod(lucky.astype(jnp.int32), axis=1), axis=1)
+        return verdict._replace(accepted=accepted if count is None else jnp.minimum(accepted, count))
+
+
+class Rates(NamedTuple):
+    """The chance that a proposed token is kept if all before it were.
+
+    Attributes:
+        draft: of the draft's tokens, before the target that reads everything; likewise
+        sparse_draft: those of a draft that reads few entries,
+        target: the target's own over few entries, and
+        text: those that are looked up.
+        ahead: of what the middle level of `hierarchical` gave, before its dense pass; likewise
+        inner_draft: of the draft's tokens before that level, and
+        inner_text: of those that are looked up for it.
+        specattn: of a sparse draft's tokens, before a target that reads a tenth.
+    """
+
+    draft: float
+    sparse_draft: float
+    target: float
+    text: float
+    ahead: float
+    inner_draft: float
+    inner_text: float
+    specattn: float
+
+
+def _rates(**accepted: tuple[int, float]) -> Rates:
+    """Rates at which so many tokens of so many are accepted on average."""
+    return Rates(**{name: Acceptance.of_mean(*how).rate for name, how in accepted.items()})
+
+
+# What pairs accepted while they continued a novel greedily, by preset: of so many proposed tokens, so many on average.
+# 16 sequences after 24,000 tokens; scripts/results/lossless-nvidia-h100.
+RATES = {
+    LARGER: _rates(
+        draft=(5, 2.98),
+        sparse_draft=(5, 2.90),
+        target=(5, 4.47),
+        text=(5, 1.61),
+        ahead=(12, 7.81),
+        inner_draft=(3, 2.0),
+        inner_text=(3, 1.21),
+        specattn=(5, 2.93),
+    )
+}
+
+
+def impose(strategy: Strategy, rates: Rates) -> Strategy:
+    """The same strategy, with judges that accept at these rates."""
+    if isinstance(strategy, TwoLevels):
+        inner = rates.inner_draft if strategy.needs_draft else rates.inner_text
+        return dataclasses.replace(strategy, judge=ImposedRate(rates.ahead), inner_judge=ImposedRate(inner))
+    rate = {
+        Drafter.DRAFT: rates.draft if strategy.lossless else rates.specattn,
+        Drafter.SPARSE_DRAFT: rates.sparse_draft,
+        Drafter.TARGET: rates.target,
+        Drafter.TEXT: rates.text,
+    }.get(strategy.drafter)
+    # Who drafts nothing has nobody to judge.
+    return strategy if rate is None else dataclasses.replace(strategy, judge=ImposedRate(rate))  # type: ignore[type-var]
+
+
+def lossless_strategy(
+    case: DecodeCase, name: str, rates: Rates, profile: DeviceProfile
+) -> tuple[Strategy, Decision | None]:
+    """The strategy of a lossless method of `REAL_METHODS`, at imposed rates.
+
+    Args:
+        case: what is decoded.
+        name: of the method.
+        rates: what is accepted.
+        profile: the device, for what `auto` decides.
+
+    Returns:
+        The strategy, and of `auto` what it decided, knowing the rates.
+    """
+    asked: dict[str, Any] = dict(REAL_METHODS[name])
+    has_draft = asked.pop("draft", None) != NO_DRAFT
+    request = Request(**asked)
+    found = tuple(strategies_of(request, DecodeSettings(), None, has_draft))
+    if request.mode != AUTO:
+        return impose(found[0], rates), None
+    scenario = Scenario(shape(case.target), shape(case.draft), case.batch, itemsize=jnp.dtype(case.dtype).itemsize)
+    situation = Situation(
+        case.context,
+        case.room,
+        Acceptance(rates.draft),
+        Acceptance(rates.target),
+        Acceptance(rates.text),
+        draft_reach=DRAFT_REACH,
+    )
+    decision = choose_strategy(scenario, profile, situation, found)
+    chosen = next(one for one in found if Choice.of(one) == decision.choice)
+    return impose(chosen, rates), decision
