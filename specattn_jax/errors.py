@@ -6,3 +6,8 @@ class UserError(ValueError):
 
     The CLI prints the message alone and exits with status 1; anything else is a bug and keeps its traceback.
     """
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the host or a device ran out of memory; of a device JAX says so in words alone."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)

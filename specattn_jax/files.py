@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from specattn_jax.errors import UserError
+from specattn_jax.errors import UserError, is_out_of_memory
 
 # Metadata, and the rounding of files to blocks.
 _DISK_OVERHEAD = 1.1
@@ -126,9 +126,11 @@ def sensible(origin: object, advice: str) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, MemoryError):
+    except UserError:
         raise
     except Exception as error:  # damaged contents can fail anywhere, in any way
+        if is_out_of_memory(error):
+            raise
         reason = f"{type(error).__name__}: {first_line(error)[:200]}"
         raise UserError(f"{origin}: is damaged ({reason}); {advice}.") from error
 

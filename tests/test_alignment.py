@@ -173,10 +173,17 @@ def test_alignments_of_several_lengths_are_one_that_lies_between(tmp_path):
         {"granularity": "token"},
     ],
 )
-def test_an_alignment_that_cannot_be_is_refused(tmp_path, changes):
+def test_an_alignment_that_cannot_be_is_refused(tmp_path, monkeypatch, changes):
+    def fail(*_, **__):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
     sound = random_alignment(tiny_config(), tiny_config())
     save_alignment(sound, tmp_path)
     assert load_alignment(tmp_path).layer_map == sound.layer_map
+    # A full device is no damage.
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="RESOURCE"):
+        patch.setattr(jnp, "asarray", fail)
+        load_alignment(tmp_path)
     save_alignment(dataclasses.replace(sound, **changes), tmp_path)
     with pytest.raises(UserError, match=f"alignment: {tmp_path}: is damaged .*; make one with `specattn calibrate`"):
         load_alignment(tmp_path)

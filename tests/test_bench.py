@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from command import mistake, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from specattn_jax.bench import kernels
+from specattn_jax.bench import request as requests
+from specattn_jax.bench.decode_cases import LARGER, DecodeCase
+from specattn_jax.bench.decode_methods import (
+    ALONE,
+    AUTO_LOSSLESS,
+    AUTOREGRESSIVE,
+    HIERARCHY,
+    HIERARCHY_OF_TEXT,
+    LOOKUP,
+    SPARSE_DRAFT,
+)
+from specattn_jax.bench.imposed import ImposedRate
 from specattn_jax.bench.kernel_cases import make_grid
 from specattn_jax.bench.kernel_ops import make_work
 from specattn_jax.bench.kernels import kernel_benchmark
-from specattn_jax.bench.runner import Limits, run_benchmark
+from specattn_jax.bench.runner import Limits, Point, run_benchmark
+from specattn_jax.decoding.sampling import Sampling
 
 PICTURES = ("latency.png", "speedup.png", "selection.png")
 
@@ -100,3 +119,37 @@ def test_requests_are_measured_to_the_end(tmp_path):
     assert all(one["of_best"] > 0 for one in report["auto"])
     assert (tmp_path / "request.png").read_bytes().startswith(b"\x89PNG")
     assert "### Prefill of the target" in (tmp_path / "request.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_lossless_modes_decode_at_the_acceptance_of_a_real_pair():
+    case = DecodeCase("tiny", "tiny-draft", 2, 190, room=40, dtype="float32", rates=LARGER)
+    bench, points = requests._Bench(once=True), []
+    for name in (AUTOREGRESSIVE, LOOKUP, ALONE, HIERARCHY_OF_TEXT, SPARSE_DRAFT, HIERARCHY, AUTO_LOSSLESS):
+        found = bench.measure(Point(case, name, case.title), ())
+        points.append({"case": dataclasses.asdict(case), "method": name, "failure": None, **found})
+    by_name = {point["method"]: point for point in points}
+    assert by_name[AUTOREGRESSIVE]["windows"] == 39
+    # What imposed rates give differs by luck, and a hierarchy proposes more than a window.
+    assert 0 < by_name[LOOKUP]["accepted_per_window"] < by_name[ALONE]["accepted_per_window"] <= 5
+    assert by_name[HIERARCHY]["accepted_per_window"] > 5
+    report = {"points": points}
+    requests._conclude(report)
+    assert [one["chosen"] for one in report["auto"]] == [AUTO_LOSSLESS]
+    assert report["auto"][0]["reason"] == by_name[AUTO_LOSSLESS]["reason"]
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), rate=st.floats(0, 1), count=st.integers(0, 6))
+def test_imposed_rates(seed, rate, count):
+    batch, window, vocab = 400, 6, 5
+    keys = jax.random.split(jax.random.key(seed), batch)
+    drafted, logits = jnp.zeros((batch, window), jnp.int32), jnp.zeros((batch, window + 1, vocab))
+    judge, before = ImposedRate(rate), jnp.zeros((batch,), jnp.int32)
+    kept = judge(keys, drafted, None, logits, Sampling(), before).accepted
+    wanted = sum(rate**place for place in range(1, window + 1))
+    assert float(kept.mean()) == pytest.approx(wanted, abs=5 * window / 2 / math.sqrt(batch))
+    most = jnp.full((batch,), count)
+    np.testing.assert_array_equal(
+        judge(keys, drafted, None, logits, Sampling(), before, most).accepted, np.minimum(kept, count)
+    )

@@ -24,7 +24,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from specattn_jax.errors import UserError
+from specattn_jax.errors import UserError, is_out_of_memory
 from specattn_jax.files import first_line, is_taken
 from specattn_jax.texts import decode_text, read_text
 
@@ -83,7 +83,7 @@ def mendable_errors() -> Iterator[None]:
             # Not in the usual way, which waits for the others.
             sys.stderr.flush()
             os._exit(1)
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise
         say_error("the device ran out of memory; use a smaller model, a shorter context or --dtype bfloat16.")
         raise SystemExit(1) from error

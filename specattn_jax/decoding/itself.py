@@ -50,7 +50,7 @@ class SelfSpeculative:
     settings: DecodeSettings = dataclasses.field(default_factory=DecodeSettings)
     window: int = 5
     reads: OwnReads = dataclasses.field(default_factory=OwnReads)
-    every: int = 1
+    every: int = 4
     judge: Judge = judge_exactly
 
     name: ClassVar[str] = "self"

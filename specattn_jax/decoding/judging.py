@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int32, Key
 
 from specattn_jax.decoding.sampling import Sampling, Verdict, verify
 
 
+@runtime_checkable
 class Judge(Protocol):
     """Decides what of a window is kept."""
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import DTypeLike
 from specattn_kernels import Split
 
-from specattn_jax.errors import UserError
+from specattn_jax.errors import UserError, is_out_of_memory
 from specattn_jax.files import atomic_folder, first_line, read_json, sha256, write_json
 from specattn_jax.loading.memory import weight_bytes
 from specattn_jax.loading.tensors import all_finite, array_path
@@ -100,6 +100,8 @@ def load_checkpoint(folder: Path, dtype: DTypeLike, split: Split | None = None) 
         with ocp.StandardCheckpointer() as reader:
             weights = reader.restore((folder / _WEIGHTS).absolute(), wanted)
     except Exception as error:  # Orbax and TensorStore raise errors of many kinds for damaged files
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{folder}: weights cannot be read ({first_line(error)}); convert the model again.") from error
     params = jax.tree_util.tree_map_with_path(lambda path, _: weights[_name(path)], empty.params)
     model = dataclasses.replace(empty, params=params, split=split)

@@ -114,7 +114,9 @@ def calibration() -> Iterator[tuple[str, Callable[[], Any]]]:
     for granularity in ("kv_head", "head", "layer"):
 
         def fitted(granularity: Any = granularity) -> Any:
-            settings = CalibrationSettings(context=128, passages=2, windows=4, granularity=granularity)
+            settings = CalibrationSettings(
+                context=128, passages=2, windows=4, gradients=1, budgets="layer", granularity=granularity
+            )
             with tempfile.TemporaryDirectory() as folder:
                 pair = tiny_pair().calibrate(
                     [find_text("northanger_abbey")], settings=settings, out=Path(folder) / "alignment"
