@@ -181,9 +181,10 @@ def test_an_alignment_that_cannot_be_is_refused(tmp_path, monkeypatch, changes):
     save_alignment(sound, tmp_path)
     assert load_alignment(tmp_path).layer_map == sound.layer_map
     # A full device is no damage.
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="RESOURCE"):
+    with monkeypatch.context() as patch:
         patch.setattr(jnp, "asarray", fail)
-        load_alignment(tmp_path)
+        with pytest.raises(RuntimeError, match="RESOURCE"):
+            load_alignment(tmp_path)
     save_alignment(dataclasses.replace(sound, **changes), tmp_path)
     with pytest.raises(UserError, match=f"alignment: {tmp_path}: is damaged .*; make one with `specattn calibrate`"):
         load_alignment(tmp_path)
