@@ -158,7 +158,8 @@ def split_for_each(given: str, count: int, option: str) -> list[float]:
     except ValueError as error:
         raise UserError(f"{option} is {given!r}; expected numbers, such as 0,0.25.") from error
     if len(numbers) not in (1, count):
-        raise UserError(f"{option} holds {len(numbers)} numbers; expected one, or one for each of {count} lengths.")
+        each = f", or one for each of {count} lengths" if count > 1 else ""
+        raise UserError(f"{option} holds {len(numbers)} numbers; expected one{each}.")
     return numbers * count if len(numbers) == 1 else numbers
 
 
