@@ -35,7 +35,8 @@ _PREFILL = ("case", "seconds", "transformers", "over transformers", "of the caus
 
 def _title(case: dict[str, Any]) -> str:
     where = f" on {case['mesh']}" if case.get("mesh") else ""
-    return f"{case['target']} {case['batch']} x {case['slots'] - case['room']:,} + {case['room']}{where}"
+    pair = f"{case['target']} with {case['draft']}" if case.get("rates") else case["target"]
+    return f"{pair} {case['batch']} x {case['slots'] - case['room']:,} + {case['room']}{where}"
 
 
 def _at(points: list[dict[str, Any]], case: dict[str, Any], method: str) -> dict[str, Any] | None:
