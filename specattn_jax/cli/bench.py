@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 GRIDS = ("tiny", "small", "precision", "full")
 DECODE_GRIDS = ("tiny", "small", "full")
-REQUEST_GRIDS = ("tiny", "small", "real")
+REQUEST_GRIDS = ("tiny", "small", "real", "lossless")
 Out = Annotated[Path, typer.Option(help="Folder for results; the same command again goes on.", show_default=False)]
 Minutes = Annotated[
     float | None, typer.Option(help="Stop after so long and keep what was measured.", show_default="no limit")
