@@ -5,8 +5,9 @@
     python scripts/measure_tasks.py --join DIR1 DIR2 --out DIR
 
 It is `specattn tasks` with more savings for the method that counts: 75, 90 and 95 % for `default`, 75 and 90 % for the
-others. The same command goes on where it stopped; `--minutes` ends it after the task at hand. Several processes, each
-with a folder of its own, may share the work; `--join` makes one table of theirs.
+others; `--methods` chooses among them, and takes the lossless modes besides. The same command goes on where it stopped;
+`--minutes` ends it after the task at hand. Several processes, each with a folder of its own, may share the work;
+`--join` makes one table of theirs.
 
 Experiments take the place of all methods where `--policies` is given: each policy at each of `--savings`, with the
 pair's own alignment and with each of `--alignments`, in rows of their own. `--variants` is a file like
@@ -23,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from specattn_jax.evaluation.methods import FULL, SPECATTN, Case, Variant
-from specattn_jax.evaluation.tasks.answering import SPECULATIVE
+from specattn_jax.evaluation.tasks.answering import LOSSLESS_MODES, SPECULATIVE
 from specattn_jax.evaluation.tasks.report import join_results, write_results
 from specattn_jax.evaluation.tasks.run import RULER, TASKS, TaskRun, TaskSettings, open_task_store
 from specattn_jax.loading.pair import ModelPair, check_alignment, load_pair
@@ -59,6 +60,14 @@ def experiments(options: argparse.Namespace, pair: ModelPair) -> list[Case]:
     ]
 
 
+def chosen(methods: Sequence[str] | None) -> Sequence[Case]:
+    """The methods of the table, or some of them and of the lossless modes."""
+    if methods is None:
+        return CASES
+    more = [Case(mode) for mode in LOSSLESS_MODES if mode != SPECULATIVE]
+    return [case for case in (*CASES, *more) if case.method in methods]
+
+
 def reach(text: str) -> int | None:
     """Tokens, or None for all."""
     return None if text == "all" else int(text)
@@ -81,6 +90,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=50)
     parser.add_argument("--batch", type=int, default=17, help="three of them hold 50 questions")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--methods", nargs="+", help="those of the table with these names, and lossless modes besides")
     parser.add_argument("--policies", nargs="+", help="of configs/policies.toml or --variants, in place of all methods")
     parser.add_argument("--savings", nargs="+", type=float, default=[0.75, 0.9], help="of --policies")
     parser.add_argument("--variants", type=Path, help="further policies, written like configs/policies.toml")
@@ -106,7 +116,7 @@ def main() -> None:
         return
     began = time.monotonic()
     pair = load_pair(options.pair, dtype=options.dtype)
-    cases: Sequence[Case] = experiments(options, pair) if options.policies else CASES
+    cases: Sequence[Case] = experiments(options, pair) if options.policies else chosen(options.methods)
     settings = TaskSettings(samples=options.samples, batch=options.batch, draft_reach=options.draft_reach)
 
     def tell(done: int, total: int, cell: str, result: str) -> None:

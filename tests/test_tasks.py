@@ -20,7 +20,7 @@ from specattn_jax.evaluation.methods import FULL, SPECATTN, Case, Variant, fit_c
 from specattn_jax.evaluation.store import SETTINGS
 from specattn_jax.evaluation.tasks import answering as answering_module
 from specattn_jax.evaluation.tasks import run
-from specattn_jax.evaluation.tasks.answering import SPECULATIVE, Answering, Asked
+from specattn_jax.evaluation.tasks.answering import LOSSLESS_MODES, SPECULATIVE, Answering, Asked
 from specattn_jax.evaluation.tasks.likelihood import Continuation, likelihoods
 from specattn_jax.evaluation.tasks.own import OWN_TASKS, make_samples
 from specattn_jax.evaluation.tasks.report import averages, join_results, write_results
@@ -173,6 +173,17 @@ def test_the_harness_runs_rulers_offline_tasks(harness, few_words, pair, cases):
             assert scored.texts == [one.text for one in model.answers.results]
             assert all((one.kv_reduction > 0) == (case in SPARSE) for one in model.answers.results)
         assert found.get(FULL) == found.get(SPECULATIVE)
+
+
+def test_lossless_modes_answer_as_full_attention_does(pair):
+    cases = [Case(FULL), *map(Case, LOSSLESS_MODES)]
+    asked = [Asked(tuple(tokens), 20) for tokens in prompts(pair, 3)]
+    answering = Answering(pair, cases, batch=2)
+    full = [one.tokens for one in answering(Case(FULL), asked).results]
+    for case in cases[1:]:
+        found = answering(case, asked).results
+        assert {one.mode for one in found} == {case.method}
+        assert [one.tokens for one in found] == full
 
 
 def test_what_the_harness_would_look_for_for_ever_is_refused(harness):

@@ -41,7 +41,8 @@ def tasks_command(
     methods: Annotated[
         str,
         typer.Option(
-            help="Some of full (always there), speculative, streaming, quest, vegas, oracle, oracle_layer, specattn.",
+            help="Some of full (always there), speculative, lookup, self, hierarchical, streaming, quest, vegas, "
+            "oracle, oracle_layer, specattn.",
             metavar="M,...",
         ),
     ] = "full,streaming,quest,specattn",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Key
 from specattn_kernels import SelectionPlan
 
-from specattn_jax.decoding.judging import Judge
+from specattn_jax.decoding.judging import Judge, judge_exactly
 from specattn_jax.decoding.protocol import Models
 from specattn_jax.decoding.sampling import Sampling, token_distribution
 from specattn_jax.decoding.state import DecodeState
@@ -88,7 +88,7 @@ def propose(
     sampling: Sampling,
     inner: int,
     most: int,
-    judge: Judge,
+    judge: Judge = judge_exactly,
 ) -> Proposed:
     """Inner windows, until every sequence has as many tokens as are wanted; those that have wait.
 

@@ -6,21 +6,21 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 
-from specattn_jax.decoding.autoregressive import Autoregressive
 from specattn_jax.decoding.protocol import DecodeSettings, Strategy
 from specattn_jax.decoding.sampling import Sampling
-from specattn_jax.decoding.speculative import SpecAttn, Speculative
+from specattn_jax.decoding.speculative import SpecAttn
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.methods import FULL, Case, make_selection
 from specattn_jax.loading.pair import ModelPair
 from specattn_jax.runtime.generate import generate
-from specattn_jax.runtime.request import Request
+from specattn_jax.runtime.request import DEFAULT_PLACES, NEVER_DRAFTED, Request, strategies_of
 from specattn_jax.runtime.results import Generation
 from specattn_jax.runtime.session import CHUNK_STEP, DRAFT_REACH, Memory, round_up
 
-# Drafts, and verifies densely: lossless, so that its scores are those of full attention.
-SPECULATIVE = "speculative"
-LOSSLESS = (FULL, SPECULATIVE)
+# Modes whose output is the target's own, so that their scores are those of full attention.
+SPECULATIVE, _HIERARCHICAL = "speculative", "hierarchical"
+LOSSLESS_MODES = (SPECULATIVE, "lookup", "self", _HIERARCHICAL)
+LOSSLESS = (FULL, *LOSSLESS_MODES)
 # Batches without which a median says nothing.
 _TIMED = 3
 # Answers of up to so many tokens, or a multiple, share their programs.
@@ -73,20 +73,25 @@ def strategy_for(pair: ModelPair, case: Case, settings: DecodeSettings, window: 
         pair: the models.
         case: the method with its setting.
         settings: how tokens are drawn, and where sequences end.
-        window: W, of all methods that draft.
+        window: W, of all methods that draft but `hierarchical`, which decides for itself.
 
     Raises:
         UserError: the pair has no alignment or one that does not fit, or the method's p was not found yet.
     """
-    if case.method == FULL:
-        return Autoregressive(settings)
-    if case.method == SPECULATIVE:
-        return Speculative(settings=settings, window=window)
+    if case.method in LOSSLESS:
+        mode = "autoregressive" if case.method == FULL else case.method
+        asked = Request(mode=mode, window=None if mode == _HIERARCHICAL else window)
+        return next(strategies_of(asked, settings, None, pair.draft is not None))
     if case.searched:
         raise UserError(f"kv_reduction is {case.saving}, but {case.line} has no budgets; give p instead.")
     selection = make_selection(pair, case)
     assert selection is not None
     return SpecAttn(selection, settings, window)
+
+
+def needs_draft(case: Case) -> bool:
+    """Whether a method decodes with a draft."""
+    return case.method not in (FULL, *NEVER_DRAFTED)
 
 
 class Answering:
@@ -124,7 +129,7 @@ class Answering:
         if batch < 1:
             raise UserError(f"batch is {batch}; expected at least 1 prompt at a time.")
         # Those that need no draft come first: the time of their reading is the target's alone.
-        self._cases = sorted(cases, key=lambda case: case.method != FULL)
+        self._cases = sorted(cases, key=needs_draft)
         self._pair, self._window, self._batch, self._seed, self._progress = pair, window, batch, seed, progress
         self._slots, self._draft_reach = slots, draft_reach
         self._asked: Sequence[Asked] = ()
@@ -150,7 +155,8 @@ class Answering:
         seconds = {case: list[float]() for case in self._cases}
         # Where a prompt is read already, a chunk of the least length is read on.
         most = max((len(one.tokens) + one.limit for one in asked), default=1)
-        slots = _bucket(max(most, self._slots) + self._window + CHUNK_STEP)
+        widest = max(self._window, *(DEFAULT_PLACES for case in self._cases if case.method == _HIERARCHICAL), 0)
+        slots = _bucket(max(most, self._slots) + widest + CHUNK_STEP)
         done = 0
         for indices in _batches(asked, self._batch):
             like = asked[indices[0]]

@@ -15,7 +15,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from specattn_jax.decoding.sampling import Sampling
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.methods import FULL, METHODS, SPECATTN, Case, list_cases
-from specattn_jax.evaluation.tasks.answering import SPECULATIVE, Answering, Answers, Asked
+from specattn_jax.evaluation.tasks.answering import LOSSLESS, LOSSLESS_MODES, Answering, Answers, Asked, needs_draft
 from specattn_jax.evaluation.tasks.likelihood import Continuation, likelihoods
 from specattn_jax.loading.pair import ModelPair, load_pair
 from specattn_jax.runtime.request import DEFAULT_KV_REDUCTION, DEFAULT_WINDOW
@@ -23,7 +23,7 @@ from specattn_jax.runtime.request import DEFAULT_KV_REDUCTION, DEFAULT_WINDOW
 # Where a task does not say; the harness' own models have the same.
 _MOST_NEW_TOKENS = 256
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-_MODES = {"autoregressive": FULL, SPECULATIVE: SPECULATIVE, **{method: method for method in METHODS}}
+_MODES = {"autoregressive": FULL, **{method: method for method in (*LOSSLESS_MODES, *METHODS)}}
 
 
 @register_model("specattn")
@@ -55,7 +55,7 @@ class SpecAttnLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         super().__init__()
         self.pair, self.case, self.window, self.batch_size = pair, case, window, batch_size
         self._answering = answering or Answering(pair, [case], window=window, batch=batch_size, seed=seed)
-        models = (pair.target,) if case.method == FULL else (pair.target, pair.need_draft())
+        models = (pair.target, pair.need_draft()) if needs_draft(case) else (pair.target,)
         context = min(model.config.max_context for model in models)
         self.max_length = context if max_length is None else min(max_length, context)
         # What the last call of `generate_until` cost.
@@ -202,7 +202,7 @@ def _load(
     Args:
         target: as in `load_pair`.
         draft: likewise.
-        mode: autoregressive, speculative, specattn, or a method of `specattn perplexity`.
+        mode: autoregressive, speculative, lookup, self, hierarchical, specattn, or a method of `specattn perplexity`.
         kv_reduction: wanted share of reads saved; 0.75 where neither it nor p is given.
         p: or the attention mass that is read.
         policy: of mode specattn.
@@ -221,7 +221,7 @@ def _load(
     if not str(batch_size).isdecimal():
         raise UserError(f"batch_size is {batch_size!r}; expected a number of prompts.")
     case = Case(_MODES[mode])
-    if case.method not in (FULL, SPECULATIVE):
+    if case.method not in LOSSLESS:
         if kv_reduction is None and p is None:
             kv_reduction = DEFAULT_KV_REDUCTION
         savings, masses = ([] if value is None else [float(value)] for value in (kv_reduction, p))

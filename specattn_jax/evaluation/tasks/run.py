@@ -17,7 +17,7 @@ from specattn_jax.evaluation.forced import read_documents
 from specattn_jax.evaluation.methods import FULL, METHODS, Case, fit_case, list_cases, make_selection
 from specattn_jax.evaluation.search import find_left_out
 from specattn_jax.evaluation.store import Store, identify
-from specattn_jax.evaluation.tasks.answering import LOSSLESS, SPECULATIVE, Answering, Answers, Asked
+from specattn_jax.evaluation.tasks.answering import LOSSLESS, LOSSLESS_MODES, Answering, Answers, Asked
 from specattn_jax.evaluation.tasks.own import OWN_TASKS, Sample, make_samples
 from specattn_jax.loading.pair import ModelPair
 from specattn_jax.runtime.session import DRAFT_REACH
@@ -76,17 +76,17 @@ def check_tasks(names: Sequence[str]) -> None:
 def list_task_cases(
     methods: Sequence[str], policies: Sequence[str], *, savings: Sequence[float] = (), masses: Sequence[float] = ()
 ) -> list[Case]:
-    """The methods with their settings, full attention first: those of `specattn perplexity`, and `speculative`.
+    """The methods with their settings, full attention first: those of `specattn perplexity`, and lossless modes.
 
     Raises:
         UserError: a method or policy is unknown, or a number is out of range.
     """
     for method in methods:
-        if method not in (*METHODS, SPECULATIVE):
-            raise UserError(f"methods names {method!r}; expected some of {', '.join((*METHODS, SPECULATIVE))}.")
+        if method not in (*METHODS, *LOSSLESS_MODES):
+            raise UserError(f"methods names {method!r}; expected some of {', '.join((*METHODS, *LOSSLESS_MODES))}.")
     sparse = [method for method in methods if method not in LOSSLESS]
     cases = list_cases(sparse, policies, savings=savings, masses=masses) if sparse else []
-    return [Case(FULL), *([Case(SPECULATIVE)] if SPECULATIVE in methods else []), *cases]
+    return [Case(FULL), *(Case(mode) for mode in LOSSLESS_MODES if mode in methods), *cases]
 
 
 def open_task_store(out: Path, pair: ModelPair, settings: TaskSettings) -> Store:
