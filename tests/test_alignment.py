@@ -32,6 +32,7 @@ from specattn_jax.selection.alignment import (
     join_alignments,
     layer_similarity,
     load_alignment,
+    mixture_kl,
     monotone_map,
     reduce_heads,
     save_alignment,
@@ -79,6 +80,19 @@ def test_mixture_recovers_the_weights_that_made_the_target():
     fitted = fit_mixture(target, jnp.asarray(sources), 400)
     np.testing.assert_allclose(fitted, true, atol=5e-3)
     np.testing.assert_allclose(fitted.sum(axis=1), 1.0, rtol=1e-5)
+
+
+def test_a_mixture_is_fitted_part_by_part():
+    rng = np.random.default_rng(4)
+    sources, target = jnp.asarray(random_rows(rng, 5, 60, 30)), jnp.asarray(random_rows(rng, 4, 60, 30))
+    whole = fit_mixture(target, sources, 20)
+    kl = attention_kl(target, jnp.einsum("ar,rns->ans", whole, sources))
+    np.testing.assert_allclose(mixture_kl(target, sources, whole), kl, rtol=1e-5)
+    for part in (1, 12, 60):
+        np.testing.assert_allclose(fit_mixture(target, sources, 20, part), whole, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(mixture_kl(target, sources, whole, part), kl, rtol=1e-4)
+    with pytest.raises(ValueError, match="part is 7; expected a divisor of the 60 positions"):
+        fit_mixture(target, sources, 20, 7)
 
 
 def test_mixture_never_predicts_worse_than_any_single_source():

@@ -38,9 +38,9 @@ from specattn_jax.reporting.plots import alignment_heatmap
 from specattn_jax.selection.alignment import (
     Alignment,
     Granularity,
-    attention_kl,
     fit_mixture,
     layer_similarity,
+    mixture_kl,
     monotone_map,
     reduce_heads,
     save_alignment,
@@ -318,16 +318,18 @@ def calibrate(
     tell = progress or (lambda stage, done, total: None)
     total = len(passages) + 3
 
-    wanted, sources = [], []
+    # On the host, until all are there: next to their parts the whole would need twice the memory.
+    wanted, sources = list[np.ndarray](), list[np.ndarray]()
     for index, passage in enumerate(passages[:half]):
         tell("reading passages", index, total)
-        wanted.append(target_rows(target, passage, settings.window))
-        sources.append(draft_sources(draft, passage, settings.granularity, settings.window))
+        wanted.append(fetch(target_rows(target, passage, settings.window)))
+        sources.append(fetch(draft_sources(draft, passage, settings.granularity, settings.window)))
     tell("fitting the mixture", half, total)
-    attention, basis = jnp.concatenate(wanted, axis=1), jnp.concatenate(sources, axis=1)
-    # Of an artifact every device has all, whatever mesh it was fitted on.
-    weights = jnp.asarray(fetch(jax.jit(fit_mixture, static_argnums=2)(attention, basis, settings.iterations)))
-    mixture_kl = attention_kl(attention, jnp.einsum("ar,rns->ans", weights, basis))
+    attention, basis = (jnp.asarray(np.concatenate(parts, axis=1)) for parts in (wanted, sources))
+    part = wanted[0].shape[1]
+    del wanted, sources
+    weights = jax.jit(fit_mixture, static_argnums=(2, 3))(attention, basis, settings.iterations, part)
+    misfit = jax.jit(mixture_kl, static_argnums=3)(attention, basis, weights, part)
     similarity = _similarity(attention, basis, target, draft)
     layer_map = monotone_map(similarity)
 
@@ -346,7 +348,7 @@ def calibrate(
         **(provenance or {}),
         "settings": dataclasses.asdict(settings),
         "policy": dataclasses.asdict(policy),
-        "mixture_kl": float(fetch(jnp.mean(mixture_kl))),
+        "mixture_kl": float(fetch(jnp.mean(misfit))),
         "layer_map_kl": float(-np.mean([similarity[i, j] for j, i in enumerate(layer_map)])),
     }
     alignment = Alignment(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -241,7 +241,7 @@ _MEASURED = ("draft_shares", "draft_kl")
 
 
 def fit_mixture(
-    target: Float[Array, "rows n S"], sources: Float[Array, "R n S"], iterations: int = 60
+    target: Float[Array, "rows n S"], sources: Float[Array, "R n S"], iterations: int = 60, part: int | None = None
 ) -> Float[Array, "rows R"]:
     """Mixture weights w >= 0, sum 1, that minimise the mean over the n positions of KL(target || sum_r w_r source_r).
 
@@ -252,17 +252,56 @@ def fit_mixture(
         target: attention to predict, softmax rows over S.
         sources: attention of the draft at the same positions.
         iterations: EM steps; about 60 suffice.
+        part: positions that are mixed at a time, which is what memory is needed for besides the arguments; all without.
     """
     rows, count, _ = target.shape
     start = jnp.full((rows, sources.shape[0]), 1.0 / sources.shape[0], jnp.float32)
 
     def improve(_: Int32[Array, ""], weights: Float[Array, "rows R"]) -> Float[Array, "rows R"]:
-        mix = jnp.einsum("ar,rns->ans", weights, sources)
-        responsibility = jnp.einsum("ans,rns->ar", target / jnp.maximum(mix, _TINY), sources) / count
-        updated = weights * responsibility
+        def share(wanted: Float[Array, "rows part S"], basis: Float[Array, "R part S"]) -> Float[Array, "rows R"]:
+            mix = jnp.einsum("ar,rns->ans", weights, basis)
+            return jnp.einsum("ans,rns->ar", wanted / jnp.maximum(mix, _TINY), basis)
+
+        updated = weights * _sum_of_parts(share, target, sources, part) / count
         return updated / jnp.maximum(jnp.sum(updated, axis=-1, keepdims=True), _TINY)
 
     return jax.lax.fori_loop(0, iterations, improve, start)
+
+
+def mixture_kl(
+    target: Float[Array, "rows n S"],
+    sources: Float[Array, "R n S"],
+    weights: Float[Array, "rows R"],
+    part: int | None = None,
+) -> Float[Array, " rows"]:
+    """Mean over positions of KL(target || mixture), in nats; `part` as in `fit_mixture`."""
+
+    def summed(wanted: Float[Array, "rows part S"], basis: Float[Array, "R part S"]) -> Float[Array, " rows"]:
+        return attention_kl(wanted, jnp.einsum("ar,rns->ans", weights, basis)) * wanted.shape[1]
+
+    return _sum_of_parts(summed, target, sources, part) / target.shape[1]
+
+
+def _sum_of_parts(
+    of: Callable[[Array, Array], Array],
+    target: Float[Array, "rows n S"],
+    sources: Float[Array, "R n S"],
+    part: int | None,
+) -> Array:
+    """What a function of some positions gives, summed over all.
+
+    Raises:
+        ValueError: the positions are no whole number of parts.
+    """
+    count = target.shape[1]
+    size = part or count
+    if count % size:
+        raise ValueError(f"part is {size}; expected a divisor of the {count} positions.")
+
+    def at(place: Array | int) -> Array:
+        return of(*(jax.lax.dynamic_slice_in_dim(x, place * size, size, axis=1) for x in (target, sources)))
+
+    return jax.lax.fori_loop(1, count // size, lambda place, sum_: sum_ + at(place), at(0))
 
 
 def attention_kl(target: Float[Array, "rows n S"], predicted: Float[Array, "rows n S"]) -> Float[Array, " rows"]:
