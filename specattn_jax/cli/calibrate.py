@@ -34,7 +34,7 @@ def calibrate_command(
         str | None,
         typer.Option(
             help="Passages, of all kinds of text in turn: half of them fit the mixture, half the budgets. One number "
-            "for all lengths, or one for each.",
+            "for all lengths, or one for each, the shortest first.",
             metavar="N,...",
             show_default="4, at least 2 of each kind",
         ),
@@ -46,7 +46,7 @@ def calibrate_command(
         str,
         typer.Option(
             help="Share of each passage, at its end, that repeats pieces of what stands before it. One number for all "
-            "lengths, or one for each.",
+            "lengths, or one for each, the shortest first.",
             metavar="R,...",
         ),
     ] = "0",
