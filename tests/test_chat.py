@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 from command import run
 
 from specattn_jax.cli import chat
+from specattn_jax.decoding import loop
 from specattn_jax.errors import UserError
+from specattn_jax.models import forward
 from specattn_jax.runtime.generate import generate
+from specattn_jax.runtime.request import Request
 from specattn_jax.runtime.session import Memory
 from specattn_jax.selection.alignment import Alignment
 
@@ -57,6 +61,25 @@ def test_sequences_of_a_batch_are_asked_again_in_another_mode(tiny_pair):
         assert [one.tokens for one in got] == [one.tokens for one in alone]
         assert memory.caches["target"].num_slots == 512
     assert memory.prefilled == {"target": 3, "draft": 3}
+
+
+def test_turns_share_their_programs(tiny_pair, monkeypatch):
+    monkeypatch.setattr(
+        type(tiny_pair.tokenizer), "apply_chat", lambda _, messages: "".join(m["content"] for m in messages)
+    )
+    longer = dataclasses.replace(tiny_pair.target.config, max_context=4096)
+    target = dataclasses.replace(tiny_pair.target, config=longer)
+    pair = dataclasses.replace(tiny_pair, target=target, draft=None, alignment=None)
+    conversation = chat._Conversation(pair, Request(max_new_tokens=20, mode="autoregressive"))
+    programs: list[Any] = [forward._prefill_chunks, loop.decode]
+    compiled = []
+    for line in ("Call me Ishmael.", "Some years ago, never mind how long precisely, " * 5, "I went"):
+        assert conversation.hear(line)
+        compiled.append([program._cache_size() for program in programs])
+    # The first turn begins with an empty cache, the next one with a kept cache, and so on as that.
+    assert compiled[2] == compiled[1]
+    assert compiled[1][1] == compiled[0][1]
+    assert [chat._room_for(tokens) for tokens in (1, 832, 833, 4000, 9000)] == [1024, 1024, 2048, 8192, 12288]
 
 
 def test_the_terminal(tiny_pair, monkeypatch):

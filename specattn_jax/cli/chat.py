@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from specattn_jax.runtime.request import Request
     from specattn_jax.runtime.results import Generations
 
+# Tokens of a message that are read at a time, and what a window may write behind the newest token.
+_CHUNK, _MOST_WRITTEN = 128, 64
+# Caches begin with so much room, and grow to the next power of two and then by steps.
+_LEAST_ROOM, _STEP = 1024, 4096
 _HELP = "/mode MODE, /saved, /reset, /quit; Ctrl-C stops an answer"
 
 
@@ -90,6 +94,12 @@ def _lines() -> Iterator[bytes]:
             yield line
 
 
+def _room_for(tokens: int) -> int:
+    """Entries of caches for a prompt and its answer. Sizes are few, as each of them compiles all programs anew."""
+    needed = tokens + _CHUNK + _MOST_WRITTEN
+    return max(_LEAST_ROOM, 1 << (needed - 1).bit_length()) if needed <= _STEP else -(-needed // _STEP) * _STEP
+
+
 class _Conversation:
     """Messages so far, how to answer, and what the caches hold."""
 
@@ -121,7 +131,7 @@ class _Conversation:
         from specattn_jax.runtime.session import Memory
 
         self._messages: list[dict[str, str]] = []
-        self._memory = Memory()
+        self._memory = Memory(chunk=_CHUNK)
         self._last: Generations | None = None
         self._noted = False
 
@@ -158,6 +168,7 @@ class _Conversation:
                 "say less, or begin anew with /reset."
             )
         wanted = self._request.max_new_tokens
+        self._memory.slots = _room_for(len(prompt) + wanted)
         request = self._request.change(max_new_tokens=min(wanted, room))
         self._last = None
 

@@ -98,7 +98,8 @@ class Session:
         memory = Memory() if memory is None else memory
         kept = memory.take(prompts)
         extent = max(longest, memory.slots)
-        most = min(chunk or _largest_chunk(models.values(), batch, extent), round_up(extent, CHUNK_STEP))
+        chunk = chunk or memory.chunk or _largest_chunk(models.values(), batch, extent)
+        most = min(chunk, round_up(extent, CHUNK_STEP))
         reaches = {"target": None, "draft": self.draft_reach}
         # What is in reach is read anew with every chunk: chunks that are longer than it cost more than they save.
         chunks = {
@@ -126,7 +127,8 @@ class Session:
                     on_prefill(before + position, sum(positions.values()))
 
             if role in kept:
-                read[role] = _read_on(model, kept[role], prompts, slots, chunks[role], reaches[role], progress)
+                least = memory.chunk or CHUNK_STEP
+                read[role] = _read_on(model, kept[role], prompts, slots, chunks[role], least, reaches[role], progress)
                 continue
             read[role] = prefill(
                 model,
@@ -187,6 +189,8 @@ class Memory:
     Attributes:
         slots: entries per sequence that caches have room for from the start. Calls that need no more share programs.
         new_tokens: likewise, new tokens of a call.
+        chunk: likewise, prompt tokens that are read at a time, however few there are; 0: as many as fit, and no more
+            than there are.
         tokens: what was read and written so far, of each sequence.
         caches: by role, each with lengths that are known to hold these tokens.
         prefilled: tokens of the last prompts that had to be read, by role.
@@ -194,6 +198,7 @@ class Memory:
 
     slots: int = 0
     new_tokens: int = 0
+    chunk: int = 0
     tokens: list[list[int]] = dataclasses.field(default_factory=list)
     caches: dict[str, KVCache] = dataclasses.field(default_factory=dict)
     prefilled: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -244,14 +249,15 @@ def _read_on(
     prompts: Sequence[Sequence[int]],
     slots: int,
     chunk: int,
+    least: int,
     reach: Reach | None,
     progress: Callable[[int], None],
 ) -> tuple[Float[Array, "B D"], KVCache]:
-    """Reads what a cache does not yet hold of its prompts."""
+    """Reads what a cache does not yet hold of its prompts, in chunks of some multiple of `least` tokens."""
     begun = fetch(cache.lengths)
     rests = [prompt[int(first) :] for prompt, first in zip(prompts, begun, strict=True)]
     longest = max(map(len, rests))
-    chunk = min(chunk, round_up(longest, CHUNK_STEP))
+    chunk = min(chunk, round_up(longest, least))
     padded = _padded(rests, round_up(longest, chunk))
     return prefill(
         model,
