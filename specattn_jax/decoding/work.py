@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from specattn_jax.errors import UserError
 from specattn_jax.models.config import ModelConfig
-from specattn_jax.selection.policy import LEAST_DRAFT_ENTRIES
+from specattn_jax.selection.own import OwnReads
 
 
 class Drafter(enum.Enum):
@@ -54,7 +54,7 @@ class Scenario(NamedTuple):
     @property
     def draft_share(self) -> float:
         """Share of its own cache that a sparse draft does read."""
-        return min(1.0, max(self.draft_reads, LEAST_DRAFT_ENTRIES / self.context))
+        return OwnReads(self.draft_reads).share_of(self.context)
 
     def check(self) -> None:
         """Raises UserError for numbers that mean nothing."""
