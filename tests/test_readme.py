@@ -335,6 +335,66 @@ def test_the_table_of_kinds_on_the_real_pair(kind):
         check_cells(shown, [*kl, kl[0] / kl[2], kl[1] / kl[2], 100 * new["top1_fidelity"]])
 
 
+def task_scores() -> dict[tuple[str, int], dict[str, float]]:
+    """Scores of tasks, by a line of the page, such as "quest, 75 %", and length."""
+    folder, found = RESULTS / "tasks-nvidia-h100", dict[tuple[str, int], dict[str, float]]()
+    for name in ("table.json", "former.json"):
+        for row in json.loads((folder / name).read_text(encoding="utf-8")):
+            saving = row["wanted_kv_reduction"]
+            line = "the former default" if name == "former.json" else row["line"]
+            line += "" if saving is None else f", {100 * saving:.0f} %"
+            found.setdefault((line, row["length"]), {})[row["task"]] = 100 * row["score"]
+    return found
+
+
+TASK_LENGTHS = (4096, 8192, 16384, 30000)
+
+
+def test_the_tables_of_tasks():
+    """Means over RULER's six tasks and lists of needles, at four lengths; then task by task."""
+    scores, text = task_scores(), section("docs/tasks.md", "What was measured")
+    ruler = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")
+    lines = sorted({line for line, _ in scores})
+    assert len(lines) == 16
+    means = 0
+    for line in lines:
+        name = f"**{line}**" if line.startswith("specattn default") else line
+        # Empty cells at the end are not told apart from the end of the line.
+        overview = [*next(rows(text, name)), *[""] * 4]
+        for length, mean, needles in zip(TASK_LENGTHS, overview[1:5], overview[5:9], strict=True):
+            found = scores.get((line, length), {})
+            asked = [found[task] for task in ruler if task in found]
+            assert float(mean.strip("*").split()[0]) == pytest.approx(statistics.mean(asked), abs=0.0501)
+            assert ("of 80.1 *" in mean) == (len(asked) == 5)
+            assert needles == (f"{found['book_needles_all']:.0f}" if "book_needles_all" in found else "")
+            means += 1
+        single = [cells for cells in rows(text, line) if "/" in cells[1]]
+        for cells in single:
+            for cell, task in zip(cells[1:], ruler, strict=True):
+                for number, length in zip(cell.split(" / "), TASK_LENGTHS, strict=True):
+                    found = scores.get((line, length), {})
+                    assert number == (f"{found[task]:.0f}" if task in found else "\N{EN DASH}")
+    assert means == 64
+
+
+def test_the_table_of_short_alignments():
+    """Scores at 75, 90 and 95 % saved, task by task, and their means."""
+    measured = json.loads((RESULTS / "tasks-levers-nvidia-h100" / "short.json").read_text(encoding="utf-8"))["rows"]
+    text, savings = section("docs/tasks.md", "Of short texts"), (0.75, 0.9, 0.95)
+    names = {"full": "full", "novels and Python": "specattn default", "**five kinds (shipped)**": "specattn default a"}
+    for name, line in names.items():
+        found = {
+            (row["task"], row["wanted_kv_reduction"]): 100 * row["score"] for row in measured if row["line"] == line
+        }
+        asked = (None,) if line == "full" else savings
+        (cells,) = rows(text, name)
+        tasks = ("niah_single_1", "niah_multikey_3", "ruler_fwe", "ruler_cwe")
+        for cell, task in zip(cells[1:5], tasks, strict=True):
+            assert cell == " / ".join(f"{found[task, saving]:.0f}" for saving in asked)
+        means = [statistics.mean(found[task, saving] for task in tasks) for saving in asked]
+        assert cells[5] == " / ".join(f"{mean:.1f}" for mean in means)
+
+
 def check_cells(cells: list[str], measured: list[float]) -> None:
     """Numbers in cells are those that were measured, rounded."""
     for cell, number in zip(cells, measured, strict=True):
