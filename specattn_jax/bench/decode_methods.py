@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeAlias
@@ -36,17 +37,15 @@ AUTO, AUTO_LOSSLESS = "auto", "auto, lossless"
 BEST = "best"
 
 
-@dataclasses.dataclass(frozen=True)
-class ImposedAcceptance:
+class Imposed(abc.ABC):
     """A judge for random weights, which would accept nothing: it says how many drafted tokens are accepted.
 
     The verdict is worked out all the same, and the tokens are its own, so that only the count is not.
-
-    Attributes:
-        counts: accepted tokens, 0 to W, window by window of a sequence, over and over.
     """
 
-    counts: tuple[int, ...]
+    @abc.abstractmethod
+    def accepted(self, keys: Key[Array, " B"], window: int, windows: Int32[Array, " B"]) -> Int32[Array, " B"]:
+        """How many of W drafted tokens are accepted in the next window of each sequence."""
 
     def __call__(
         self,
@@ -58,16 +57,31 @@ class ImposedAcceptance:
         windows: Int32[Array, " B"],
         count: Int32[Array, " B"] | None = None,
     ) -> Verdict:
-        """The exact verdict, but for the count.
+        """The exact verdict, but for the count, which is at most that of the proposed tokens."""
+        verdict = judge_exactly(keys, drafted, probs, logits, sampling, windows, count)
+        accepted = self.accepted(keys, drafted.shape[1], windows)
+        return verdict._replace(accepted=accepted if count is None else jnp.minimum(accepted, count))
+
+
+@dataclasses.dataclass(frozen=True)
+class ImposedAcceptance(Imposed):
+    """Counts that are given.
+
+    Attributes:
+        counts: accepted tokens, 0 to W, window by window of a sequence, over and over.
+    """
+
+    counts: tuple[int, ...]
+
+    def accepted(self, keys: Key[Array, " B"], window: int, windows: Int32[Array, " B"]) -> Int32[Array, " B"]:
+        """The next count.
 
         Raises:
             UserError: a count is none of a window.
         """
-        window = drafted.shape[1]
         if not all(0 <= count <= window for count in self.counts):
             raise UserError(f"counts is {self.counts}; expected counts from 0 to the window's {window} drafted tokens.")
-        verdict = judge_exactly(keys, drafted, probs, logits, sampling, windows, count)
-        return verdict._replace(accepted=jnp.array(self.counts, jnp.int32)[windows % len(self.counts)])
+        return jnp.array(self.counts, jnp.int32)[windows % len(self.counts)]
 
 
 @jax.tree_util.register_dataclass

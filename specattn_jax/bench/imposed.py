@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, Key
+from jaxtyping import Array, Int32, Key
 
 from specattn_jax.bench.decode_cases import LARGER, DecodeCase, shape
-from specattn_jax.bench.decode_methods import REAL_METHODS
-from specattn_jax.decoding.judging import judge_exactly
+from specattn_jax.bench.decode_methods import REAL_METHODS, Imposed
 from specattn_jax.decoding.levels import TwoLevels
 from specattn_jax.decoding.protocol import DecodeSettings, Strategy
-from specattn_jax.decoding.sampling import Sampling, Verdict
+from specattn_jax.decoding.sampling import leading
 from specattn_jax.decoding.work import Drafter, Scenario
 from specattn_jax.loading.pair import NO_DRAFT
 from specattn_jax.planning.acceptance import Acceptance
@@ -25,10 +24,8 @@ from specattn_jax.runtime.session import DRAFT_REACH
 
 
 @dataclasses.dataclass(frozen=True)
-class ImposedRate:
-    """A judge for random weights: each drafted token is accepted with this chance if all before it were.
-
-    The verdict is worked out all the same, and the tokens are its own, so that only the count is not.
+class ImposedRate(Imposed):
+    """Each drafted token is accepted with a chance if all before it were.
 
     Attributes:
         rate: the chance.
@@ -36,22 +33,9 @@ class ImposedRate:
 
     rate: float
 
-    def __call__(
-        self,
-        keys: Key[Array, " B"],
-        drafted: Int32[Array, "B W"],
-        probs: Float[Array, "B W V"] | None,
-        logits: Float[Array, "B T V"],
-        sampling: Sampling,
-        windows: Int32[Array, " B"],
-        count: Int32[Array, " B"] | None = None,
-    ) -> Verdict:
-        """The exact verdict, but for how many are accepted."""
-        verdict = judge_exactly(keys, drafted, probs, logits, sampling, windows, count)
-        width = drafted.shape[1]
-        lucky = jax.vmap(lambda key: jax.random.uniform(key, (width,)))(keys) < self.rate
-        accepted = jnp.sum(jnp.cumprod(lucky.astype(jnp.int32), axis=1), axis=1)
-        return verdict._replace(accepted=accepted if count is None else jnp.minimum(accepted, count))
+    def accepted(self, keys: Key[Array, " B"], window: int, windows: Int32[Array, " B"]) -> Int32[Array, " B"]:
+        """By the luck of each sequence's key."""
+        return leading(jax.vmap(lambda key: jax.random.uniform(key, (window,)))(keys) < self.rate)
 
 
 class Rates(NamedTuple):

@@ -160,7 +160,7 @@ def _verdict(
     return Verdict(jnp.where(place < accepted[:, None], padded, own), accepted)
 
 
-def _leading(accept: Array) -> Int32[Array, " B"]:
+def leading(accept: Array) -> Int32[Array, " B"]:
     """Number of leading True per row."""
     return jnp.sum(jnp.cumprod(accept.astype(jnp.int32), axis=1), axis=1)
 
@@ -194,7 +194,7 @@ def verify(
     proposed = jnp.arange(window) < (window if count is None else count[:, None])
     if sampling.greedy:
         best = jnp.argmax(target_logits, axis=-1).astype(jnp.int32)
-        return _verdict(drafted, _leading((drafted == best[:, :-1]) & proposed), best)
+        return _verdict(drafted, leading((drafted == best[:, :-1]) & proposed), best)
     if draft_probs is None:
         raise ValueError("draft_probs is None; sampling needs the distributions the drafted tokens were drawn from.")
     target_probs = token_distribution(target_logits, sampling)
@@ -202,7 +202,7 @@ def verify(
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (window,)))(split[:, 0])
     p = jnp.take_along_axis(target_probs[:, :-1], drafted[..., None], axis=-1)[..., 0]
     q = jnp.take_along_axis(draft_probs, drafted[..., None], axis=-1)[..., 0]
-    accepted = _leading((uniform * q < p) & proposed)
+    accepted = leading((uniform * q < p) & proposed)
 
     at = accepted[:, None, None]
     target_here = jnp.take_along_axis(target_probs, at, axis=1)[:, 0]
