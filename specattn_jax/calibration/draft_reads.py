@@ -13,7 +13,7 @@ from specattn_jax.decoding import loop
 from specattn_jax.decoding.forced import Forced
 from specattn_jax.decoding.protocol import Models, WindowRecord
 from specattn_jax.decoding.state import DecodeState, begin
-from specattn_jax.models.cache import KVCache
+from specattn_jax.models.cache import KVCache, round_up
 from specattn_jax.models.forward import prefill
 from specattn_jax.models.sharding import fetch
 from specattn_jax.models.transformer import LanguageModel
@@ -91,8 +91,8 @@ def measure_draft_reads(
 def _prefilled(model: LanguageModel, tokens: Int32[Array, "B T"], first: int) -> KVCache:
     """The cache of a model that read the first tokens of each passage, with room for the others and a window more."""
     batch, count = tokens.shape
-    padded = -(-first // _CHUNK) * _CHUNK
-    slots = -(-max(padded, count + _SLOTS) // _SLOTS) * _SLOTS
+    padded = round_up(first, _CHUNK)
+    slots = round_up(max(padded, count + _SLOTS), _SLOTS)
     prompts = jnp.pad(tokens[:, :first], ((0, 0), (0, padded - first)))
     empty = KVCache.empty(model.config, batch, slots, model.dtype, split=model.split)
     return prefill(model, prompts, jnp.full((batch,), first, jnp.int32), empty, chunk=_CHUNK)[1]

@@ -96,8 +96,10 @@ def _lines() -> Iterator[bytes]:
 
 def _room_for(tokens: int) -> int:
     """Entries of caches for a prompt and its answer. Sizes are few, as each of them compiles all programs anew."""
+    from specattn_jax.models.cache import round_up
+
     needed = tokens + _CHUNK + _MOST_WRITTEN
-    return max(_LEAST_ROOM, 1 << (needed - 1).bit_length()) if needed <= _STEP else -(-needed // _STEP) * _STEP
+    return max(_LEAST_ROOM, 1 << (needed - 1).bit_length()) if needed <= _STEP else round_up(needed, _STEP)
 
 
 class _Conversation:

@@ -33,6 +33,11 @@ MANY_TOKENS = 64
 _ENTRIES = "B K S H"
 
 
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple that is not smaller."""
+    return -(-value // multiple) * multiple
+
+
 class Look(NamedTuple):
     """How a layer's tokens looked at the cache: their queries, and the log-sum-exp of their scaled logits."""
 

@@ -18,7 +18,7 @@ from specattn_jax.decoding.protocol import DecodeSettings, Models, Strategy
 from specattn_jax.decoding.sampling import choose, is_sound, penalise
 from specattn_jax.decoding.state import DecodeState, begin
 from specattn_jax.loading.memory import check_memory
-from specattn_jax.models.cache import KVCache, Reach
+from specattn_jax.models.cache import KVCache, Reach, round_up
 from specattn_jax.models.forward import prefill
 from specattn_jax.models.sharding import device_cache_bytes, fetch
 from specattn_jax.models.transformer import LanguageModel
@@ -309,8 +309,3 @@ def _largest_chunk(models: Iterable[LanguageModel], batch: int, longest: int) ->
     each = batch * max(model.config.activation_bytes(model.dtype.itemsize) for model in models)
     parts = -(-longest // max(room // each, CHUNK_STEP))
     return round_up(-(-longest // parts), CHUNK_STEP)
-
-
-def round_up(value: int, multiple: int) -> int:
-    """The least multiple that is not smaller."""
-    return -(-value // multiple) * multiple

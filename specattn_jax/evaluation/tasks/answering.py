@@ -12,10 +12,11 @@ from specattn_jax.decoding.speculative import SpecAttn
 from specattn_jax.errors import UserError
 from specattn_jax.evaluation.methods import FULL, Case, make_selection
 from specattn_jax.loading.pair import ModelPair
+from specattn_jax.models.cache import round_up
 from specattn_jax.runtime.generate import generate
 from specattn_jax.runtime.request import DEFAULT_PLACES, NEVER_DRAFTED, Request, strategies_of
 from specattn_jax.runtime.results import Generation
-from specattn_jax.runtime.session import CHUNK_STEP, DRAFT_REACH, Memory, round_up
+from specattn_jax.runtime.session import CHUNK_STEP, DRAFT_REACH, Memory
 
 # Modes whose output is the target's own, so that their scores are those of full attention.
 SPECULATIVE, _HIERARCHICAL = "speculative", "hierarchical"
@@ -155,7 +156,7 @@ class Answering:
         seconds = {case: list[float]() for case in self._cases}
         # Where a prompt is read already, a chunk of the least length is read on.
         most = max((len(one.tokens) + one.limit for one in asked), default=1)
-        widest = max(self._window, *(DEFAULT_PLACES for case in self._cases if case.method == _HIERARCHICAL), 0)
+        widest = max([self._window, *(DEFAULT_PLACES for case in self._cases if case.method == _HIERARCHICAL)])
         slots = _bucket(max(most, self._slots) + widest + CHUNK_STEP)
         done = 0
         for indices in _batches(asked, self._batch):

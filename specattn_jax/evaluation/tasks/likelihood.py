@@ -17,6 +17,7 @@ from specattn_jax.evaluation.drift import read_densely
 from specattn_jax.evaluation.methods import Case, make_selection
 from specattn_jax.evaluation.tasks.answering import LOSSLESS
 from specattn_jax.loading.pair import ModelPair
+from specattn_jax.models.cache import round_up
 from specattn_jax.models.transformer import LanguageModel
 from specattn_jax.runtime.faults import unsound
 from specattn_jax.runtime.session import Session
@@ -117,8 +118,8 @@ def _sums(
 def _score_densely(target: LanguageModel, asked: Sequence[Continuation]) -> list[Likelihood]:
     """Reads everything."""
     counts = [len(one.tokens) - one.first for one in asked]
-    length = -(-max(len(one.tokens) for one in asked) // _ROUND) * _ROUND
-    places = -(-max(1, *counts, 1) // _ROUND) * _ROUND
+    length = round_up(max(len(one.tokens) for one in asked), _ROUND)
+    places = round_up(max(1, *counts, 1), _ROUND)
     tokens = _padded([one.tokens for one in asked], length)
     first = np.array([one.first for one in asked], np.int32)
     at = np.minimum(first[:, None] + np.arange(places, dtype=np.int32), length - 1)
