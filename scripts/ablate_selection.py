@@ -197,10 +197,6 @@ def find_alignments(
 ) -> dict[str, Alignment]:
     """The alignments that the rows need; those that are not in the folder yet are calibrated on the texts."""
     assert pair.alignment is not None
-    documents = {
-        kind: [pair.tokenizer.encode(read_text(path), add_special=False) for path in files]
-        for kind, files in texts.items()
-    }
     places = {name: folder / name.replace(",", "").replace(" ", "_") for name in names if ALIGNMENTS[name] is not None}
     missing = [name for name, place in places.items() if not exists(place)]
 
@@ -208,7 +204,7 @@ def find_alignments(
         settings = ALIGNMENTS[name]
         assert settings is not None
         pair.calibrate(
-            documents,
+            texts,
             out=places[name],
             settings=dataclasses.replace(settings, passages=passages),
             progress=lambda *step: print(name, *step, file=sys.stderr, flush=True),

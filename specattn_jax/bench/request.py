@@ -61,8 +61,9 @@ _LLAMA3, _TINY_PAIR = ("llama-3.1-8b", "llama-3.2-1b"), ("tiny", "tiny-draft")
 # Width of the square product by which the rate of matrices is measured.
 _PRODUCT = {"cpu": 512}
 _PROBES, _PROBE_WINDOWS, _CLOSE = 8, 2, 0.05
-# Short requests are repeated more often: two of the same differ by more than two ways of decoding them.
+# Runs of so many sequences in all, where acceptance is a matter of luck.
 _LEAST_LUCK = 4
+# Short requests are repeated more often: two of the same differ by more than two ways of decoding them.
 _LEAST_REPEATS, _MOST_REPEATS, _REPEATED_TOKENS = 2, 7, 250_000
 
 
@@ -270,7 +271,7 @@ class _Request:
         self.state = dataclasses.replace(self.session, draft_reach=draft_reach).prefill(
             self._prompts,
             self.case.room,
-            window=max(self.case.window, strategy.window, DEFAULT_PLACES if self.case.rates else 0),
+            window=DEFAULT_PLACES if self.case.rates else self.case.window,
             with_draft=strategy.needs_draft,
             clock=clock,
         )

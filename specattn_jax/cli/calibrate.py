@@ -70,7 +70,8 @@ def calibrate_command(
         from specattn_jax.loading.pair import load_pair
         from specattn_jax.planning.mesh_choice import Wanted, default_mesh
 
-    asked = options.split_for_each(passages or str(usual_passages(len(paths))), len(contexts), "--passages")
+    given = str(usual_passages(len(paths))) if passages is None else passages
+    asked = options.split_for_each(given, len(contexts), "--passages")
     counts = options.whole(asked, "--passages", "of passages, such as 20")
     shares = options.split_for_each(quotes, len(contexts), "--quotes")
     settings = [
