@@ -14,7 +14,7 @@ from specattn_jax.decoding.forced import Forced
 from specattn_jax.decoding.protocol import Models, WindowRecord
 from specattn_jax.decoding.state import DecodeState, begin
 from specattn_jax.models.cache import KVCache, round_up
-from specattn_jax.models.forward import prefill
+from specattn_jax.models.forward import next_token_kl, prefill
 from specattn_jax.models.sharding import fetch
 from specattn_jax.models.transformer import LanguageModel
 from specattn_jax.selection.alignment import Alignment
@@ -120,10 +120,5 @@ def _mean_kl(
     target: LanguageModel, wanted: Float[Array, "windows B W D"], found: Float[Array, "windows B W D"]
 ) -> Float[Array, ""]:
     """Mean KL of the next-token distributions, in nats."""
-
-    def kl(pair: tuple[Float[Array, "B W D"], Float[Array, "B W D"]]) -> Float[Array, "B W"]:
-        full, sparse = (jax.nn.log_softmax(target.logits(hidden)) for hidden in pair)
-        return jnp.sum(jnp.exp(full) * (full - sparse), axis=-1)
-
     # Window by window: the logits of all would be the largest array of all.
-    return jnp.mean(jax.lax.map(kl, (wanted, found)))
+    return jnp.mean(jax.lax.map(lambda pair: next_token_kl(target, *pair), (wanted, found)))

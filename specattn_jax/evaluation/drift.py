@@ -19,7 +19,7 @@ from specattn_jax.decoding.state import DecodeState
 from specattn_jax.errors import UserError
 from specattn_jax.loading.pair import ModelPair
 from specattn_jax.models.cache import KVCache
-from specattn_jax.models.forward import forward
+from specattn_jax.models.forward import forward, next_token_kl
 from specattn_jax.models.transformer import LanguageModel
 from specattn_jax.runtime.session import Session
 from specattn_jax.selection.protocol import Selection
@@ -154,13 +154,8 @@ def read_densely(target: LanguageModel, tokens: Int32[Array, "B length"]) -> Flo
 @jax.jit
 def _compare(target: LanguageModel, clean: Float[Array, "B n D"], sparse: Float[Array, "B n D"]) -> Float[Array, "B n"]:
     """KL(clean || sparse) of the next-token distributions of hidden states, position by position."""
-
-    def at_position(hidden: tuple[Float[Array, "B D"], Float[Array, "B D"]]) -> Float[Array, " B"]:
-        wanted, got = (jax.nn.log_softmax(target.logits(x)) for x in hidden)
-        return jnp.sum(jnp.exp(wanted) * (wanted - got), axis=-1)
-
     by_position = (jnp.moveaxis(clean, 1, 0), jnp.moveaxis(sparse, 1, 0))
-    return jax.lax.map(at_position, by_position, batch_size=_POSITIONS).T
+    return jax.lax.map(lambda pair: next_token_kl(target, *pair), by_position, batch_size=_POSITIONS).T
 
 
 def drift_row(label: dict[str, Any], parts: Sequence[dict[str, Any]], prompt: int) -> dict[str, Any]:

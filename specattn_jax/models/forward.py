@@ -219,6 +219,14 @@ def causal_attention(
     return out.reshape(q.shape[0], -1, *q.shape[2:])[:, :tokens]
 
 
+def next_token_kl(
+    model: LanguageModel, wanted: Float[Array, "*n D"], found: Float[Array, "*n D"]
+) -> Float[Array, "*n"]:
+    """KL(wanted || found) of the next-token distributions of hidden states, in nats."""
+    full, other = (jax.nn.log_softmax(model.logits(hidden)) for hidden in (wanted, found))
+    return jnp.sum(jnp.exp(full) * (full - other), axis=-1)
+
+
 @jax.jit
 def likeliest_next(model: LanguageModel, tokens: Int32[Array, "B T"]) -> Int32[Array, "B T"]:
     """The model's likeliest next token after every prefix of whole sequences."""
