@@ -138,6 +138,24 @@ def test_many_tokens_of_a_real_pair_are_read_once_for_all_methods(monkeypatch):
     assert 0 < shared[0]["prefill_seconds"] < shared[1]["prefill_seconds"]
 
 
+def test_texts_one_after_the_other_are_those_of_a_batch(monkeypatch):
+    batch = next(point.case for point in decode_grid("tiny") if point.case.real)
+    batch, apart = dataclasses.replace(batch, batch=2), dataclasses.replace(batch, texts=2)
+    found = []
+    for case in (batch, apart):
+        decode_real._side_by_side.cache_clear()
+        found.append(decode_real.measure_real(case, SPECULATIVE, (AUTOREGRESSIVE, SPECULATIVE), 1))
+    decode_real._side_by_side.cache_clear()
+    together, alone = found
+    assert together["text"] == alone["text"]
+    assert together["accepted"] == alone["accepted"]
+    assert alone["leaves_autoregressive_at"] == [16, 16]
+    assert alone["windows"] <= together["windows"]
+    # Half as many tokens in each of the two.
+    assert alone["tokens_per_second"] == pytest.approx(15 / alone["decode_seconds"][0])
+    assert together["tokens_per_second"] == pytest.approx(30 / together["decode_seconds"][0])
+
+
 def test_results_of_other_flags_are_refused(first_run, tmp_path):
     report = json.loads((first_run[0] / "decode.json").read_text(encoding="utf-8"))
     (tmp_path / "decode.json").write_text(json.dumps({**report, "xla_flags": "--xla_abacus"}), encoding="utf-8")

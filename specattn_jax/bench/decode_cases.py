@@ -48,6 +48,8 @@ class DecodeCase:
         dtype: of weights and caches.
         mesh: devices that share the work, such as heads=2; empty: one.
         rates: preset of the pair at whose measured acceptance each method decodes, in place of `accepted`.
+        texts: of a real pair: so many batches of prompts are continued one after the other, each another part of the
+            book, and times are means over them.
     """
 
     target: str
@@ -61,6 +63,7 @@ class DecodeCase:
     dtype: str = "bfloat16"
     mesh: str = ""
     rates: str = ""
+    texts: int = 1
 
     @property
     def context(self) -> int:

@@ -62,27 +62,32 @@ def real_method(pair: ModelPair, method: str) -> tuple[ModelPair, dict[str, Any]
 
 
 class _Run(NamedTuple):
-    """One run of a method, and the seconds that reading its prompts takes with the models that it needs."""
+    """One run of a method on one batch of prompts, and the seconds that reading them takes with the models it needs."""
 
     made: Generations
     prefill_seconds: float
 
 
 class _Runner:
-    """Runs methods on the same prompts; where there are many tokens, they are read once for all of them."""
+    """Runs methods on the same batches of prompts; where there are many tokens, they are read once for all methods."""
 
     def __init__(self, case: DecodeCase) -> None:
         self._case, self._pair = case, _pair(case.target)
-        self._prompts = book_prompts(self._pair, case.context, case.batch)
-        self._shares = case.batch * case.context > _READ_ANEW
+        prompts = book_prompts(self._pair, case.context, case.batch * case.texts)
+        self._batches = [prompts[at:][: case.batch] for at in range(0, len(prompts), case.batch)]
+        # Caches of several batches would not fit.
+        self._shares = case.texts == 1 and case.batch * case.context > _READ_ANEW
         self._memory, self._seconds = Memory(new_tokens=case.room), dict[str, float]()
 
-    def __call__(self, method: str) -> _Run:
-        """Runs one; where reading is shared, the first one must need no draft."""
+    def __call__(self, method: str) -> list[_Run]:
+        """Runs one on every batch; where reading is shared, the first one must need no draft."""
+        return [self._run(method, prompts) for prompts in self._batches]
+
+    def _run(self, method: str, prompts: Sequence[Sequence[int]]) -> _Run:
         arguments: dict[str, Any] = {"max_new_tokens": self._case.room, "window": self._case.window}
         memory, had = self._memory if self._shares else None, set(self._memory.caches)
         pair, how = real_method(self._pair, method)
-        made = generate(pair, self._prompts, stop_at_eos=False, memory=memory, **{**arguments, **how})
+        made = generate(pair, prompts, stop_at_eos=False, memory=memory, **{**arguments, **how})
         if memory is None:
             return _Run(made, made.timing.prefill_s)
         for role in set(memory.caches) - had:
@@ -94,14 +99,14 @@ class _Runner:
 
 
 @functools.lru_cache(maxsize=1)
-def _side_by_side(case: DecodeCase, methods: tuple[str, ...], repeats: int) -> dict[str, list[_Run]]:
-    """Runs all methods in turns: once for compiling, then so often for timing.
+def _side_by_side(case: DecodeCase, methods: tuple[str, ...], repeats: int) -> dict[str, list[list[_Run]]]:
+    """Runs all methods in turns: once for compiling, then so often for timing; each time on every batch of prompts.
 
     Each alone, one after the other, they would not be equals: windows of one program were measured 15 % slower once
     another, larger one had been loaded.
     """
     run = _Runner(case)
-    found: dict[str, list[_Run]] = {method: [] for method in methods}
+    found: dict[str, list[list[_Run]]] = {method: [] for method in methods}
     for _ in range(1 + repeats):
         # What needs no draft comes first, so that what each model reads is timed by itself.
         for method in sorted(found, key=_may_draft):
@@ -127,15 +132,15 @@ def measure_real(case: DecodeCase, method: str, methods: Sequence[str], repeats:
         UserError: the weights cannot be fetched.
     """
     found = _side_by_side(case, tuple(methods), repeats)
-    (first, _), *runs = found[method]
-    seconds = [run.made.timing.decode_s for run in runs]
+    first, *timed = found[method]
+    seconds = [statistics.mean(run.made.timing.decode_s for run in runs) for runs in timed]
     median, spread = median_and_spread(seconds)
-    # The text is the same in all of them.
-    last = runs[-1].made
-    run = dataclasses.replace(last, timing=dataclasses.replace(last.timing, decode_s=median))
-    results, windows = run.results, max(result.windows for result in run.results)
+    # The texts are the same in all of them.
+    made = [run.made for run in timed[-1]]
+    results = [result for one in made for result in one.results]
+    windows = statistics.mean(max(result.windows for result in one.results) for one in made)
     return {
-        "tokens_per_second": run.tokens_per_s,
+        "tokens_per_second": sum(len(result.tokens) - 1 for result in results) / len(made) / median,
         "window_seconds": median / max(windows, 1),
         "spread": spread,
         "decode_seconds": seconds,
@@ -143,21 +148,22 @@ def measure_real(case: DecodeCase, method: str, methods: Sequence[str], repeats:
         "windows": windows,
         "accepted_per_window": statistics.mean(result.accepted_per_window for result in results),
         "density": 1.0 - statistics.mean(result.kv_reduction for result in results),
-        "compile_seconds": first.timing.compile_s,
-        "first_decode_seconds": first.timing.decode_s,
-        "prefill_seconds": statistics.median(one.prefill_seconds for one in runs),
+        "compile_seconds": sum(run.made.timing.compile_s for run in first),
+        "first_decode_seconds": first[0].made.timing.decode_s,
+        "prefill_seconds": statistics.median(run.prefill_seconds for runs in timed for run in runs),
         "prompt_tokens": results[0].prompt_tokens,
         "book": _book().name,
         "text": results[0].text,
-        "leaves_autoregressive_at": _departures(found, run),
+        "accepted": [result.accepted_per_window for result in results],
+        "leaves_autoregressive_at": _departures(found, method),
         "plan": str(Choice(results[0].mode, results[0].window or 0)),
-        "decisions": [decision.reason for decision in run.decisions],
+        "decisions": [decision.reason for one in made for decision in one.decisions],
     }
 
 
-def _departures(found: Mapping[str, Sequence[_Run]], run: Generations) -> list[int] | None:
+def _departures(found: Mapping[str, Sequence[Sequence[_Run]]], method: str) -> list[int] | None:
     """Where each text first has another token than autoregressive decoding, or its length; None without such a run."""
     if AUTOREGRESSIVE not in found:
         return None
-    alone = found[AUTOREGRESSIVE][-1].made.results
-    return [begin_alike(one.tokens, other.tokens) for one, other in zip(run.results, alone, strict=True)]
+    texts, alone = ([one for run in found[name][-1] for one in run.made.results] for name in (method, AUTOREGRESSIVE))
+    return [begin_alike(one.tokens, other.tokens) for one, other in zip(texts, alone, strict=True)]

@@ -36,7 +36,8 @@ _PREFILL = ("case", "seconds", "transformers", "over transformers", "of the caus
 def _title(case: dict[str, Any]) -> str:
     where = f" on {case['mesh']}" if case.get("mesh") else ""
     pair = f"{case['target']} with {case['draft']}" if case.get("rates") else case["target"]
-    return f"{pair} {case['batch']} x {case['slots'] - case['room']:,} + {case['room']}{where}"
+    texts = f", {case['texts']} texts" if case.get("texts", 1) > 1 else ""
+    return f"{pair} {case['batch']} x {case['slots'] - case['room']:,} + {case['room']}{texts}{where}"
 
 
 def _at(points: list[dict[str, Any]], case: dict[str, Any], method: str) -> dict[str, Any] | None:
