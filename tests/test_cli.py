@@ -307,7 +307,7 @@ class TestMistakes:
             (["--passages", 2.5], "--passages names 2.5; expected whole numbers"),
             (["--passages", "2,4"], "--passages holds 2 numbers; expected one"),
             (["--quotes", "0,0.1,0.2", "--context", "64,128"], "expected one, or one for each of 2 lengths"),
-            (["--quotes", "some"], "--quotes is 'some'"),
+            (["--quotes", "some"], "--quotes names 'some'; expected numbers"),
             (["--context", 10], "context is 10"),
             (["--context", 300], "expected at most the models' 256"),
         ],

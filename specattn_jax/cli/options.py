@@ -130,21 +130,30 @@ def whole(numbers: Sequence[float], option: str, what: str) -> list[int]:
     return [int(number) for number in numbers]
 
 
+def _numbers(given: str, option: str) -> list[float]:
+    """Numbers separated by commas, as they stand there.
+
+    Raises:
+        UserError: one of them is no number, or there are none.
+    """
+    numbers = []
+    for part in filter(None, (part.strip() for part in given.split(","))):
+        try:
+            numbers.append(float(part))
+        except ValueError as error:
+            raise UserError(f"{option} names {part!r}; expected numbers, such as 0.75,0.9.") from error
+    if not numbers:
+        raise UserError(f"{option} is {given!r}; expected numbers separated by commas.")
+    return numbers
+
+
 def split_numbers(given: str, option: str) -> list[float]:
     """Numbers separated by commas, each once, in ascending order.
 
     Raises:
         UserError: one of them is no number, or there are none.
     """
-    numbers = set()
-    for part in filter(None, (part.strip() for part in given.split(","))):
-        try:
-            numbers.add(float(part))
-        except ValueError as error:
-            raise UserError(f"{option} names {part!r}; expected numbers, such as 0.75,0.9.") from error
-    if not numbers:
-        raise UserError(f"{option} is {given!r}; expected numbers separated by commas.")
-    return sorted(numbers)
+    return sorted(set(_numbers(given, option)))
 
 
 def split_for_each(given: str, count: int, option: str) -> list[float]:
@@ -153,10 +162,7 @@ def split_for_each(given: str, count: int, option: str) -> list[float]:
     Raises:
         UserError: one of them is no number, or there are neither one nor so many.
     """
-    try:
-        numbers = [float(part) for part in given.split(",")]
-    except ValueError as error:
-        raise UserError(f"{option} is {given!r}; expected numbers, such as 0,0.25.") from error
+    numbers = _numbers(given, option)
     if len(numbers) not in (1, count):
         each = f", or one for each of {count} lengths" if count > 1 else ""
         raise UserError(f"{option} holds {len(numbers)} numbers; expected one{each}.")
