@@ -24,6 +24,7 @@ from specattn_jax.bench.decode_methods import (
     CHOICES,
     HIERARCHY,
     HIERARCHY_OF_TEXT,
+    LOOKUP,
     REAL_METHODS,
     SPARSE_DRAFT,
     SPECATTN,
@@ -114,7 +115,7 @@ def _points(grid: RequestGrid) -> list[Point]:
         ]  # fmt: skip
     elif grid == "lossless":
         # What needs no draft comes first: the prompts are read once by the target, and once more by both models.
-        chosen = (AUTOREGRESSIVE, ALONE, HIERARCHY_OF_TEXT, SPECULATIVE, SPARSE_DRAFT, HIERARCHY)
+        chosen = (AUTOREGRESSIVE, LOOKUP, ALONE, HIERARCHY_OF_TEXT, SPECULATIVE, SPARSE_DRAFT, HIERARCHY)
         wanted = [
             (dataclasses.replace(case(*size, 256), rates=LARGER), (*chosen, SPECATTN, AUTO_LOSSLESS))
             for size in ((8, 32768), (1, 131072), (1, 32768))
