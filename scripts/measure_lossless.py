@@ -51,6 +51,7 @@ MODES = (AUTOREGRESSIVE, SPECULATIVE, SPARSE_DRAFT, HIERARCHY, HIERARCHY_OF_TEXT
 LONGER = "lookup, window 10"
 REPEATING = (*MODES, LONGER, "auto, lossless")
 TABLES = ("near_ties", "single", "repeating")
+QUESTIONS = CODE_EDIT, QUOTATIONS = "code edit", "quotations"
 
 
 def repeating_prompts(characters: int) -> dict[str, str]:
@@ -62,11 +63,11 @@ def repeating_prompts(characters: int) -> dict[str, str]:
     book = read_text(shipped_books("valid")[0])
     chapter = book[len(book) // 2 :][:characters]
     return {
-        "code edit": (
+        CODE_EDIT: (
             f"```python\n{code}\n```\n\nWrite the class TextWrapper's method _wrap_chunks again, whole, with the "
             "variable cur_line renamed to line and cur_len renamed to length. Answer with the code alone."
         ),
-        "quotations": f"{chapter}\n\nQuote the first three paragraphs of this text, word for word.",
+        QUOTATIONS: f"{chapter}\n\nQuote the first three paragraphs of this text, word for word.",
     }
 
 
@@ -139,10 +140,11 @@ def repeating_method(pair: ModelPair, name: str) -> tuple[ModelPair, dict[str, A
     return (pair, {"mode": "lookup", "window": 10}) if name == LONGER else real_method(pair, name)
 
 
-def repeated(pair: ModelPair, new: int, characters: int, turns: int) -> list[dict[str, Any]]:
+def repeated(pair: ModelPair, new: int, characters: int, turns: int, questions: Sequence[str]) -> list[dict[str, Any]]:
     """One row per question and mode: what was accepted, and how fast; all modes in turns, once more to compile."""
-    rows, prompts = [], {}
-    for name, question in repeating_prompts(characters).items():
+    rows, prompts, asked = [], {}, repeating_prompts(characters)
+    for name in questions:
+        question = asked[name]
         prompts[name] = pair.tokenizer.encode(pair.tokenizer.apply_chat([{"role": "user", "content": question}]))
     # As much room for each, so that they share programs.
     slots = max(map(len, prompts.values())) + new + 64
@@ -181,6 +183,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=8000, help="tokens of each prompt of the first table")
     parser.add_argument("--batch", type=int, default=16, help="prompts of the first table")
     parser.add_argument("--characters", type=int, default=20_000, help="of each text of the last table, at most")
+    parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=QUESTIONS, help="of the last table")
     parser.add_argument("--turns", type=int, default=3, help="timed runs of the last table, at least 1")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
     parser.add_argument("--new", type=int, default=256)
@@ -191,7 +194,7 @@ def main() -> None:
     tables: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "near_ties": lambda: near_ties(pair, prompts, options.new),
         "single": lambda: single(pair, prompts[0], options.new),
-        "repeating": lambda: repeated(pair, options.new, options.characters, options.turns),
+        "repeating": lambda: repeated(pair, options.new, options.characters, options.turns, options.questions),
     }
     asked = {name: value for name, value in vars(options).items() if name != "out"}
     report: dict[str, Any] = {"command": asked, "versions": versions(), "commit": commit(), "hardware": hardware()}
