@@ -41,7 +41,7 @@ def decode(strategy: Strategy, models: Models, state: DecodeState, max_windows: 
 
     def advance(carry: tuple[Int32[Array, ""], DecodeState]) -> tuple[Int32[Array, ""], DecodeState]:
         index, state = carry
-        return index + 1, strategy.step(models, state)[0]
+        return index + 1, _step(strategy, models, state)[0]
 
     return jax.lax.while_loop(unfinished, advance, (jnp.int32(0), state))[1]
 
@@ -64,7 +64,13 @@ def watch(
     """
 
     def advance(state: DecodeState, _: None) -> tuple[DecodeState, Any]:
-        state, record = strategy.step(models, state)
+        state, record = _step(strategy, models, state)
         return state, keep(record)
 
     return jax.lax.scan(advance, state, length=windows)
+
+
+def _step(strategy: Strategy, models: Models, state: DecodeState) -> tuple[DecodeState, WindowRecord]:
+    """One window. A batch goes on until its last sequence is done; for those that are, hardly anything is read."""
+    state, record = strategy.step(models, state.waiting(state.done))
+    return state.waiting(None), record

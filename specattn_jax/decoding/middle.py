@@ -116,15 +116,15 @@ def propose(
         have = past + middle.filled
         drafted = draft(middle.carried, Standing(have, last, middle.tokens), now[:, 0])
         tokens = jnp.concatenate([last[:, 1:], drafted.tokens], axis=1)
-        read = forward(models.target, tokens, middle.target_cache.at(have), attend_by(plan))
+        waits, cache = middle.filled >= wanted, middle.target_cache.at(have)
+        read = forward(models.target, tokens, cache.waiting(waits), attend_by(plan))
         logits = models.target.logits(read.hidden)
         verdict = judge(now[:, 1], drafted.tokens, drafted.probs, logits, sampling, middle.windows)
-        waits = middle.filled >= wanted
         probs = middle.probs
         if probs is not None:
             probs = write(probs, token_distribution(logits, sampling), middle.filled)
         return Proposed(
-            read.cache,
+            read.cache.waiting(cache.waits),
             drafted.carried,
             write(middle.tokens, verdict.tokens, middle.filled),
             probs,

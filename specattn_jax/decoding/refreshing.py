@@ -60,7 +60,7 @@ def read_and_refresh(
     layers = tuple(LayerSeen(look.q, None, None) for look in read.notes)
 
     def choose() -> SelectionPlan:
-        return reads.plan(read.notes, read.cache, past, room)
+        return reads.plan(read.notes, read.cache, read.cache.readable(past), room)
 
     plan = choose() if due is None else jax.lax.cond(due, choose, lambda: before)
     return Refreshed(Seen(past, ~state.done, layers, read.cache.at(past)), read.hidden, plan)

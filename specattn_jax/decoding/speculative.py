@@ -124,7 +124,8 @@ class Speculative:
             sampling=self.settings.sampling,
             history=state.history,
         )
-        choices, own = self.selection.plan(drafted.selection_state, drafted.cache, past)
+        readable = state.target_cache.readable(past)
+        choices, own = self.selection.plan(drafted.selection_state, drafted.cache, readable)
         tokens = jnp.concatenate([newest(state), drafted.tokens], axis=1)
         read = forward(models.target, tokens, state.target_cache, attend_as_chosen(choices))
         seen = Seen(past, ~state.done, read.notes, read.cache.at(past))

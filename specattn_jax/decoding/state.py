@@ -93,6 +93,11 @@ class DecodeState:
     prompt: Int32[Array, "B S"] | None = None
     own: Any = ()
 
+    def waiting(self, waits: Bool[Array, " B"] | None) -> DecodeState:
+        """The same state, whose caches know which sequences wait; see `KVCache.waiting`."""
+        draft = None if self.draft_cache is None else self.draft_cache.waiting(waits)
+        return dataclasses.replace(self, target_cache=self.target_cache.waiting(waits), draft_cache=draft)
+
 
 def begin(
     target_cache: KVCache,

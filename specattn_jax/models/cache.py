@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int32
+from jaxtyping import Array, Bool, DTypeLike, Float, Int32
 from specattn_kernels import (
     AttentionOutput,
     Implementation,
@@ -71,6 +71,7 @@ class KVCache:
         lengths: valid slots per sequence. Slots beyond hold leftovers of rejected tokens and are never attended.
         implementation: backend of the attention ops; None lets the library choose.
         split: how sequences and kv heads are split over a mesh; None: one device has all.
+        waits: sequences that only wait for the others, so that nobody minds what is read for them; None: none does.
     """
 
     k: tuple[Float[Array, "B K S H"], ...]
@@ -78,6 +79,7 @@ class KVCache:
     lengths: Int32[Array, " B"]
     implementation: Implementation | None = dataclasses.field(default=None, metadata={"static": True})
     split: Split | None = dataclasses.field(default=None, metadata={"static": True})
+    waits: Bool[Array, " B"] | None = None
 
     @classmethod
     def empty(
@@ -121,6 +123,17 @@ class KVCache:
         """The same cache, rolled back (or extended over slots already written) to `lengths`. Nothing is copied."""
         return dataclasses.replace(self, lengths=lengths)
 
+    def waiting(self, waits: Bool[Array, " B"] | None) -> KVCache:
+        """The same cache, of which hardly anything is read for sequences that wait, and what comes out is anything.
+
+        Beyond their lengths they are written to as before, and up to there they keep what they hold.
+        """
+        return dataclasses.replace(self, waits=waits)
+
+    def readable(self, past: Int32[Array, " B"]) -> Int32[Array, " B"]:
+        """As many slots, but of sequences that wait no more than one, which saves reading the others."""
+        return past if self.waits is None else jnp.where(self.waits, jnp.minimum(past, 1), past)
+
     def with_room(self, num_slots: int) -> KVCache:
         """The same cache with at least so many slots per sequence; a longer one is a copy, twice as long or more."""
         if num_slots <= self.num_slots:
@@ -160,11 +173,12 @@ class KVCache:
             return_scores: which softmax weights to return; only where everything is read.
             return_lse: whether to return the log-sum-exp of the scaled logits that were read.
         """
-        lengths = self.lengths + q.shape[1]
+        starts = self.readable(self.lengths)
+        lengths = starts + q.shape[1]
         k, v = self.k[layer], self.v[layer]
         lies: dict[str, Any] = {"implementation": self.implementation, "split": self.split}
         if plan is None and not return_scores and q.shape[1] >= MANY_TOKENS:
-            return prefill_attention(q, k, v, self.lengths, lengths=valid, return_lse=return_lse, **lies)
+            return prefill_attention(q, k, v, starts, lengths=valid, return_lse=return_lse, **lies)
         if plan is None:
             return decode_attention(q, k, v, lengths, return_scores=return_scores, return_lse=return_lse, **lies)
         if return_scores:
@@ -204,7 +218,13 @@ class KVCache:
         """
         k = self.k[layer]
         return score_cache(
-            look.q, k, look.lse, past, dtype=k.dtype, implementation=self.implementation, split=self.split
+            look.q,
+            k,
+            look.lse,
+            self.readable(past),
+            dtype=k.dtype,
+            implementation=self.implementation,
+            split=self.split,
         )
 
     def keys(self, layer: int) -> Float[Array, "B K S H"]:
