@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import get_args
 
 import pytest
@@ -12,7 +13,7 @@ from specattn_jax.decoding.hierarchical import Hierarchical
 from specattn_jax.decoding.hierarchical_lookup import HierarchicalLookup
 from specattn_jax.decoding.itself import SelfSpeculative
 from specattn_jax.decoding.lookup import PromptLookup
-from specattn_jax.decoding.protocol import Strategy
+from specattn_jax.decoding.protocol import DecodeSettings, Strategy
 from specattn_jax.decoding.speculative import SparselyDrafted, SpecAttn, Speculative
 from specattn_jax.decoding.work import Scenario
 from specattn_jax.examples import tiny_pair
@@ -20,10 +21,13 @@ from specattn_jax.planning.acceptance import Acceptance
 from specattn_jax.planning.cost import load_shape, window_bytes
 from specattn_jax.planning.device import DeviceProfile, load_profile, window_seconds
 from specattn_jax.planning.gate import WINDOWS, Choice, Situation, choose_strategy
-from specattn_jax.runtime.request import NEVER_DRAFTED, UNDRAFTED, Mode, Request, find_candidates
+from specattn_jax.runtime.request import NEVER_DRAFTED, UNDRAFTED, Mode, Request, find_candidates, strategies_of
+from specattn_jax.runtime.session import DRAFT_REACH
 
 LLAMA = Scenario(load_shape("llama-3.1-8b"), load_shape("llama-3.2-1b"), kv_reduction=0.88, draft_reads=0.3)
 GPU = load_profile("gpu", bandwidth=2.6e12)
+# What the card of docs/results.md copied at.
+H100 = load_profile("gpu", bandwidth=2.42e12)
 ONE_EACH: tuple[Strategy, ...] = (Autoregressive(), Speculative(), SpecAttn())
 LOSSLESS: tuple[Strategy, ...] = (PromptLookup(), SelfSpeculative(), SparselyDrafted(), Hierarchical())
 ON_TEXT = HierarchicalLookup()
@@ -104,3 +108,28 @@ def test_lossless_leaves_the_approximate_out():
     assert selection is None
     assert all(strategy.lossless for strategy in strategies)
     assert {strategy.name for strategy in strategies} == set(get_args(Mode)) - {"specattn"}
+
+
+def takes(context, batch, own, text, draft=0.78, *, has_draft):
+    """What `auto --lossless` takes for 4,096 tokens of the Llama pair; None where their caches do not fit an H200."""
+    shapes = (LLAMA.target, LLAMA.draft) if has_draft else (LLAMA.target,)
+    if sum(one.cache_bytes(batch, context, 2) for one in shapes) + 19e9 > 141e9:
+        return None
+    known = Situation(context, 4096, Acceptance(draft), Acceptance(own), Acceptance(text), draft_reach=DRAFT_REACH)
+    strategies = tuple(strategies_of(Request(lossless=True), DecodeSettings(), None, has_draft))
+    return choose_strategy(LLAMA._replace(batch=batch), H100, known, strategies).mode
+
+
+def test_beside_a_draft_the_hierarchy_is_never_taken():
+    sizes = itertools.product((2**13, 2**15, 2**17), (1, 4, 16))
+    rates = list(itertools.product((0.96,), (0.05, 0.4), (0.3, 0.78, 0.9)))
+    found = [takes(*size, *each, has_draft=True) for size in sizes for each in rates]
+    assert len(found) - found.count(None) == 48
+    assert "hierarchical" not in found
+
+
+def test_without_a_draft_the_hierarchy_is_taken_for_large_caches_and_a_text_that_helps_a_little():
+    sizes = (2**15, 8), (2**17, 1), (2**17, 2), (2**17, 4), (2**18, 1), (2**18, 2)
+    assert {takes(*size, 0.96, 0.4, has_draft=False) for size in sizes} == {"hierarchical"}
+    for own, text in ((0.9, 0.4), (0.96, 0.05), (0.96, 0.8)):
+        assert "hierarchical" not in {takes(*size, own, text, has_draft=False) for size in sizes}
