@@ -204,6 +204,52 @@ def test_the_table_of_the_real_pair(batch):
         assert others == pytest.approx(statistics.median(found[method]["decode_seconds"]), rel=0.02)
 
 
+def test_the_table_of_all_modes_on_the_real_pair():
+    """Seconds to the first token and for the others, and what is accepted, of 1, 16 and 32 sequences."""
+    points = json.loads((RESULTS / "request-real-nvidia-h100" / "request.json").read_text(encoding="utf-8"))["points"]
+    points = [one for one in points if one["case"]["target"] == "qwen2.5-coder" and one["prompt_tokens"] == 30_000]
+    text, shown = section("docs/results.md", "A real pair"), 0
+    lines = {"lookup": "lookup, window 5", "specattn": "specattn, 75 % saved"}
+    for point in points:
+        if point["method"] == "auto, lossless":
+            continue
+        (cells,) = rows(text, lines.get(point["method"], point["method"]))
+        at = 1 + 3 * [1, 16, 32].index(point["case"]["batch"])
+        # An empty cell at the end is not told apart from the end of the line.
+        found = [*cells, ""][at : at + 3]
+        wanted = point["prefill_seconds"], point["decode_seconds_median"], point["accepted_per_window"]
+        assert [float(cell or 0) for cell in found] == pytest.approx(wanted, abs=0.0051, rel=0.01)
+        shown += 1
+    assert shown == 25
+
+
+def test_the_table_of_lossless_modes():
+    """Whole requests at the rates of a real pair: seconds of both parts, and of all; then what decodes how fast."""
+    points = json.loads((RESULTS / "request-lossless-nvidia-h100" / "request.json").read_text(encoding="utf-8"))[
+        "points"
+    ]
+    text, shown = section("docs/results.md", "Lossless modes, at what a real pair accepts"), 0
+    lines = {"auto, lossless": "auto, lossless (takes lookup, window 8)", "specattn": "specattn, 12 % read"}
+    seconds = dict[tuple[str, int], float]()
+    for point in points:
+        if not point["case"]["target"].startswith("llama"):
+            continue
+        (cells,) = rows(text, lines.get(point["method"], point["method"]))
+        at = 1 + 3 * [8, 1].index(point["case"]["batch"])
+        names = "prefill_seconds", "decode_seconds_median", "request_seconds"
+        assert cells[at : at + 3] == [f"{point[name]:.2f}" for name in names]
+        seconds[point["method"], point["case"]["batch"]] = point["decode_seconds_median"]
+        shown += 1
+    assert shown == 15
+
+    def gain(method: str, over: str) -> str:
+        return " and ".join(f"{seconds[over, batch] / seconds[method, batch]:.2f}" for batch in (8, 1))
+
+    assert f"`lookup`, decodes {gain('auto, lossless', 'speculative')} times" in text
+    assert gain("speculative, sparse draft", "speculative") in text.replace("\n  ", " ")
+    assert f"decodes {gain('self', 'autoregressive')} times as fast as autoregressive" in text
+
+
 def test_the_row_of_the_embedded_pair():
     (cells,) = rows(README, "SmolLM2-135M, our draft")
     assert cells[1:3] == ["1", "6k"]
