@@ -42,11 +42,12 @@ def compile_for(*topologies):
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_every_op_is_a_kernel(programs, topology):
     target, draft = tpu_window.TARGET.num_layers, tpu_window.DRAFT.num_layers
-    # Before the first window the draft's last tokens read everything, to plan what it reads in that window.
+    # Before the first window the last tokens read everything: the draft's, to plan what it reads in that window, and
+    # the target's, whose look at the past is its opening.
     assert programs[topology]["decode"]["kernels"] == {
         "sparse_decode": target + draft,
-        "dense_decode": draft,
-        "score_cache": 2 * draft,
+        "dense_decode": draft + target,
+        "score_cache": 2 * draft + target,
         "top_p_threshold": 3,
     }
     assert programs[topology]["target"]["kernels"] == {"prefill": target}
@@ -85,7 +86,7 @@ def test_a_mesh_of_chips_runs_the_same_kernels(programs):
         held = found["cache_bytes"] / chips + found["weight_bytes"] / 4
         assert held <= found["argument_bytes"] < 1.1 * held, name
         assert found["aliased_bytes"] >= found["cache_bytes"] / chips, name
-        assert found["temporary_bytes"] < 0.2 * held, name
+        assert found["temporary_bytes"] < 0.25 * held, name
         # The draft's scores are gathered; a layer's keys would be more.
         assert found["largest_moved"] < tpu_window.SLOTS * tpu_window.TARGET.head_dim, name
 
