@@ -99,8 +99,8 @@ def test_commands_that_run_a_model_take_a_mesh(tiny_folders, tmp_path, command):
 @pytest.mark.slow
 def test_every_strategy_gives_the_same_tokens_on_every_mesh():
     found = run_in_a_process("all")
-    # Seven strategies, four with a draft of which every device may have all.
-    assert len(found["runs"]) == 2 * (7 * len(mesh_runs.MESHES) + 4)
+    # Eight strategies, four with a draft of which every device may have all.
+    assert len(found["runs"]) == 2 * (8 * len(mesh_runs.MESHES) + 4)
     check(found)
     np.testing.assert_allclose(found["perplexity"], found["perplexity"][0], rtol=1e-4)
 
