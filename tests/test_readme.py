@@ -36,8 +36,6 @@ PAIRS = {"Llama-3.2-1B / 3.1-8B": "llama-3.1-8b", "TinyLlama-1.1B / Llama-2-7B":
 QUALITY = {
     "StreamingLLM, first two layers dense": "streaming, dl2",
     "Quest, pages of 16, first two layers dense": "quest, dl2",
-    "SpecAttn as published": "published, dl2",
-    "the same with the exact nucleus": "published with exact nucleus, dl2",
     "oracle: the target's own attention": "oracle, budgets",
 }
 
@@ -332,12 +330,13 @@ def test_the_table_of_quality(label):
         check_cells(shown, [row["kl"], 100 * row["top1_fidelity"], 100 * row["relative_increase"]])
 
 
-def test_what_the_default_costs():
+@pytest.mark.parametrize(("policy", "label"), [("default", "**`default`**"), ("paper", "SpecAttn as published")])
+def test_what_a_policy_costs(policy, label):
     """Its row, from the table of `specattn perplexity`."""
-    table = json.loads((RESULTS / "quality_2048_kinds" / "table.json").read_text(encoding="utf-8"))
-    (cells,) = rows(PAGES["docs/quality.md"], "**`default`**")
+    table = json.loads((RESULTS / "quality_2048" / "table.json").read_text(encoding="utf-8"))
+    (cells,) = rows(PAGES["docs/quality.md"], label)
     for saving, shown in ((0.75, cells[1:4]), (0.9, cells[5:8])):
-        (row,) = (one for one in table if (one["policy"], one["wanted_kv_reduction"]) == ("default", saving))
+        (row,) = (one for one in table if (one["policy"], one["wanted_kv_reduction"]) == (policy, saving))
         check_cells(shown, [row["kl"], 100 * row["top1_fidelity"], 100 * row["relative_increase"]])
 
 
