@@ -78,6 +78,7 @@ def test_caches_are_updated_where_they_lie(programs, topology, name):
 
 @pytest.mark.slow
 def test_a_mesh_of_chips_runs_the_same_kernels(programs):
+    opening = 2 * tpu_window.BATCH * tpu_window.TARGET.num_layers * tpu_window.TARGET.num_kv_heads * tpu_window.SLOTS
     for name, found in compile_for(*MESHES).items():
         chips = 8 if name.startswith("v5e") else 4
         assert found["kernels"] == programs["v5e:2x2"]["decode"]["kernels"], name
@@ -86,7 +87,8 @@ def test_a_mesh_of_chips_runs_the_same_kernels(programs):
         held = found["cache_bytes"] / chips + found["weight_bytes"] / 4
         assert held <= found["argument_bytes"] < 1.1 * held, name
         assert found["aliased_bytes"] >= found["cache_bytes"] / chips, name
-        assert found["temporary_bytes"] < 0.25 * held, name
+        # Besides the scores of the opening, of which a chip's few heads fill tiles of 16 rows.
+        assert found["temporary_bytes"] < 0.2 * held + opening, name
         # The draft's scores are gathered; a layer's keys would be more.
         assert found["largest_moved"] < tpu_window.SLOTS * tpu_window.TARGET.head_dim, name
 
