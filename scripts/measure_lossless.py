@@ -29,9 +29,11 @@ from jaxtyping import Array, Float, Int32
 from specattn_jax import Request, generate, load_pair
 from specattn_jax.bench.decode_methods import (
     ALONE,
+    AUTO_LOSSLESS,
     AUTOREGRESSIVE,
     HIERARCHY,
     HIERARCHY_OF_TEXT,
+    LOOKUP,
     SPARSE_DRAFT,
     SPECULATIVE,
 )
@@ -47,9 +49,9 @@ from specattn_jax.runtime.results import Generation
 from specattn_jax.runtime.session import Memory, Session
 from specattn_jax.texts import read_text, shipped_books
 
-MODES = (AUTOREGRESSIVE, SPECULATIVE, SPARSE_DRAFT, HIERARCHY, HIERARCHY_OF_TEXT, ALONE, "lookup")
+MODES = (AUTOREGRESSIVE, SPECULATIVE, SPARSE_DRAFT, HIERARCHY, HIERARCHY_OF_TEXT, ALONE, LOOKUP)
 LONGER = "lookup, window 10"
-REPEATING = (*MODES, LONGER, "auto, lossless")
+REPEATING = (*MODES, LONGER, AUTO_LOSSLESS)
 TABLES = ("near_ties", "single", "repeating")
 QUESTIONS = CODE_EDIT, QUOTATIONS = "code edit", "quotations"
 
@@ -137,15 +139,14 @@ def single(pair: ModelPair, prompt: Sequence[int], new: int) -> list[dict[str, A
 
 def repeating_method(pair: ModelPair, name: str) -> tuple[ModelPair, dict[str, Any]]:
     """Who is asked, and what."""
-    return (pair, {"mode": "lookup", "window": 10}) if name == LONGER else real_method(pair, name)
+    return (pair, {"mode": LOOKUP, "window": 10}) if name == LONGER else real_method(pair, name)
 
 
 def repeated(pair: ModelPair, new: int, characters: int, turns: int, questions: Sequence[str]) -> list[dict[str, Any]]:
     """One row per question and mode: what was accepted, and how fast; all modes in turns, once more to compile."""
     rows, prompts, asked = [], {}, repeating_prompts(characters)
     for name in questions:
-        question = asked[name]
-        prompts[name] = pair.tokenizer.encode(pair.tokenizer.apply_chat([{"role": "user", "content": question}]))
+        prompts[name] = pair.tokenizer.encode(pair.tokenizer.apply_chat([{"role": "user", "content": asked[name]}]))
     # As much room for each, so that they share programs.
     slots = max(map(len, prompts.values())) + new + 64
     for name, prompt in prompts.items():

@@ -186,10 +186,16 @@ def test_the_table_of_decoding(page):
     assert found >= 3
 
 
+def request_points(folder: str) -> list[dict[str, Any]]:
+    """What `specattn bench request` measured."""
+    points: list[dict[str, Any]] = json.loads((RESULTS / folder / "request.json").read_text(encoding="utf-8"))["points"]
+    return points
+
+
 @pytest.mark.parametrize("batch", [1, 16, 32])
 def test_the_table_of_the_real_pair(batch):
     """Seconds to the first token and for the others, of each method."""
-    points = json.loads((RESULTS / "request-real-nvidia-h100" / "request.json").read_text(encoding="utf-8"))["points"]
+    points = request_points("request-real-nvidia-h100")
     found = {
         point["method"]: point
         for point in points
@@ -204,7 +210,7 @@ def test_the_table_of_the_real_pair(batch):
 
 def test_the_table_of_all_modes_on_the_real_pair():
     """Seconds to the first token and for the others, and what is accepted, of 1, 16 and 32 sequences."""
-    points = json.loads((RESULTS / "request-real-nvidia-h100" / "request.json").read_text(encoding="utf-8"))["points"]
+    points = request_points("request-real-nvidia-h100")
     points = [one for one in points if one["case"]["target"] == "qwen2.5-coder" and one["prompt_tokens"] == 30_000]
     text, shown = section("docs/results.md", "A real pair"), 0
     lines = {"lookup": "lookup, window 5", "specattn": "specattn, 75 % saved"}
@@ -223,9 +229,7 @@ def test_the_table_of_all_modes_on_the_real_pair():
 
 def test_the_table_of_lossless_modes():
     """Whole requests at the rates of a real pair: seconds of both parts, and of all; then what decodes how fast."""
-    points = json.loads((RESULTS / "request-lossless-nvidia-h100" / "request.json").read_text(encoding="utf-8"))[
-        "points"
-    ]
+    points = request_points("request-lossless-nvidia-h100")
     text, shown = section("docs/results.md", "Lossless modes, at what a real pair accepts"), 0
     lines = {"auto, lossless": "auto, lossless (takes lookup, window 8)", "specattn": "specattn, 12 % read"}
     seconds = dict[tuple[str, int], float]()

@@ -74,7 +74,7 @@ class _Runner:
     def __init__(self, case: DecodeCase) -> None:
         self._case, self._pair = case, _pair(case.target)
         prompts = book_prompts(self._pair, case.context, case.batch * case.texts)
-        self._batches = [prompts[at:][: case.batch] for at in range(0, len(prompts), case.batch)]
+        self._batches = [prompts[at : at + case.batch] for at in range(0, len(prompts), case.batch)]
         # Caches of several batches would not fit.
         self._shares = case.texts == 1 and case.batch * case.context > _READ_ANEW
         self._memory, self._seconds = Memory(new_tokens=case.room), dict[str, float]()

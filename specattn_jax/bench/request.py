@@ -100,8 +100,8 @@ def _points(grid: RequestGrid) -> list[Point]:
         return DecodeCase(*pair, batch, prompt + new, room=new, dtype=dtype)
 
     def real(name: str, prompt: int, new: int, batch: int = 1, texts: int = 1) -> DecodeCase:
-        case = DecodeCase(name, name, batch, prompt + new, room=new, accepted=(), density=1.0, dtype="auto")
-        return dataclasses.replace(case, texts=texts)
+        slots = prompt + new
+        return DecodeCase(name, name, batch, slots, new, accepted=(), density=1.0, dtype="auto", texts=texts)
 
     if grid == "tiny":
         wanted = [(case(2, 150, 40, _TINY_PAIR, "float32"), CHOICES), (real(TINY, 150, 16), (*CHOICES, AUTO))]
