@@ -150,7 +150,9 @@ def _choose_tile(k: jax.Array | jax.ShapeDtypeStruct, rows: int, plan: Selection
     steps = capacity * batch * kv_heads // (cores * block)
     if gathers and not (short or small or is_float32) and steps in FEW_STEPS:
         programs, warps, stages = cores, max(warps, 4), 5
-    splits = max(1, min(MAX_SPLITS, programs // (batch * kv_heads), -(-capacity // (2 * block))))
+    # Of few gathered entries each program takes one step: there are not enough of them for a second one to wait for.
+    least = block if gathers else 2 * block
+    splits = max(1, min(MAX_SPLITS, programs // (batch * kv_heads), -(-capacity // least)))
     return _Tile(padded, parts_of(head_dim), block, splits, warps, stages)
 
 
