@@ -23,8 +23,8 @@ from specattn_kernels.triton.limits import padded_rows
 from specattn_kernels.triton.merge import parts_of
 
 # Keys of one step.
-STEP_BYTES = 1 << 15
-PROGRAMS_PER_CORE = 2
+STEP_BYTES = 1 << 14
+PROGRAMS_PER_CORE = 4
 MAX_SPLITS = 128
 
 
@@ -53,7 +53,7 @@ def score_cache(
     rows = _Rows(tokens, group, *padded_rows(tokens, group))
     parts = parts_of(head_dim)
     fitting = STEP_BYTES // (head_dim * k.dtype.itemsize)
-    block = max(16, min(128, 1 << (fitting.bit_length() - 1)))
+    block = max(16, min(64, 1 << (fitting.bit_length() - 1)))
     programs = PROGRAMS_PER_CORE * (current_device().cores or USUAL_CORES)
     splits = max(1, min(MAX_SPLITS, programs // (batch * kv_heads), -(-slots // block)))
 
@@ -123,10 +123,11 @@ def _score(
         valid = slot < jnp.minimum(length, slots)
         place = jnp.where(valid, slot, 0)
         keys = [k_ref[place, pl.ds(at, width)] for at, width in parts]
-        logits = sum(dot(query, key.T) for query, key in zip(queries, keys, strict=True))
-        weights = jnp.exp2(jnp.minimum(logits * scale - total[:, None], 0.0))
-        by_token = weights.reshape(rows.padded_tokens, rows.padded_group, block)
-        best = jnp.max(jnp.sum(by_token, axis=1), axis=0) / rows.group
+        # Slots are the rows, so that the sums over a group are of numbers that one thread, or four of them, hold.
+        logits = sum(dot(key, query.T) for query, key in zip(queries, keys, strict=True))
+        weights = jnp.exp2(jnp.minimum(logits * scale - total[None], 0.0))
+        by_token = weights.reshape(block, rows.padded_tokens, rows.padded_group)
+        best = jnp.max(jnp.sum(by_token, axis=2), axis=1) / rows.group
         best = jnp.where(valid, best, 0.0).astype(out_ref.dtype)
         plgpu.store(out_ref.at[pl.ds(first, block)], best, mask=slot < slots)
 
