@@ -244,6 +244,9 @@ def _write(
         written: Float[Array, "B K S H"] = split.run(_write, (slots, new, starts), (_ENTRIES, "B T K H", "B"), _ENTRIES)
         return written
     rows = jnp.swapaxes(new, 1, 2).astype(slots.dtype)
+    if slots.shape[0] == 1:
+        # As a batch of one this would be a scatter, which first asks whether it stays within bounds.
+        return jax.lax.dynamic_update_slice(slots, rows, (0, 0, starts[0], 0))
     write = jax.vmap(lambda slot, row, start: jax.lax.dynamic_update_slice(slot, row, (0, start, 0)))
     return write(slots, rows, starts)
 
