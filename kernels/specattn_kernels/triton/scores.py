@@ -24,7 +24,8 @@ from specattn_kernels.triton.merge import parts_of
 
 # Keys of one step.
 STEP_BYTES = 1 << 14
-PROGRAMS_PER_CORE = 4
+# Of head dim 128; shorter keys leave room for more.
+PROGRAMS_PER_CORE = 2
 MAX_SPLITS = 128
 
 
@@ -54,7 +55,7 @@ def score_cache(
     parts = parts_of(head_dim)
     fitting = STEP_BYTES // (head_dim * k.dtype.itemsize)
     block = max(16, min(64, 1 << (fitting.bit_length() - 1)))
-    programs = PROGRAMS_PER_CORE * (current_device().cores or USUAL_CORES)
+    programs = PROGRAMS_PER_CORE * max(1, 128 // head_dim) * (current_device().cores or USUAL_CORES)
     splits = max(1, min(MAX_SPLITS, programs // (batch * kv_heads), -(-slots // block)))
 
     def per_head(*size: int) -> pl.BlockSpec:
