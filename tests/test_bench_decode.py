@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import runpy
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -328,6 +330,20 @@ def test_scripts(tmp_path, capsys, command):
     said = capsys.readouterr().err
     assert "error: " in said
     assert "there is no decode.json" in said
+
+
+def test_kernels_of_a_window_are_counted():
+    """Kernels that overlap are counted once for the time in which anything ran, and each for its own."""
+    script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "profile_window.py"))
+    ran = (0, 1000, "a"), (900, 2000, "b"), (3000, 4000, "a"), (3900, 5000, "b")
+    kernels = [script["Kernel"](*one) for one in ran]
+    assert script["busy"](kernels) == 4000
+    assert script["summary"](kernels, windows=2) == {
+        "busy_us": 2.0,
+        "launches": 2,
+        "kernels": [{"name": "b", "us": 1.1, "launches": 1.0}, {"name": "a", "us": 1.0, "launches": 1.0}],
+        "in_order": [["a", 1.0], ["b", 1.1]],
+    }
 
 
 def test_runs_are_compared(tmp_path, capsys):
