@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int32
 
 from specattn_jax.decoding import loop
 from specattn_jax.decoding.forced import Forced
-from specattn_jax.decoding.protocol import Models, WindowRecord
+from specattn_jax.decoding.protocol import Models
 from specattn_jax.decoding.state import DecodeState, begin
 from specattn_jax.models.cache import KVCache, round_up
 from specattn_jax.models.forward import next_token_kl, prefill
@@ -98,21 +98,13 @@ def _prefilled(model: LanguageModel, tokens: Int32[Array, "B T"], first: int) ->
     return prefill(model, prompts, jnp.full((batch,), first, jnp.int32), empty, chunk=_CHUNK)[1]
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _KeepHidden:
-    """Keeps the hidden states from which the window's tokens are predicted."""
-
-    def __call__(self, record: WindowRecord) -> Float[Array, "B W D"]:
-        return record.hidden[:, :-1]
-
-
 @functools.partial(jax.jit, static_argnames=("windows",))
 def _read(strategy: Forced, models: Models, state: DecodeState, *, windows: int) -> Float[Array, "windows B W D"]:
     """Hidden states of forced windows; the state is not donated, as others begin with it too."""
     state = strategy.start(models, state)
-    read: Float[Array, "windows B W D"] = loop.watch(strategy, models, state, _KeepHidden(), windows=windows)[1]
-    return read
+    read: Float[Array, "windows B T D"] = loop.watch(strategy, models, state, loop.KeepHidden(), windows=windows)[1]
+    # The last token of a window predicts one of the next.
+    return read[:, :, :-1]
 
 
 @jax.jit

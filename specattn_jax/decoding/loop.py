@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from specattn_jax.decoding.protocol import Models, Strategy, WindowRecord
 from specattn_jax.decoding.state import DecodeState
 
 # Says what to keep of a window, made of arrays; is a pytree itself (by `register_static` where it has no arrays).
 Keep: TypeAlias = Callable[[WindowRecord], Any]
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class KeepHidden:
+    """Keeps the hidden states that a window was verified with: of the last committed token, and of the drafted ones."""
+
+    def __call__(self, record: WindowRecord) -> Float[Array, "B T D"]:
+        """The target's hidden states of all T tokens that it read."""
+        return record.hidden
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))

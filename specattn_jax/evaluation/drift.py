@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from specattn_jax.decoding.protocol import DecodeSettings, Models, Strategy, WindowRecord
+from specattn_jax.decoding.loop import KeepHidden
+from specattn_jax.decoding.protocol import DecodeSettings, Models, Strategy
 from specattn_jax.decoding.sampling import Sampling
 from specattn_jax.decoding.speculative import SpecAttn, Speculative
 from specattn_jax.decoding.state import DecodeState
@@ -103,15 +104,6 @@ def measure_drift(
     )
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _KeepHidden:
-    """Keeps the hidden states that tokens were verified with."""
-
-    def __call__(self, record: WindowRecord) -> Float[Array, "B T D"]:
-        return record.hidden
-
-
 def _generate(
     session: Session, strategy: Strategy, state: DecodeState, room: int
 ) -> tuple[DecodeState, Float[Array, "B places D"]]:
@@ -121,7 +113,7 @@ def _generate(
     kept = jnp.zeros((state.limit.shape[0], room + strategy.window + 1, target.config.embed_dim), target.dtype)
     while not bool(jnp.all(state.done)):
         emitted = jnp.array(state.emitted, copy=True)
-        state, hidden = session.watch(strategy, state, 1, _KeepHidden())
+        state, hidden = session.watch(strategy, state, 1, KeepHidden())
         # What is not committed is overwritten by the next window.
         kept = _write(kept, hidden[0], emitted)
     return state, kept
