@@ -165,6 +165,12 @@ class TestGenerate:
         assert "(window 5)" not in stderr
         assert "specattn" not in stderr
 
+    def test_the_window_of_a_named_mode_is_chosen(self, generate):
+        options = "--mode", "speculative", "--window", "auto", "--verbose", "--max-new-tokens", 4
+        stderr = run(*generate("--prompt", PROMPT, *options)).stderr
+        assert "speculative (window " in stderr
+        assert "autoregressive" not in stderr
+
     def test_chat_wraps_the_prompt(self, generate):
         arguments = generate("--prompt", "Hello", "--chat", "--mode", "autoregressive", "--json")
         assert json.loads(run(*arguments).stdout)["prompt_tokens"] == len("user: Hello\nassistant: ")
@@ -196,6 +202,7 @@ class TestMistakes:
             (["--prompt", "a", "--policy", "best"], "policy is 'best'; expected one of default, paper"),
             (["--prompt", "a", "--window", 0], "window is 0; expected 1 to 64"),
             (["--prompt", "a", "--window", 100000], "window is 100000"),
+            (["--prompt", "a", "--window", "five"], "--window is 'five'; expected a number of drafted tokens, or auto"),
             (
                 ["--prompt", "a", "--mode", "fast"],
                 "mode is 'fast'; expected one of auto, autoregressive, lookup, self, speculative, "

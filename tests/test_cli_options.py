@@ -71,7 +71,7 @@ LENGTHS = NUMBERS.filter(lambda text: text not in ("2", "1,2"))
 OPTIONS = {
     "generate": {
         "--max-new-tokens": NUMBERS, "--mode": NAMED | WORDS, "--lossless": FLAGS, "--p": NUMBERS, "--chat": FLAGS,
-        "--kv-reduction": NUMBERS, "--window": NUMBERS, "--policy": NAMED | WORDS, "--temperature": NUMBERS,
+        "--kv-reduction": NUMBERS, "--window": NUMBERS | NAMED, "--policy": NAMED | WORDS, "--temperature": NUMBERS,
         "--top-p": NUMBERS, "--top-k": NUMBERS, "--min-p": NUMBERS, "--repetition-penalty": NUMBERS, "--seed": NUMBERS,
         "--dtype": NAMED | WORDS, "--alignment": PLACES, "--stop": WORDS, "--draft-reads": NUMBERS | NAMED,
         "--draft-reach": NUMBERS | NAMED, "--mesh": MESHES | WORDS, "--prompt": WORDS, "--prompt-file": PLACES,

@@ -411,12 +411,38 @@ class TestGenerate:
         assert fixed.decisions == []
 
     @pytest.mark.parametrize(
+        "mode", [mode for mode in get_args(Mode) if mode not in ("autoregressive", "hierarchical")]
+    )
+    def test_a_named_mode_may_leave_its_window_open(self, mode):
+        """Every window that `auto` considers, of this mode alone; a window that is named, or the usual one, is one."""
+        strategies = find_candidates(tiny_pair(), Request(mode=mode, window="auto")).strategies
+        assert [Choice.of(one)[:2] for one in strategies] == [(mode, window) for window in WINDOWS]
+        for asked, found in ((None, 5), (3, 3)):
+            (strategy,) = find_candidates(tiny_pair(), Request(mode=mode, window=asked)).strategies
+            assert strategy.window == found
+
+    @pytest.mark.parametrize("mode", ["autoregressive", "hierarchical"])
+    def test_modes_that_have_one_window(self, mode):
+        one, same = (
+            find_candidates(tiny_pair(), Request(mode=mode, window=asked)).strategies for asked in (None, "auto")
+        )
+        assert one == same
+        assert len(one) == 1
+
+    def test_the_window_is_chosen_and_the_text_stays(self, alone):
+        run = generate(tiny_pair(), PROMPTS, mode="speculative", window="auto", max_new_tokens=240, stop_at_eos=False)
+        assert [result.tokens for result in run.results] == alone
+        assert {decision.mode for decision in run.decisions} == {"speculative"}
+        assert run.results[0].window in WINDOWS
+
+    @pytest.mark.parametrize(
         ("arguments", "said"),
         [
             ({"keep_selection": True}, "mode auto may select nothing"),
             ({"mode": "specattn", "lossless": True}, "lossless is set, but mode specattn is approximate"),
             ({"mode": "fast"}, "expected one of auto, autoregressive"),
             ({"window": 0}, "window is 0"),
+            ({"window": "five"}, "window is 'five'; expected a number of drafted tokens, or auto"),
         ],
     )
     def test_mistakes(self, arguments, said):

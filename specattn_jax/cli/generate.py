@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -82,7 +82,12 @@ def generate_command(
         ),
     ] = None,
     window: Annotated[
-        int | None, typer.Option(help="Drafted tokens per window.", show_default="auto chooses; otherwise 5")
+        str | None,
+        typer.Option(
+            help="Drafted tokens per window, or auto.",
+            metavar="TOKENS|auto",
+            show_default="mode auto chooses; otherwise 5",
+        ),
     ] = None,
     draft_reads: Annotated[
         str | None,
@@ -153,7 +158,7 @@ def generate_command(
         max_new_tokens=max_new_tokens,
         mode=mode,
         lossless=lossless,
-        window=window,
+        window=_window(window),
         draft_reads=_share(draft_reads),
         draft_reach=DRAFT_REACH.recent if draft_reach is None else _reach(draft_reach),
         policy=policy,
@@ -215,7 +220,7 @@ def generate_command(
             else:
                 print_table([(name.replace("_", " "), f"{value:.4g}") for name, value in done.items()])
             return
-        bar.wait("compiling" if request.mode_is_fixed else "measuring the device")
+        bar.wait("measuring the device" if request.chooses else "compiling")
         run = generate(
             pair,
             [Job("--prompt", 1, text).encode(pair, chat)],
@@ -270,6 +275,18 @@ def _share(text: str | None) -> float | None:
     if not 0.0 < share <= 1.0:
         raise UserError(f"--draft-reads is {text}; expected a share above 0, of at most 1, or all.")
     return share
+
+
+def _window(text: str | None) -> int | Literal["auto"] | None:
+    """What `--window` says."""
+    if text is None:
+        return None
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UserError(f"--window is {text!r}; expected a number of drafted tokens, or auto.") from error
 
 
 def _reach(text: str) -> int | None:

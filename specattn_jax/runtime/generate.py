@@ -114,8 +114,8 @@ def generate(
     possible = check_draft(pair, strategies, encoded, request.max_new_tokens)
     if len(possible) > 1 and decide is None and _together():
         raise UserError(
-            "mode is auto, but several processes, whose measurements differ, have to choose the same; give mode and "
-            "window."
+            "mode or window is auto, but several processes, whose measurements differ, have to choose the same; give "
+            "mode and window."
         )
     context, replays = sum(map(len, encoded)) // len(encoded), None
     known = Situation(context, request.max_new_tokens, prior_acceptance(pair), draft_reach=request.reach)

@@ -52,8 +52,9 @@ class Request:
             entries), `speculative` (the draft proposes, dense verification), `hierarchical` (draft, or without one the
             text, then the target over few entries, then dense verification) or `specattn` (sparse verification:
             approximate); or a `Strategy` of your own, which has its window, its selection and its sampling with it.
-        window: drafted tokens per window; without it mode `auto` chooses, `hierarchical` takes 15 (three at a time,
-            until the target over few entries kept up to 12 for one dense pass to verify), and the others 5.
+        window: drafted tokens per window, or `auto`, which chooses them for a mode that is named too; without it mode
+            `auto` chooses, and the others take 5. `hierarchical` takes 15 in any case (three at a time, until the
+            target over few entries kept up to 12 for one dense pass to verify), unless a number is given.
         draft_reads: share of its own cache that the draft reads in mode `speculative`, in (0, 1]; 1 is all of it, and
             so is None unless mode `auto` finds less to be faster.
         policy: selection policy of mode `specattn`, which `auto` may choose or not; likewise
@@ -65,8 +66,8 @@ class Request:
         min_p: keep the tokens with at least this share of the likeliest one's probability; 0 keeps all.
         repetition_penalty: makes tokens that the text holds less likely; 1 does nothing (see `Sampling`).
         seed: of the random draws; sequence i of a batch draws the same whatever the other sequences are. Or a list of
-            one seed per prompt: each then draws as it would alone. In mode `auto` a seed alone does not fix a sampled
-            text, because the window, which decides how draws are used, depends on measured speed: fix the mode too.
+            one seed per prompt: each then draws as it would alone. Where mode or window is `auto` a seed alone does not
+            fix a sampled text, because the window, which decides how draws are used, depends on measured speed.
         stop: texts that end a sequence: its text ends before the one that is complete first, its tokens with the one
             that completes it.
         stop_at_eos: whether the tokenizer's end tokens end a sequence.
@@ -80,7 +81,7 @@ class Request:
 
     max_new_tokens: int = 128
     mode: str | Strategy = AUTO
-    window: int | None = None
+    window: int | Literal["auto"] | None = None
     draft_reads: float | None = None
     policy: str = "default"
     p: float | None = None
@@ -98,8 +99,10 @@ class Request:
     draft_reach: int | None = DRAFT_REACH.recent
 
     def __post_init__(self) -> None:
-        if self.window is not None:
+        if isinstance(self.window, int):
             check_window(self.window)
+        elif self.window not in (None, AUTO):
+            raise UserError(f"window is {self.window!r}; expected a number of drafted tokens, or {AUTO}.")
         if isinstance(self.mode, str):
             check_mode(self.mode)
         if self.draft_reach is not None and self.draft_reach < LEAST_REACH:
@@ -131,6 +134,22 @@ class Request:
     def mode_is_fixed(self) -> bool:
         """Whether the request names its strategy."""
         return self.mode != AUTO
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Drafted tokens of the windows that may be taken, but by mode `hierarchical`."""
+        if self.window == AUTO or (self.window is None and not self.mode_is_fixed):
+            return WINDOWS
+        return (self.window_or(DEFAULT_WINDOW),)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the mode or the window is left to what the device is measured to do."""
+        return not self.mode_is_fixed or len(self.windows) > 1
+
+    def window_or(self, usual: int) -> int:
+        """The window that the request names; the usual one where it names none."""
+        return self.window if isinstance(self.window, int) else usual
 
     @property
     def may_draft(self) -> bool:
@@ -185,7 +204,7 @@ class Candidates(NamedTuple):
     """The strategies that may answer a request.
 
     Attributes:
-        strategies: the simplest mode first; a single one where the mode is fixed.
+        strategies: the simplest mode first; a single one where mode and window are fixed.
         selection: what mode `specattn` would read; None where it cannot be chosen.
     """
 
@@ -225,7 +244,7 @@ def find_candidates(pair: ModelPair, request: Request, *, context: int | None = 
             kv_reduction=request.kv_reduction,
             context=context,
             batch=batch,
-            window=request.window or DEFAULT_WINDOW,
+            window=request.window_or(DEFAULT_WINDOW),
         )
     return Candidates(tuple(strategies_of(request, settings, selection, pair.draft is not None)), selection)
 
@@ -233,7 +252,7 @@ def find_candidates(pair: ModelPair, request: Request, *, context: int | None = 
 def strategies_of(
     request: Request, settings: DecodeSettings, selection: DraftedSelection | None, has_draft: bool
 ) -> Iterator[Strategy]:
-    """The strategy of a mode, or those of `auto`: an entry per window.
+    """The strategies of a mode, or of all modes for `auto`: an entry per window.
 
     Args:
         request: with the mode, and what it says of windows and the draft.
@@ -241,23 +260,21 @@ def strategies_of(
         selection: what a sparse verification reads; None where there is none.
         has_draft: whether there is a draft.
     """
-    windows = (DEFAULT_WINDOW,) if request.mode_is_fixed else WINDOWS
-    if request.window is not None:
-        windows = (request.window,)
+    windows = request.windows
     match request.mode:
         case "autoregressive":
             yield Autoregressive(settings)
         case "lookup":
-            yield PromptLookup(settings, windows[0])
+            yield from (PromptLookup(settings, window) for window in windows)
         case "self":
-            yield SelfSpeculative(settings, windows[0])
+            yield from (SelfSpeculative(settings, window) for window in windows)
         case "speculative":
-            yield _speculative(settings, windows[0], request.draft_reads or 1.0)
+            yield from (_speculative(settings, window, request.draft_reads or 1.0) for window in windows)
         case "hierarchical":
-            yield _hierarchical(settings, request.window or DEFAULT_PLACES, has_draft)
+            yield _hierarchical(settings, request.window_or(DEFAULT_PLACES), has_draft)
         case "specattn":
             assert selection is not None
-            yield SpecAttn(selection, settings, windows[0])
+            yield from (SpecAttn(selection, settings, window) for window in windows)
         case _:
             yield Autoregressive(settings)
             for undrafted in (PromptLookup, SelfSpeculative):
@@ -266,7 +283,7 @@ def strategies_of(
                 # Where nobody says what the draft reads, it may be either.
                 wanted = (1.0, OwnReads().share) if request.draft_reads is None else (request.draft_reads,)
                 yield from (_speculative(settings, window, share) for share in wanted for window in windows)
-            places = request.window or DEFAULT_PLACES
+            places = request.window_or(DEFAULT_PLACES)
             if places > TwoLevels.inner:
                 yield _hierarchical(settings, places, has_draft)
             if selection is not None:
