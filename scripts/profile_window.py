@@ -1,16 +1,18 @@
 """Says where a window's time goes, kernel by kernel: how long each runs, how often, and in which order. Needs a GPU.
 
-    python scripts/profile_window.py --target qwen2.5-coder-1.5b --draft qwen2.5-coder-0.5b --batch 1 --out FILE.json
-    python scripts/profile_window.py --batch 16 --methods specattn --p 0.1 --out FILE.json
+    python scripts/profile_window.py --target qwen2.5-coder-1.5b --draft qwen2.5-coder-0.5b --batch 1 16 --out DIR
+    python scripts/profile_window.py --batch 16 --methods specattn --p 0.1 --out DIR
 
 Weights and caches are random, and windows accept four and three of five tokens in turns, as in `specattn bench decode`.
 Kernels are recorded without CUDA graphs, so that each of them is seen; the time of a window is measured apart, with
-them. Names that end in a number are XLA's own, by the operation that they were made of.
+them. Names that end in a number are XLA's own, by the operation that they were made of. `scripts/fit_devices.py` takes
+what is written, window.json, beside benchmarks.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -26,6 +28,7 @@ from specattn_jax.bench.decode_workload import Workload, backend_of, bench_strat
 from specattn_jax.decoding.protocol import Strategy
 from specattn_jax.errors import UserError
 from specattn_jax.files import write_json
+from specattn_jax.planning.device import measure_profile
 from specattn_jax.reporting.provenance import commit, hardware, versions
 from specattn_jax.timing import median_and_spread
 
@@ -114,7 +117,7 @@ class Profiler:
         """How long a window takes, and of which kernels it is made."""
         runs = [self.run() for _ in range(TURNS)]
         median, spread = median_and_spread([seconds / WINDOWS for seconds, _ in runs])
-        timed = {"window_us": 1e6 * median, "spread": spread, "density": statistics.mean(share for _, share in runs)}
+        timed = {"window_seconds": median, "spread": spread, "density": statistics.mean(share for _, share in runs)}
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
                 self.run()
@@ -126,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="qwen2.5-coder-1.5b", help="a shape of configs/shapes.toml")
     parser.add_argument("--draft", default="qwen2.5-coder-0.5b", help="likewise")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--slots", type=int, default=30256)
     parser.add_argument(
         "--methods", nargs="+", default=[AUTOREGRESSIVE, SPECULATIVE, SPECATTN], choices=list(methods())
@@ -134,14 +137,20 @@ def main() -> None:
     parser.add_argument("--p", type=float, default=0.1, help="nucleus mass: of random attention hardly any is enough")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    case = DecodeCase(options.target, options.draft, options.batch, options.slots)
     asked = {name: value for name, value in vars(options).items() if name != "out"}
     report: dict[str, Any] = {"command": asked, "versions": versions(), "commit": commit(), "hardware": hardware()}
-    workload = Workload(case)
-    for name in options.methods:
-        report[name] = Profiler(workload, name, options.p).report()
-        write_json(options.out, report)
-        print(f"{name}: {report[name]['window_us']:.0f} us a window, {report[name]['launches']} kernels", flush=True)
+    report |= {"copy_bytes_per_second": measure_profile().bandwidth, "points": []}
+    options.out.mkdir(parents=True, exist_ok=True)
+    for batch in options.batch:
+        case = DecodeCase(options.target, options.draft, batch, options.slots)
+        workload = Workload(case)
+        for name in options.methods:
+            found = Profiler(workload, name, options.p).report()
+            report["points"].append({"case": dataclasses.asdict(case), "method": name, "failure": None} | found)
+            write_json(options.out / "window.json", report)
+            print(f"B{batch} {name}: {1e3 * found['window_seconds']:.2f} ms, {found['launches']} kernels", flush=True)
+        # Two would not fit.
+        del workload
 
 
 if __name__ == "__main__":

@@ -309,12 +309,12 @@ class TestAuto:
 
 @pytest.mark.slow
 def test_constants_are_found_again():
-    true = dataclasses.replace(GPU, weights_share=0.7, sparse_share=0.5, draft_layer_s=25e-6, selecting_layer_s=10e-6)
+    true = dataclasses.replace(GPU, weights_share=0.7, sparse_share=0.5, layer_s=25e-6, selecting_layer_s=10e-6)
     terms = fit_terms([made_up(true), made_up(dataclasses.replace(true, bandwidth=4e12))])
     fitted = fit_profile(terms, GPU)
     for term in terms:
         assert term.ratio(fitted) == pytest.approx(1, abs=0.03)
-    for name in FITTED[:7]:
+    for name in FITTED[:6]:
         assert getattr(fitted, name) == pytest.approx(getattr(true, name), rel=0.1), name
     with pytest.raises(UserError, match="no measured window"):
         fit_terms([])

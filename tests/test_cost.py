@@ -19,7 +19,7 @@ from specattn_jax.loading import draft_reference, resolve
 from specattn_jax.models.sharding import MeshShape
 from specattn_jax.models.transformer import abstract_model
 from specattn_jax.planning.cost import WindowBytes, load_shape, shape_names, speedup, weights_read, window_bytes
-from specattn_jax.planning.device import load_profile
+from specattn_jax.planning.device import load_profile, window_seconds
 from specattn_jax.planning.mesh import H100_COPY, predict_mesh, share
 from specattn_jax.planning.mesh_choice import Wanted, choose_mesh, default_mesh
 from specattn_jax.selection.policy import load_policy
@@ -145,6 +145,29 @@ def test_command():
     assert dense["specattn_over_speculative"] == pytest.approx(speedup(LLAMA, SPARSE, over=DENSE))
     assert "whole numbers" in mistake(*given, "--context", "8k")
     assert "accepted is 9" in mistake(*given, "--accepted", "9")
+
+
+@pytest.mark.parametrize(
+    ("pair", "batch", "strategy"),
+    [("smollm2", 1, ALONE), ("smollm2", 1, DENSE), ("qwen2.5-coder", 16, ALONE), ("qwen2.5-coder", 32, ALONE)],
+)
+def test_windows_that_nothing_was_fitted_to(pair, batch, strategy):
+    """Real weights on an H100: the constants are those of other runs, and for the embedded pair of other models."""
+    path = Path(__file__).parents[1] / "scripts" / "results" / "request-real-nvidia-h100" / "request.json"
+    report = json.loads(path.read_text(encoding="utf-8"))
+    wanted = pair, batch, strategy.name
+    (point,) = [
+        one for one in report["points"] if (one["case"]["target"], one["case"]["batch"], one["method"]) == wanted
+    ]
+    shapes = {
+        "smollm2": ("smollm2-135m", "smollm2-draft"),
+        "qwen2.5-coder": ("qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b"),
+    }
+    target, draft = map(load_shape, shapes[pair])
+    scenario = Scenario(target, draft, batch, context=point["prompt_tokens"] + point["case"]["room"] // 2)
+    profile = load_profile("gpu", bandwidth=report["copy_bytes_per_second"])
+    predicted = window_seconds(scenario, strategy.cost(scenario), profile).total
+    assert predicted == pytest.approx(point["window_seconds"], rel=0.1)
 
 
 class TestMesh:

@@ -18,8 +18,8 @@ from specattn_jax.errors import UserError
 from specattn_jax.planning.device import DeviceProfile, window_seconds
 
 FITTED = (
-    "weights_share", "attention_share", "sparse_share", "selection_share", "draft_layer_s", "target_layer_s",
-    "selecting_layer_s", "forward_s", "window_s",
+    "weights_share", "attention_share", "sparse_share", "selection_share", "layer_s", "selecting_layer_s",
+    "forward_s", "window_s",
 )  # fmt: skip
 # Reading alone can be faster than a copy. Seconds may become so many times what they are, or so many times less.
 _SHARES, _TIMES = (0.05, 1.3), 30.0
@@ -59,7 +59,7 @@ def fit_terms(reports: Sequence[dict[str, Any]]) -> list[Term]:
     """What can be fitted to: windows, and their parts, of the methods that `auto` chooses from.
 
     Args:
-        reports: what decode.json files hold.
+        reports: what decode.json and request.json files of the benchmarks hold, or window.json of the profiler.
 
     Raises:
         UserError: there is nothing.
@@ -70,7 +70,7 @@ def fit_terms(reports: Sequence[dict[str, Any]]) -> list[Term]:
             case, name = case_of(point), point["method"]
             if point["failure"] is not None or case.real or name not in CHOICES:
                 continue
-            _, scenario, work = predict(case, methods()[name], point["density"])
+            _, scenario, work = predict(case, methods()[name], point.get("density"))
             parts = {ours: point["parts"][its] for its, ours in _PARTS.items() if "parts" in point}
             times = {"total": point["window_seconds"], **{part: took for part, took in parts.items() if took > 0}}
             terms += [

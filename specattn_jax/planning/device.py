@@ -45,9 +45,7 @@ class DeviceProfile:
         attention_flops_share: share of `flops` that attention reaches.
         sparse_share: as `attention_share`, sparse attention what it reads.
         selection_share: likewise, at which scores are written, mixed and selected from.
-        draft_layer_s: fixed seconds of a draft layer in one step: what its kernels wait for, not what they move.
-        target_layer_s: likewise, of a target layer in one pass.
-        least_layer_s: what a layer takes in one pass at least, however small: its kernels one after the other.
+        layer_s: fixed seconds of a layer in one pass: what its kernels wait for, not what they move.
         selecting_layer_s: fixed seconds of a window for each layer of the draft that is scored, and for each layer of
             the target for which is selected.
         forward_s: fixed seconds of a pass besides its layers: embedding, vocabulary, choosing a token.
@@ -58,6 +56,8 @@ class DeviceProfile:
         prefill_layer_s: fixed seconds of a layer in a prefill.
         link_bandwidth: bytes per second that a device sends to the others of its mesh.
         link_latency_s: seconds of a collective that moves hardly anything.
+        target_meeting_s: seconds in which a layer of the target meets those of other devices in one pass; 0 alone.
+        draft_meeting_s: likewise, of the draft.
     """
 
     bandwidth: float
@@ -67,9 +67,7 @@ class DeviceProfile:
     attention_flops_share: float = 1.0
     sparse_share: float = 1.0
     selection_share: float = 1.0
-    draft_layer_s: float = 0.0
-    target_layer_s: float = 0.0
-    least_layer_s: float = 0.0
+    layer_s: float = 0.0
     selecting_layer_s: float = 0.0
     forward_s: float = 0.0
     window_s: float = 0.0
@@ -79,6 +77,8 @@ class DeviceProfile:
     prefill_layer_s: float = 0.0
     link_bandwidth: float = 1e11
     link_latency_s: float = 1e-5
+    target_meeting_s: float = 0.0
+    draft_meeting_s: float = 0.0
 
 
 class WindowSeconds(NamedTuple):
@@ -128,22 +128,22 @@ def window_seconds(scenario: Scenario, work: Work, profile: DeviceProfile) -> Wi
     def rate(reads: float) -> float:
         return profile.sparse_share if reads < 1 else profile.attention_share
 
-    def one_pass(config: ModelConfig, tokens: int, reads: float, layer_s: float) -> float:
+    def one_pass(config: ModelConfig, tokens: int, reads: float, meeting_s: float) -> float:
         nbytes = weights_read(config) * scenario.itemsize
         cache = reads * config.cache_bytes(scenario.batch, scenario.context, scenario.itemsize)
         moving = weights(nbytes, config, tokens) + attention(cache, config, tokens, rate(reads))
-        return profile.forward_s + max(moving + config.num_layers * layer_s, config.num_layers * profile.least_layer_s)
+        return profile.forward_s + moving + config.num_layers * (profile.layer_s + meeting_s)
 
     def choosing(config: ModelConfig, tokens: float, share: float) -> float:
         scored = attention(scored_bytes(scenario, config), config, tokens, profile.attention_share)
         return scored + scoring_bytes(scenario, config, share) / written + config.num_layers * profile.selecting_layer_s
 
-    verify = one_pass(target, work.verified, work.target_reads, profile.target_layer_s)
+    verify = one_pass(target, work.verified, work.target_reads, profile.target_meeting_s)
     if work.verified == 1:
         return WindowSeconds(0.0, 0.0, verify, 0.0)
     # Every step of a draft reads two tokens, the second-last one again.
-    drafting = work.steps * one_pass(draft, 2, work.draft_reads, profile.draft_layer_s)
-    drafting += work.own_steps * one_pass(target, work.own_tokens, work.own_reads, profile.target_layer_s)
+    drafting = work.steps * one_pass(draft, 2, work.draft_reads, profile.draft_meeting_s)
+    drafting += work.own_steps * one_pass(target, work.own_tokens, work.own_reads, profile.target_meeting_s)
     selecting, written = 0.0, profile.bandwidth * profile.selection_share
     if work.scores:
         drafting += choosing(draft, work.steps, work.draft_reads)

@@ -90,8 +90,8 @@ def share(scenario: Scenario, profile: DeviceProfile, mesh: MeshShape, *, whole_
     scores = batch * scenario.context * draft.num_layers * draft.num_kv_heads * _SCORE_BYTES
     waiting = dataclasses.replace(
         profile,
-        target_layer_s=profile.target_layer_s + meeting(target, scenario.window + 1, parts),
-        draft_layer_s=profile.draft_layer_s + meeting(draft, 2, drafting),
+        target_meeting_s=meeting(target, scenario.window + 1, parts),
+        draft_meeting_s=meeting(draft, 2, drafting),
         # The embedding, and the largest logit.
         forward_s=profile.forward_s + 2 * collective_seconds(0, max(parts, drafting), profile),
         window_s=profile.window_s + collective_seconds(scores / 2, drafting, profile),
