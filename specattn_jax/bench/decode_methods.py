@@ -195,6 +195,9 @@ REAL_METHODS: dict[str, dict[str, Any]] = {
     "speculative, window 3": {"mode": SPECULATIVE, "window": 3},
     "specattn, window 3": {"mode": SPECATTN, "kv_reduction": 0.75, "window": 3},
     "specattn, 90 % saved, window 3": {"mode": SPECATTN, "kv_reduction": 0.9, "window": 3},
+    "speculative, window auto": {"mode": SPECULATIVE, "window": AUTO},
+    "specattn, window auto": {"mode": SPECATTN, "kv_reduction": 0.75, "window": AUTO},
+    "specattn, 90 % saved, window auto": {"mode": SPECATTN, "kv_reduction": 0.9, "window": AUTO},
     # As it is without any option: the window is chosen too.
     AUTO: {"mode": AUTO, "window": None},
     AUTO_LOSSLESS: {"mode": AUTO, "window": None, "lossless": True},
