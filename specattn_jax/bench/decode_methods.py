@@ -191,7 +191,7 @@ REAL_METHODS: dict[str, dict[str, Any]] = {
     SPECULATIVE: {"mode": SPECULATIVE},
     SPECATTN: {"mode": SPECATTN, "kv_reduction": 0.75},
     "specattn, 90 % saved": {"mode": SPECATTN, "kv_reduction": 0.9},
-    # A draft whose step takes nearly as long as the target's pays for fewer steps than those of the method's paper.
+    # Where a step of the draft takes nearly as long as one of the target, fewer steps a window pay.
     "speculative, window 3": {"mode": SPECULATIVE, "window": 3},
     "specattn, window 3": {"mode": SPECATTN, "kv_reduction": 0.75, "window": 3},
     "specattn, 90 % saved, window 3": {"mode": SPECATTN, "kv_reduction": 0.9, "window": 3},
