@@ -283,20 +283,22 @@ def _window(text: str | None) -> int | Literal["auto"] | None:
         return None
     if text == "auto":
         return "auto"
-    try:
-        return int(text)
-    except ValueError as error:
-        raise UserError(f"--window is {text!r}; expected a number of drafted tokens, or auto.") from error
+    return _number("--window", text, "drafted tokens, or auto")
 
 
 def _reach(text: str) -> int | None:
     """What `--draft-reach` says."""
     if text == "all":
         return None
+    return _number("--draft-reach", text, "tokens, or all")
+
+
+def _number(option: str, text: str, expected: str) -> int:
+    """The whole number that an option says where it says no word."""
     try:
         return int(text)
     except ValueError as error:
-        raise UserError(f"--draft-reach is {text!r}; expected a number of tokens, or all.") from error
+        raise UserError(f"{option} is {text!r}; expected a number of {expected}.") from error
 
 
 def _check_numbers(p: float | None, max_new_tokens: int) -> None:
