@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import statistics
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
+from specattn_jax.bench.decode import Loop
 from specattn_jax.bench.decode_cases import DecodeCase
-from specattn_jax.bench.decode_methods import AUTOREGRESSIVE, SPECATTN, SPECULATIVE, methods
-from specattn_jax.bench.decode_workload import Workload, backend_of, bench_strategy
+from specattn_jax.bench.decode_methods import CHOICES, methods
+from specattn_jax.bench.decode_workload import Workload
 from specattn_jax.decoding.protocol import Strategy
 from specattn_jax.errors import UserError
 from specattn_jax.files import write_json
@@ -33,7 +32,6 @@ from specattn_jax.reporting.provenance import commit, hardware, versions
 from specattn_jax.timing import median_and_spread
 
 WINDOWS, TURNS = 24, 4
-DEFAULT_METHODS = [AUTOREGRESSIVE, SPECULATIVE, SPECATTN]
 # Kernels that are named, the longest first.
 MOST_KERNELS = 60
 
@@ -94,34 +92,18 @@ def summary(kernels: list[Kernel], windows: int) -> dict[str, Any]:
     }
 
 
-class Profiler:
-    """Runs windows of one method over a workload."""
-
-    def __init__(self, workload: Workload, name: str, p: float) -> None:
-        """Compiles what runs."""
-        method = methods()[name]
-        self._workload, self._backend = workload, backend_of(method)
-        self._strategy: Strategy = bench_strategy(workload, method, p)
-        self.run()
-
-    def run(self) -> tuple[float, float]:
-        """Seconds of so many windows, and the share of the target's cache that they read."""
-        state = jax.block_until_ready(self._workload.start(self._strategy, self._backend))
-        began = time.perf_counter()
-        state = jax.block_until_ready(self._workload.session.decode(self._strategy, state, WINDOWS))
-        seconds = time.perf_counter() - began
-        self._workload.give_back(state)
-        return seconds, float(state.statistics.read.mean()) / WINDOWS
-
-    def report(self) -> dict[str, Any]:
-        """How long a window takes, and of which kernels it is made."""
-        runs = [self.run() for _ in range(TURNS)]
-        median, spread = median_and_spread([seconds / WINDOWS for seconds, _ in runs])
-        timed = {"window_seconds": median, "spread": spread, "density": statistics.mean(share for _, share in runs)}
-        with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder):
-                self.run()
-            return timed | summary(recorded(Path(folder)), WINDOWS)
+def profile(loop: Loop, strategy: Strategy) -> dict[str, Any]:
+    """How long a window takes, and of which kernels it is made."""
+    # The first run of a program may be slow, whatever was compiled.
+    loop.run(strategy, WINDOWS)
+    runs = [loop.run(strategy, WINDOWS) for _ in range(TURNS)]
+    median, spread = median_and_spread([run.seconds / WINDOWS for run in runs])
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            loop.run(strategy, WINDOWS)
+        kernels = recorded(Path(folder))
+    timed = {"window_seconds": median, "spread": spread, "density": runs[-1].density}
+    return timed | summary(kernels, WINDOWS)
 
 
 def main() -> None:
@@ -131,9 +113,7 @@ def main() -> None:
     parser.add_argument("--draft", default="qwen2.5-coder-0.5b", help="likewise")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--slots", type=int, default=30256)
-    parser.add_argument(
-        "--methods", nargs="+", default=[AUTOREGRESSIVE, SPECULATIVE, SPECATTN], choices=list(methods())
-    )
+    parser.add_argument("--methods", nargs="+", default=list(CHOICES), choices=list(methods()))
     parser.add_argument("--p", type=float, default=0.1, help="nucleus mass: of random attention hardly any is enough")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -145,12 +125,13 @@ def main() -> None:
         case = DecodeCase(options.target, options.draft, batch, options.slots)
         workload = Workload(case)
         for name in options.methods:
-            found = Profiler(workload, name, options.p).report()
+            loop = Loop(workload, methods()[name])
+            found = profile(loop, loop.make(options.p))
             report["points"].append({"case": dataclasses.asdict(case), "method": name, "failure": None} | found)
             write_json(options.out / "window.json", report)
             print(f"B{batch} {name}: {1e3 * found['window_seconds']:.2f} ms, {found['launches']} kernels", flush=True)
-        # Two would not fit.
-        del workload
+        # Two workloads would not fit.
+        del workload, loop
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ class _Bench:
 
     def _measure_random(self, point: Point) -> dict[str, Any]:
         case, method = point.case, methods()[point.name]
-        loop = _Loop(self._at(case), method)
+        loop = Loop(self._at(case), method)
         strategy, found = _tune(loop)
         found |= {**loop.facts, **_time_loop(loop, strategy, self._timing)}
         found["memory"]["process_peak"] = peak_bytes()
@@ -144,7 +144,7 @@ class _Bench:
         return self._workload
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
     """One call of the loop.
 
     Attributes:
@@ -158,7 +158,7 @@ class _Run(NamedTuple):
     density: float
 
 
-class _Loop:
+class Loop:
     """The jitted loop of one method, compiled, over a workload's caches.
 
     Attributes:
@@ -197,7 +197,7 @@ class _Loop:
         """A state at the case's context, which has to be given back."""
         return jax.block_until_ready(self.workload.start(strategy, self._backend))
 
-    def run(self, strategy: Strategy, windows: int) -> _Run:
+    def run(self, strategy: Strategy, windows: int) -> Run:
         """So many windows from the case's context on."""
         state = self.start(strategy)
         before = int(state.emitted.sum())
@@ -208,10 +208,10 @@ class _Loop:
         emitted, read, counted = jax.device_get((state.emitted, state.statistics.read, state.statistics.windows))
         if not np.all(counted == windows):
             raise RuntimeError(f"{counted} windows were decoded, but {windows} were wanted.")
-        return _Run(seconds, int(emitted.sum()) - before, float(read.mean() / windows))
+        return Run(seconds, int(emitted.sum()) - before, float(read.mean() / windows))
 
 
-def _tune(loop: _Loop) -> tuple[Strategy, dict[str, Any]]:
+def _tune(loop: Loop) -> tuple[Strategy, dict[str, Any]]:
     """The strategy at the nucleus mass that reads the wanted share, found by bisection; random attention has none.
 
     The mass is uniform and is not steered, so that what is measured afterwards reads the same.
@@ -234,7 +234,7 @@ def _tune(loop: _Loop) -> tuple[Strategy, dict[str, Any]]:
     return strategy, facts
 
 
-def _time_loop(loop: _Loop, strategy: Strategy, timing: TimingSettings) -> dict[str, Any]:
+def _time_loop(loop: Loop, strategy: Strategy, timing: TimingSettings) -> dict[str, Any]:
     """Tokens per second: median of several calls, each as long as the empty slots allow but no longer than needed."""
     case = loop.workload.case
     # Every acceptance equally often.
