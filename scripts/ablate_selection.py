@@ -117,6 +117,7 @@ ROWS: dict[str, Row] = {
     "oracle, budgets": _with(oracle=True),
     "last verification alone": _with(blend=1.0),
     "last verification blended, 1/4": _with(blend=0.25),
+    "last verification's first token blended, 1/4": _with(blend=0.25, blend_tokens=1),
     "last verification blended, 1/2": _with(blend=0.5),
     "last verification blended, 1/2, decayed": _with(blend=0.5, decay=0.9),
     "centroids of 256 unread keys": _with(tail=True),

@@ -95,6 +95,7 @@ class Ingredients(NamedTuple):
         num_sink: first slots that are always read.
         num_recent: last slots that are always read.
         blend: weight of the target's attention as last seen; 1 does without the draft.
+        blend_tokens: tokens of the last window whose attention that is, from the first on, which is surely the text's.
         decay: factor, per window, on attention of entries that were not read.
         reuse: windows for which one selection serves.
         dense_every: every so many windows everything is read; 0 never.
@@ -110,6 +111,7 @@ class Ingredients(NamedTuple):
     num_sink: int = 4
     num_recent: int = 16
     blend: float = 0.0
+    blend_tokens: int = 64
     decay: float = 1.0
     reuse: int = 1
     dense_every: int = 0
@@ -290,7 +292,10 @@ class Ablation:
         """Remembers the attention of this window, where it is an ingredient, and steers by what it read."""
         attention = state.attention
         if "blend" in self.extras:
-            fresh = [attention_read(layer, now.q, seen.cache, now.plan) for layer, now in enumerate(seen.layers)]
+            tokens = self.numbers["blend_tokens"]
+            fresh = [
+                attention_read(layer, now.q, seen.cache, now.plan, tokens) for layer, now in enumerate(seen.layers)
+            ]
             attention = remember(attention, jnp.concatenate(fresh, axis=1), self.numbers["decay"])
         grown = dataclasses.replace(
             state,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 from specattn_kernels import SelectionPlan
 
 from specattn_jax.models.cache import KVCache
@@ -29,7 +29,11 @@ def mass_read(layer: int, q: Float[Array, "B T N H"], cache: KVCache, plan: Sele
 
 
 def attention_read(
-    layer: int, q: Float[Array, "B T N H"], cache: KVCache, plan: SelectionPlan | None
+    layer: int,
+    q: Float[Array, "B T N H"],
+    cache: KVCache,
+    plan: SelectionPlan | None,
+    tokens: int | Int32[Array, ""] | None = None,
 ) -> Float[Array, "B K S"]:
     """The attention that verification has seen: softmax over what was read alone, 0 elsewhere.
 
@@ -41,16 +45,18 @@ def attention_read(
         q: queries of the T tokens behind the cache's lengths.
         cache: holds them.
         plan: what they read of the past; None is everything.
+        tokens: how many of them count, from the first on; None is all.
     """
     scores = cache.attend(layer, q, return_scores=True).scores
     assert scores is not None
+    counts = True if tokens is None else jnp.arange(q.shape[1])[:, None, None] < tokens
     slots, past = cache.num_slots, cache.lengths
     grouped = scores.reshape(*scores.shape[:2], cache.num_kv_heads, -1, slots)
     if plan is not None:
         fresh = jnp.arange(slots) >= past[:, None, None]
         grouped = grouped * (past_mask(plan, past, cache) | fresh)[:, None, :, None]
         grouped = grouped / jnp.sum(grouped, axis=-1, keepdims=True)
-    return jnp.max(jnp.mean(grouped, axis=3), axis=1)
+    return jnp.max(jnp.where(counts, jnp.mean(grouped, axis=3), 0.0), axis=1)
 
 
 def remember(
