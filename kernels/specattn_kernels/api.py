@@ -164,6 +164,7 @@ def sparse_decode_attention(
     lengths: Int[ArrayInput, " B"],
     *,
     scale: float | Float[ArrayInput, ""] | None = None,
+    memory: Float[ArrayInput, "B K S"] | None = None,
     return_lse: bool = False,
     implementation: Wanted = None,
     split: Split | None = None,
@@ -182,6 +183,9 @@ def sparse_decode_attention(
             plan of many layers the one at `plan.layer` is read where it lies, see `SelectionPlan.at_layer`.
         lengths: valid slots of each sequence, the new tokens included; at most S.
         scale: factor on the logits; H ** -0.5 if None.
+        memory: how much each slot got when it was last read; any floating dtype. What is returned has for the plan's
+            slots of the past what they get now, and is as it was elsewhere: the softmax weight of the oldest of the T
+            tokens, which is the mean over the query heads of a kv head.
         return_lse: whether to return the log-sum-exp of the scaled logits that were read, [B, T, N] float32.
         implementation: backend, see the module.
         split: how the arrays lie on several devices, see the module; None: on one.
@@ -197,20 +201,31 @@ def sparse_decode_attention(
     q, k, v, lengths = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(lengths)
     checks.check_attention(op, q, k, v, lengths)
     checks.check_plan(op, plan, k)
+    if memory is not None:
+        memory = jnp.asarray(memory)
+        checks.check_shape(op, "memory", memory, k.shape[:3], "[B, K, S], as in `k`")
+        checks.check_floating(op, "memory", memory)
     if split is not None:
-        local = functools.partial(
-            sparse_decode_attention, scale=scale, return_lse=return_lse, implementation=implementation
-        )
-        return _split_attention(split, local, (q, k, v, plan, lengths), (_plan_axes(plan), "B"), return_lse=return_lse)
+
+        def local(
+            q: jax.Array, k: jax.Array, v: jax.Array, plan: SelectionPlan, lengths: jax.Array, *noted: jax.Array
+        ) -> AttentionOutput:
+            (memory,) = noted or (None,)
+            options: dict[str, Any] = {"scale": scale, "return_lse": return_lse, "implementation": implementation}
+            return sparse_decode_attention(q, k, v, plan, lengths, memory=memory, **options)
+
+        rest: tuple[Any, ...] = (plan, lengths) if memory is None else (plan, lengths, memory)
+        axes = (_plan_axes(plan), "B", "B K S")[: len(rest)]
+        return _split_attention(split, local, (q, k, v, *rest), axes, return_lse=return_lse, remembers=len(rest) == 3)
     backend = find_backend(_call(op, q, k, plan.block_size), implementation)
     plan = jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), plan)
     return _differentiable(
         op,
-        lambda attend, q, k, v, scale, plan, lengths: attend(
-            q, k, v, plan, lengths, scale=scale, return_lse=return_lse
+        lambda attend, q, k, v, scale, plan, lengths, memory: attend(
+            q, k, v, plan, lengths, scale=scale, memory=memory, return_lse=return_lse
         ),
         backend,
-        (q, k, v, _scale(op, scale, q.shape[-1]), plan, lengths.astype(jnp.int32)),
+        (q, k, v, _scale(op, scale, q.shape[-1]), plan, lengths.astype(jnp.int32), memory),
     )
 
 
@@ -305,7 +320,13 @@ def merge_states(
     return xla.merge_states(out_a, lse_a.astype(jnp.float32), out_b, lse_b.astype(jnp.float32))
 
 
-def _call(op: str, q: jax.Array, k: jax.Array, block_size: int | None = None, scores: bool = False) -> AttentionCall:
+def _call(
+    op: str,
+    q: jax.Array,
+    k: jax.Array,
+    block_size: int | None = None,
+    scores: bool = False,
+) -> AttentionCall:
     """What backends are told of an attention call."""
     return AttentionCall(op, k.shape, q.shape[1], q.shape[2] // k.shape[1], k.dtype, q.dtype, block_size, scores)
 
@@ -318,9 +339,12 @@ def _split_attention(
     *,
     return_lse: bool,
     return_scores: Scores = False,
+    remembers: bool = False,
 ) -> AttentionOutput:
     """An attention op on every device; `rest` are the axes of the arguments after queries, keys and values."""
-    result = AttentionOutput("B T N H", "B T N" if return_lse else None, "B T N S" if return_scores else None)  # type: ignore[arg-type]
+    wanted = {"out": True, "lse": return_lse, "scores": return_scores, "memory": remembers}
+    axes = {"out": "B T N H", "lse": "B T N", "scores": "B T N S", "memory": "B K S"}
+    result: Any = AttentionOutput(**{name: axes[name] if has else None for name, has in wanted.items()})  # type: ignore[arg-type]
     split = split.fitting(B=len(arguments[0]), K=arguments[1].shape[1])
     attended: AttentionOutput = split.run(op, arguments, ("B T N H", "B K S H", "B K S H", *rest), result)
     return attended

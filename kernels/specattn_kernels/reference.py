@@ -101,13 +101,20 @@ def sparse_decode_attention(
     lengths: Int32[Array, " B"],
     *,
     scale: float | Float[Array, ""] | None = None,
+    memory: Float[Array, "B K S"] | None = None,
 ) -> AttentionOutput:
     """Oracle of `api.sparse_decode_attention`; always returns lse, and scores over the cache slots."""
     tokens, slots, group = q.shape[1], k.shape[2], q.shape[2] // k.shape[1]
     plan = plan.take_layer()
     selected = jnp.repeat(plan_mask(plan, slots), group, axis=1)[:, :, None]
     is_new = (jnp.arange(slots) >= lengths[:, None] - tokens)[:, None, None]
-    return attend(q, k, v, causal_mask(lengths, tokens, slots) & (selected | is_new), scale)
+    attended = attend(q, k, v, causal_mask(lengths, tokens, slots) & (selected | is_new), scale)
+    if memory is None:
+        return attended
+    assert attended.scores is not None
+    oldest = attended.scores[:, 0].reshape(q.shape[0], k.shape[1], group, slots).mean(axis=2)
+    was_read = plan_mask(plan, slots) & ~is_new[:, 0]
+    return attended._replace(memory=jnp.where(was_read, oldest.astype(memory.dtype), memory))
 
 
 def score_cache(

@@ -76,8 +76,10 @@ class AttentionOutput(NamedTuple):
         out: attention output, in the dtype of the query. A row that attends to nothing is zero.
         lse: float32 log-sum-exp of the scaled logits that were attended; -inf for a row that attends to nothing.
         scores: float32 softmax weights over the cache slots; zero where a query may not look.
+        memory: how much each cache slot got when it was last read, in the dtype that it came in.
     """
 
     out: Float[Array, "B T N H"]
     lse: Float[Array, "B T N"] | None = None
     scores: Float[Array, "B T N S"] | Float[Array, "B 1 N S"] | None = None
+    memory: Float[Array, "B K S"] | None = None

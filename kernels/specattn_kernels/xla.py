@@ -57,6 +57,7 @@ def sparse_decode_attention(
     lengths: Int32[Array, " B"],
     *,
     scale: float | Float[Array, ""],
+    memory: Float[Array, "B K S"] | None = None,
     return_lse: bool = False,
 ) -> AttentionOutput:
     """Attention over a plan's blocks and the new tokens; see `api.sparse_decode_attention`.
@@ -66,13 +67,41 @@ def sparse_decode_attention(
     """
     slots, plan = k.shape[2], plan.take_layer()
     if plan.block_ids.shape[2] * plan.block_size >= slots // 2:
-        return _attend_cache(q, k, v, lengths, plan_slots(plan, slots), scale, False, return_lse)
+        attended = _attend_cache(q, k, v, lengths, plan_slots(plan, slots), scale, False, True)
+        return remember(attended, q, k, plan, lengths, scale, memory, return_lse)
     rows, visible = _plan_rows(plan, lengths, q.shape[1], slots)
     row_is_read = visible.any(axis=2)
     # Rows that no query sees come from an arbitrary slot, which may hold NaN.
     values = jnp.where(row_is_read[..., None], _take_rows(v, rows), 0)
     part = _attend(group_queries(q, k.shape[1]), _take_rows(k, rows), values, visible, scale)
-    return _output(part, q.dtype, False, return_lse)
+    return remember(_output(part, q.dtype, False, True), q, k, plan, lengths, scale, memory, return_lse)
+
+
+def remember(
+    attended: AttentionOutput,
+    q: jax.Array,
+    k: jax.Array,
+    plan: SelectionPlan,
+    lengths: jax.Array,
+    scale: float | jax.Array,
+    memory: jax.Array | None,
+    return_lse: bool,
+) -> AttentionOutput:
+    """Notes in the memory, if there is one, what the oldest token gave the plan's slots; keeps the lse if it is wanted.
+
+    Its logits are computed once more, over all slots: that is less than gathering them would be. For backends that do
+    not note them while they attend.
+    """
+    lse = attended.lse
+    assert lse is not None
+    if memory is not None:
+        tokens, slots = q.shape[1], k.shape[2]
+        was_read = plan_slots(plan, slots) & (jnp.arange(slots) < (lengths - tokens)[:, None])[:, None]
+        kv_heads = k.shape[1]
+        logits = _logits(group_queries(q[:, :1], kv_heads), k, was_read[:, :, None], scale)
+        weights = jnp.exp(logits - _finite_max(group_queries(lse[:, :1, :, None], kv_heads)))
+        memory = jnp.where(was_read, weights[:, :, 0].mean(axis=2).astype(memory.dtype), memory)
+    return attended._replace(lse=lse if return_lse else None, memory=memory)
 
 
 def score_cache(

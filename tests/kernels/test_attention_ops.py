@@ -210,6 +210,40 @@ class TestSparseDecodeAttention:
             want = jitted(reference.sparse_decode_attention)(q, k, v, plan, lengths)
             assert_close(got.out, want.out, tolerance_for(implementation))
 
+    @pytest.mark.optimised
+    @examples(max_examples=12)
+    @given(shape=st.sampled_from(SHAPES), seed=SEEDS, kind=PLAN_KINDS, dead=st.sampled_from([np.nan, np.inf]))
+    def test_remembers_what_the_slots_got(self, implementation, shape, seed, kind, dead):
+        if not takes_example(implementation, seed):
+            return
+        shape = shape_for(implementation, shape)
+        q, k, v, lengths = draw_attention(seed, shape, dead=dead, dtype=dtype_for(implementation))
+        plan = draw_plan(seed, shape, lengths, kind)
+        memory = jnp.asarray(np.random.default_rng(seed).random(k.shape[:3]), jnp.float32)
+        op = jitted(kernels.sparse_decode_attention, implementation=implementation)
+        got = op(q, k, v, plan, lengths, memory=memory)
+        want = jitted(reference.sparse_decode_attention)(q, k, v, plan, lengths, memory=memory)
+        assert_close(got.out, want.out, tolerance_for(implementation))
+        assert_close(got.memory, want.memory, tolerance_for(implementation))
+        slots, past = np.arange(shape.slots), np.asarray(lengths - shape.tokens)[:, None, None]
+        untouched = ~np.asarray(kernels.plan_slots(plan, shape.slots)) | (slots >= past)
+        np.testing.assert_array_equal(np.asarray(got.memory)[untouched], np.asarray(memory)[untouched])
+
+    @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+    def test_remembers_in_low_precision_and_of_one_layer(self, implementation, dtype):
+        skip_without(implementation, dtype)
+        shape = shape_for(implementation, SHAPES[5])
+        q, k, v, lengths = draw_attention(15, shape, dtype=dtype)
+        plans = [draw_plan(seed, shape, lengths, "random") for seed in (1, 2)]
+        both = jax.tree.map(lambda *layers: jnp.stack(layers, axis=1), *plans)
+        memory = jnp.full(k.shape[:3], 0.5, dtype)
+        op = jitted(kernels.sparse_decode_attention, implementation=implementation)
+        got = op(q, k, v, both.at_layer(1), lengths, memory=memory).memory
+        want = jitted(reference.sparse_decode_attention)(q, k, v, plans[1], lengths, memory=memory).memory
+        assert got.dtype == dtype
+        # Triton kernels keep logits in 16 bits where the cache has as many.
+        assert_close(got, want, 2e-2)
+
     def test_merging_past_and_new_equals_dense(self, implementation):
         shape = shape_for(implementation, SHAPES[3])
         q, k, v, lengths = draw_attention(12, shape, least=shape.tokens, dtype=dtype_for(implementation))

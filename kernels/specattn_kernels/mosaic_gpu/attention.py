@@ -26,6 +26,7 @@ from specattn_kernels.mosaic_gpu.compat import mosaic_gpu_interpreter
 from specattn_kernels.mosaic_gpu.limits import ALIGNMENT, QUERY_ROWS, TILE_SLOTS
 from specattn_kernels.mosaic_gpu.merge import merge_parts
 from specattn_kernels.types import AttentionOutput, Scores, SelectionPlan
+from specattn_kernels.xla import remember
 
 CONSUMERS = 2
 # Shared memory of a program, less what the compiler keeps for itself.
@@ -108,10 +109,15 @@ def sparse_decode_attention(
     lengths: Int32[Array, " B"],
     *,
     scale: float | Float[Array, ""],
+    memory: Float[Array, "B K S"] | None = None,
     return_lse: bool = False,
 ) -> AttentionOutput:
-    """Attention over the plan's blocks and the new tokens; see `api.sparse_decode_attention`."""
-    return _attention(q, k, v, plan, lengths, scale, return_lse)
+    """Attention over the plan's blocks and the new tokens; see `api.sparse_decode_attention`.
+
+    What is remembered is worked out beside it: the keys are read once more, all of them.
+    """
+    attended = _attention(q, k, v, plan, lengths, scale, return_lse or memory is not None)
+    return attended if memory is None else remember(attended, q, k, plan, lengths, scale, memory, return_lse)
 
 
 def _attention(

@@ -51,6 +51,7 @@ class _Tile(NamedTuple):
         own: blocks that the new tokens may touch; 0 where the whole cache is read, which has them.
         capacity: P, room for block ids per kv head; 0 where the whole cache is read.
         scores: whether softmax weights are written.
+        noted: first query rows whose logits are written, in the order of the entries; whole tiles of them.
     """
 
     tokens: int
@@ -61,6 +62,7 @@ class _Tile(NamedTuple):
     own: int
     capacity: int
     scores: bool
+    noted: int = 0
 
 
 def decode_attention(
@@ -74,7 +76,7 @@ def decode_attention(
     return_lse: bool = False,
 ) -> AttentionOutput:
     """Attention over the whole cache; see `api.decode_attention`."""
-    return _attention(q, k, v, None, lengths, scale, return_scores, return_lse)
+    return _attention(q, k, v, None, lengths, scale, None, return_scores, return_lse)
 
 
 def sparse_decode_attention(
@@ -85,13 +87,16 @@ def sparse_decode_attention(
     lengths: Int32[Array, " B"],
     *,
     scale: float | Float[Array, ""],
+    memory: Float[Array, "B K S"] | None = None,
     return_lse: bool = False,
 ) -> AttentionOutput:
     """Attention over the plan's blocks and the new tokens; see `api.sparse_decode_attention`."""
-    return _attention(q, k, v, plan.take_layer(), lengths, scale, False, return_lse)
+    return _attention(q, k, v, plan.take_layer(), lengths, scale, memory, False, return_lse)
 
 
-def _choose_tile(q: jax.Array, k: jax.Array, plan: SelectionPlan | None, return_scores: Scores) -> _Tile:
+def _choose_tile(
+    q: jax.Array, k: jax.Array, plan: SelectionPlan | None, return_scores: Scores, remembers: bool
+) -> _Tile:
     """A tile for these shapes."""
     tokens, slots, head_dim = q.shape[1], k.shape[2], k.shape[3]
     group = q.shape[2] // k.shape[1]
@@ -104,7 +109,8 @@ def _choose_tile(q: jax.Array, k: jax.Array, plan: SelectionPlan | None, return_
         # No longer steps than there can be entries.
         entries = -(-(own + capacity) * plan.block_size // LANES) * LANES
         copies = min(step, entries) // plan.block_size
-        return _Tile(tokens, group, rows, plan.block_size, copies, own, capacity, scores=False)
+        noted = padded_rows(group) if remembers else 0
+        return _Tile(tokens, group, rows, plan.block_size, copies, own, capacity, scores=False, noted=noted)
     block = min(step, slots // LANES * LANES)
     return _Tile(tokens, group, rows, block, copies=1, own=0, capacity=0, scores=bool(return_scores))
 
@@ -116,6 +122,7 @@ def _attention(
     plan: SelectionPlan | None,
     lengths: jax.Array,
     scale: float | jax.Array,
+    memory: jax.Array | None,
     return_scores: Scores,
     return_lse: bool,
 ) -> AttentionOutput:
@@ -123,7 +130,7 @@ def _attention(
     batch, tokens, heads, head_dim = q.shape
     kv_heads, slots = k.shape[1:3]
     group = heads // kv_heads
-    tile = _choose_tile(q, k, plan, return_scores)
+    tile = _choose_tile(q, k, plan, return_scores, memory is not None)
     queries = group_queries(q, kv_heads).reshape(batch * kv_heads, tokens * group, head_dim)
     queries = queries.astype(jnp.promote_types(q.dtype, k.dtype))
     queries = jnp.pad(queries, ((0, 0), (0, tile.rows - tokens * group), (0, 0)))
@@ -142,9 +149,33 @@ def _attention(
         last = (steps - 1) * tile.block
         weights = public(results[2], first)
         scores = jnp.concatenate([weights[..., :last], weights[..., steps * tile.block - (slots - last) :]], axis=-1)
+    if memory is not None and plan is not None:
+        total = jnp.where(results[1] > -jnp.inf, results[1], jnp.inf)[:, :group]
+        first_listed, entries = tile.own * tile.block, plan.block_ids.shape[2] * tile.block
+        weights = jnp.exp(results[2][:, :group, first_listed : first_listed + entries] - total).mean(axis=1)
+        memory = _note(memory, weights, plan, lengths - tokens)
     return AttentionOutput(
-        out=public(results[0]).astype(q.dtype), lse=public(results[1])[..., 0] if return_lse else None, scores=scores
+        out=public(results[0]).astype(q.dtype),
+        lse=public(results[1])[..., 0] if return_lse else None,
+        scores=scores,
+        memory=memory,
     )
+
+
+def _note(
+    memory: Float[Array, "B K S"], weights: Float[Array, "heads entries"], plan: SelectionPlan, past: Int32[Array, " B"]
+) -> Float[Array, "B K S"]:
+    """The memory with the weights of a plan's entries at their slots, as far as these are past."""
+    heads, (_, kv_heads, slots), size = len(weights), memory.shape, plan.block_size
+    listed = (jnp.arange(plan.block_ids.shape[2]) < plan.counts[..., None]).reshape(heads, -1, 1)
+    begin = plan.block_ids.reshape(heads, -1, 1) * size
+    # The last block of a cache that is no whole number of blocks was moved back inside it.
+    slot = jnp.clip(begin, 0, slots - size) + jnp.arange(size)
+    kept = listed & (slot >= begin) & (slot < jnp.repeat(past, kv_heads)[:, None, None])
+    # What is not kept goes beyond the end, where nothing is written.
+    place = jnp.where(kept, jnp.arange(heads)[:, None, None] * slots + slot, heads * slots)
+    flat = memory.reshape(-1).at[place.reshape(-1)].set(weights.reshape(-1).astype(memory.dtype), mode="drop")
+    return flat.reshape(memory.shape)
 
 
 def _attend_to_heads(
@@ -156,7 +187,10 @@ def _attend_to_heads(
     scale: Float[Array, ""],
     tile: _Tile,
 ) -> list[jax.Array]:
-    """Output, lse [heads, rows, 1] and perhaps scores of all B * K heads, in as many calls as scalar memory wants."""
+    """Output, lse [heads, rows, 1] and perhaps scores or logits of all B * K heads.
+
+    In as many calls as scalar memory wants.
+    """
     heads = queries.shape[0]
     none = jnp.zeros((1,), jnp.int32)
     listed = none
@@ -189,15 +223,17 @@ def _call(
     """Attends with the heads `first` onwards of all B * K."""
     heads, rows, head_dim = queries.shape
     slots, step = k.shape[2], tile.block * tile.copies
-    widths = [(head_dim, queries.dtype), (1, jnp.float32)]
+    shapes = [(rows, head_dim, queries.dtype), (rows, 1, jnp.float32)]
     vector_bytes = VECTOR_BYTES
-    if tile.scores:
-        width = -(-slots // step) * step
-        widths.append((width, jnp.float32))
-        vector_bytes += 2 * rows * width * 4
+    shown = rows if tile.scores else tile.noted
+    if shown:
+        columns = slots if tile.scores else (tile.own + tile.capacity) * tile.block
+        width = -(-columns // step) * step
+        shapes.append((shown, width, jnp.float32))
+        vector_bytes += 2 * shown * width * 4
 
-    def per_head(width: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, rows, width), lambda head, *_: (head, 0, 0))
+    def per_head(*size: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *size), lambda head, *_: (head, 0, 0))
 
     # Not left open: XLA might copy a small cache into vector memory as a whole.
     where_it_lies = pl.BlockSpec(memory_space=pltpu.HBM)
@@ -206,8 +242,8 @@ def _call(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(heads,),
-            in_specs=[per_head(head_dim), where_it_lies, where_it_lies],
-            out_specs=[per_head(width) for width, _ in widths],
+            in_specs=[per_head(rows, head_dim), where_it_lies, where_it_lies],
+            out_specs=[per_head(*size) for *size, _ in shapes],
             scratch_shapes=[
                 pltpu.VMEM((2, step, head_dim), k.dtype),
                 pltpu.VMEM((2, step, head_dim), v.dtype),
@@ -215,7 +251,7 @@ def _call(
                 pltpu.SemaphoreType.DMA((2, 2)),
             ],
         ),
-        out_shape=[jax.ShapeDtypeStruct((heads, rows, width), dtype) for width, dtype in widths],
+        out_shape=[jax.ShapeDtypeStruct((heads, *size), dtype) for *size, dtype in shapes],
         # One program copies for the next, so that their order matters.
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=vector_bytes),
         name="sparse_decode" if tile.own else "dense_decode",
@@ -345,6 +381,9 @@ def _attend(
         logits = jnp.where(_slots(head, index) <= position, logits, -jnp.inf)
         if tile.scores:
             refs[0][:, pl.ds(pl.multiple_of(index * tile.block, LANES), tile.block)] = logits
+        if tile.noted:
+            size = tile.copies * tile.block
+            refs[0][:, pl.ds(pl.multiple_of(index * size, LANES), size)] = logits[: tile.noted]
         new_top = jnp.maximum(top, jnp.max(logits, axis=1, keepdims=True))
         shift = jnp.where(new_top == -jnp.inf, 0.0, new_top)
         fade, chance = jnp.exp(top - shift), jnp.exp(logits - shift)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int32
 
 from specattn_kernels.common import LOG2_E, interpreted, power_of_two, ungroup
 from specattn_kernels.devices import current_device
+from specattn_kernels.triton.memory import remember
 from specattn_kernels.triton.merge import merge_splits, parts_of, place_of
 from specattn_kernels.types import AttentionOutput, Scores, SelectionPlan
 
@@ -70,7 +71,7 @@ def decode_attention(
     return_lse: bool = False,
 ) -> AttentionOutput:
     """Attention over the whole cache; see `api.decode_attention`."""
-    return _attention(q, k, v, None, lengths, scale, return_scores, return_lse)
+    return _attention(q, k, v, None, lengths, scale, None, return_scores, return_lse)
 
 
 def sparse_decode_attention(
@@ -81,10 +82,11 @@ def sparse_decode_attention(
     lengths: Int32[Array, " B"],
     *,
     scale: float | Float[Array, ""],
+    memory: Float[Array, "B K S"] | None = None,
     return_lse: bool = False,
 ) -> AttentionOutput:
     """Attention over the plan's blocks and the new tokens; see `api.sparse_decode_attention`."""
-    return _attention(q, k, v, plan, lengths, scale, False, return_lse)
+    return _attention(q, k, v, plan, lengths, scale, memory, False, return_lse)
 
 
 def _attention(
@@ -94,6 +96,7 @@ def _attention(
     plan: SelectionPlan | None,
     lengths: jax.Array,
     scale: float | jax.Array,
+    memory: jax.Array | None,
     return_scores: Scores,
     return_lse: bool,
 ) -> AttentionOutput:
@@ -102,7 +105,9 @@ def _attention(
     kv_heads = k.shape[1]
     tile = _choose_tile(k, tokens * (heads // kv_heads), plan)
     grouped = q.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
-    first = tokens if not return_scores else tokens - 1 if return_scores == "newest" else 0
+    shown = range(tokens - 1 if return_scores == "newest" else 0, tokens) if return_scores else range(0)
+    if memory is not None:
+        shown = range(1)
     part, lse, logits = _attend_in_splits(
         grouped,
         k,
@@ -111,19 +116,21 @@ def _attention(
         lengths,
         jnp.asarray(scale, jnp.float32),
         tile=tile,
-        first_shown=first,
+        shown=shown,
         interpret=interpreted(),
     )
     out, lse = merge_splits(part, lse, grouped, tile.splits)
     scores = None
-    if logits is not None:
-        position = lengths[:, None] - tokens + jnp.arange(first, tokens)
+    if return_scores and logits is not None:
+        logits = logits[..., : k.shape[2]].reshape(batch, kv_heads, len(shown), heads // kv_heads, -1)
+        position = lengths[:, None] - tokens + jnp.arange(shown.start, tokens)
         visible = (jnp.arange(k.shape[2]) <= position[..., None])[:, :, None]
-        logits = ungroup(logits.reshape(batch, kv_heads, tokens - first, heads // kv_heads, -1)).astype(jnp.float32)
-        total = lse[:, first:, :, None]
+        total = lse[:, shown.start :, :, None]
         # Logits of slots that no program came to are not there; those of rows that see nothing are never read.
-        scores = jnp.where(visible, jnp.exp2(logits - total), 0.0)
-    return AttentionOutput(out, lse / LOG2_E if return_lse else None, scores)
+        scores = jnp.where(visible, jnp.exp2(ungroup(logits).astype(jnp.float32) - total), 0.0)
+    if memory is not None and logits is not None and plan is not None:
+        memory = remember(memory, logits, lse[:, 0], plan, lengths - tokens)
+    return AttentionOutput(out, lse / LOG2_E if return_lse else None, scores, memory)
 
 
 def _choose_tile(k: jax.Array | jax.ShapeDtypeStruct, rows: int, plan: SelectionPlan | None) -> _Tile:
@@ -157,7 +164,7 @@ def _choose_tile(k: jax.Array | jax.ShapeDtypeStruct, rows: int, plan: Selection
 
 
 # Of the many layers of a model only the first is traced.
-@functools.partial(jax.jit, static_argnames=("tile", "first_shown", "interpret"))
+@functools.partial(jax.jit, static_argnames=("tile", "shown", "interpret"))
 def _attend_in_splits(
     q: Float[Array, "B T K G H"],
     k: Float[Array, "B K S H"],
@@ -167,13 +174,14 @@ def _attend_in_splits(
     scale: Float[Array, ""],
     *,
     tile: _Tile,
-    first_shown: int,
+    shown: range,
     interpret: bool,
-) -> tuple[Float[Array, "B K room rows H"], Float[Array, "B K room rows"], Float[Array, "B K shown S"] | None]:
+) -> tuple[Float[Array, "B K room rows H"], Float[Array, "B K room rows"], Float[Array, "B K shown entries"] | None]:
     """Partial outputs and log2-sum-exps of every split, and the logits in powers of two if they are wanted.
 
-    Logits are those of the tokens from `first_shown` on; T is none of them. They have as many bits as the cache: they
-    only pass through memory, and float16 gives a weight to within a hundredth.
+    Logits are those of the tokens `shown`, for the slots of the cache or the entries of the plan, and some room behind
+    them. They have as many bits as the cache: they only pass through memory, and float16 gives a weight to within a
+    hundredth.
 
     Rows beyond T * G, and splits beyond those of the tile, only have room: nothing writes or reads them.
     """
@@ -210,13 +218,14 @@ def _attend_in_splits(
         jax.ShapeDtypeStruct((batch, kv_heads, room, rows), jnp.float32),
     ]
     out_specs = [per_split(rows, head_dim), per_split(rows)]
-    shown = (tokens - first_shown) * group
+    shown_rows = range(shown.start * group, shown.stop * group)
     if shown:
+        entries = slots if plan is None else capacity * plan.block_size
         # Splits begin anywhere, so the last step may reach so far beyond the end.
-        padded = -(-slots // 16) * 16 + tile.block
+        padded = -(-entries // 16) * 16 + tile.block
         logits_dtype = jnp.float32 if k.dtype == jnp.float32 else jnp.float16
-        out_shape.append(jax.ShapeDtypeStruct((batch, kv_heads, shown, padded), logits_dtype))
-        out_specs.append(per_head(shown, padded))
+        out_shape.append(jax.ShapeDtypeStruct((batch, kv_heads, len(shown_rows), padded), logits_dtype))
+        out_specs.append(per_head(len(shown_rows), padded))
     kernel = functools.partial(
         _attend,
         tile=tile,
@@ -224,7 +233,7 @@ def _attend_in_splits(
         group=group,
         dtype=jnp.promote_types(q.dtype, k.dtype),
         block_size=None if plan is None else plan.block_size,
-        shown=shown,
+        shown=shown_rows,
     )
     part, lse, *logits = pl.pallas_call(
         kernel,
@@ -236,7 +245,7 @@ def _attend_in_splits(
         interpret=interpret,
         name="sparse_decode" if plan is not None else "dense_decode",
     )(*arrays)
-    return part, lse, logits[0][..., :slots] if shown else None
+    return part, lse, logits[0] if shown else None
 
 
 def _attend(
@@ -251,18 +260,22 @@ def _attend(
     group: int,
     dtype: jnp.dtype,
     block_size: int | None,
-    shown: int,
+    shown: range,
 ) -> None:
-    """One split of one kv head: online softmax over its entries, in powers of two."""
+    """One split of one kv head: online softmax over its entries, in powers of two.
+
+    `shown` are the query rows whose logits are written, of everything or of a plan's entries.
+    """
     inputs, outputs = refs[: -3 if shown else -2], refs[-3 if shown else -2 :]
     first_new, scale = length_ref[0] - tokens, scale_ref[0]
     if block_size is None:
         past, total = 0, length_ref[0]
+        last_shown = total
     else:
         ids_ref, counts_ref, layer_ref = inputs
         layer = layer_ref[0]
         past = counts_ref[layer] * block_size
-        total = past + tokens
+        total, last_shown = past + tokens, past
     row = lax.broadcasted_iota(jnp.int32, (tile.rows,), 0)
     is_row = row < tokens * group
     token, member = place_of(jnp.where(is_row, row, 0), group)
@@ -291,13 +304,14 @@ def _attend(
         visible = valid[None] & (slot[None] <= position[:, None])
         logits = jnp.where(visible, logits * scale, -jnp.inf)
         if shown:
-            # The rows of the last tokens.
-            place = row - (tokens * group - shown)
+            place = row - shown.start
+            is_shown = (row >= shown.start) & (row < shown.stop)
             here = outputs[2].at[jnp.maximum(place, 0)[:, None], entry[None]]
             # Those that float16 has no room for are infinite only where they do not count.
             bounded = jnp.clip(logits, -LARGEST_LOGIT, LARGEST_LOGIT)
             bounded = jnp.where(visible, bounded, -jnp.inf).astype(outputs[2].dtype)
-            plgpu.store(here, bounded, mask=(is_row & (place >= 0))[:, None] & (entry < end)[None])
+            is_kept = (entry < end) & (entry < last_shown)
+            plgpu.store(here, bounded, mask=is_shown[:, None] & is_kept[None])
         new_top = jnp.maximum(top, jnp.max(logits, axis=1))
         shift = jnp.where(new_top == -jnp.inf, 0.0, new_top)
         fade, chance = jnp.exp2(top - shift), jnp.exp2(logits - shift[:, None])
