@@ -39,7 +39,7 @@ def pair():
 def test_the_shipped_policies_are_among_them(pair, name):
     documents = np.random.default_rng(0).integers(0, 8, (2, 30))
     # The table's draft reads everything.
-    selection = drafted_selection(pair[0], pair[1], name, 0.7, draft_reads=1.0)
+    selection = drafted_selection(pair[0], pair[1], name, 0.7, draft_reads=1.0, opening_weight=0.0, memory_weight=0.0)
     if name == "default":
         weights, ingredients = head_weights(selection.alignment, DRAFT), Ingredients(mix_last=True)
     else:

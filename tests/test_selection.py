@@ -10,18 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from specattn_kernels import Device, select_blocks
-from tiny import random_alignment, selection_for, tiny_config
+from tiny import random_alignment, selection_for, start, tiny_config, tiny_model
 
+from specattn_jax.decoding.protocol import Models
+from specattn_jax.decoding.speculative import SpecAttn
 from specattn_jax.errors import UserError
+from specattn_jax.evaluation.attention import attention_read
 from specattn_jax.models.cache import KVCache, Look
 from specattn_jax.models.forward import Read
+from specattn_jax.runtime.session import Session
 from specattn_jax.selection import mixture
 from specattn_jax.selection.alignment import Steering
 from specattn_jax.selection.make import DraftedSelection
 from specattn_jax.selection.mixture import Mixture, MixtureState
 from specattn_jax.selection.policy import load_policy
-from specattn_jax.selection.protocol import Opening
-from specattn_jax.selection.reads import plan_share
+from specattn_jax.selection.protocol import Opening, Remembered
+from specattn_jax.selection.reads import past_mask, plan_share
 
 # How selections are computed is changed below.
 pytestmark = pytest.mark.usefixtures("own_programs")
@@ -85,15 +89,16 @@ def selected(chooser: DraftedSelection, attention: np.ndarray, **opened: Any) ->
 
         return read
 
-    forgetful = dataclasses.replace(chooser.policy, opening_weight=0.0)
+    forgetful = dataclasses.replace(chooser.policy, opening_weight=0.0, memory_weight=0.0)
     opening = Opening(TARGET, past, SLOTS, STEPS, jnp.float32, cache, reading(0), None, None)
     state, draft_cache, _ = dataclasses.replace(chooser, policy=forgetful).init(opening)
     state = dataclasses.replace(state, **opened) if opened else state
     for step in range(STEPS):
         _, state = chooser.observe(state, reading(step), jnp.int32(step))
-    plans, _ = chooser.plan(state, draft_cache, past)
+    choices, _ = chooser.plan(state, draft_cache, past)
     result: list[Any] = []
-    for plan in plans:
+    for choice in choices:
+        plan = choice.plan if isinstance(choice, Remembered) else choice
         share = np.asarray(plan_share(plan, past, 2))
         if plan is None:
             np.testing.assert_array_equal(share, 1.0)
@@ -153,14 +158,14 @@ def test_default_is_one_nucleus_of_the_mixture_of_the_maximum(p, granularity):
 
 @pytest.mark.parametrize("windows", [0, 4])
 def test_what_the_target_looked_at_in_the_beginning_counts_beside_the_mixture(windows):
-    policy = {"opening_weight": 0.5, "opening_life": 4.0}
+    policy = {"opening_weight": 0.5, "opening_life": 4.0, "memory_weight": 0.0}
     attention, chooser = draft_attention(0), selection("default", 0.8, num_sink=2, num_recent=3)
     target = np.random.default_rng(5).dirichlet(np.full(SLOTS, 0.2), (BATCH, 4, 2)).astype(np.float32)
     steering = dataclasses.replace(
         Steering.start(BATCH, TARGET.num_layers), windows=jnp.full((BATCH,), windows, jnp.int32)
     )
     chooser = dataclasses.replace(chooser, policy=dataclasses.replace(chooser.policy, **policy))
-    got = selected(chooser, attention, opening=jnp.asarray(target), steering=steering)
+    got = selected(chooser, attention, memory=tuple(jnp.moveaxis(jnp.asarray(target), 1, 0)), steering=steering)
     sources = attention.astype(np.float64).reshape(STEPS, 3, BATCH, 2, 2, SLOTS).mean(4)
     sources = np.moveaxis(sources, 2, 1).reshape(STEPS, BATCH, 6, SLOTS)
     predicted = np.einsum("ar,brs->bas", np.asarray(chooser.alignment.weights, np.float64), sources.max(0))
@@ -169,6 +174,43 @@ def test_what_the_target_looked_at_in_the_beginning_counts_beside_the_mixture(wi
         past = PAST[row]
         best = nucleus(predicted[row, layer, head, :past], 0.8)
         assert got[layer][row][head] == best | {0, 1} | set(range(past - 3, past))
+
+
+@pytest.mark.parametrize(("windows", "weight"), [(0, 0.5), (4, 0.25), (40, 0.2)])
+def test_what_is_remembered_weighs_no_less_than_the_policy_says(windows, weight):
+    policy = {"opening_weight": 0.5, "opening_life": 4.0}
+    chooser, attention = selection("default", 0.8, num_sink=2, num_recent=3), draft_attention(0)
+    steering = dataclasses.replace(
+        Steering.start(BATCH, TARGET.num_layers), windows=jnp.full((BATCH,), windows, jnp.int32)
+    )
+    memory = tuple(jnp.asarray(np.random.default_rng(5).dirichlet(np.full(SLOTS, 0.2), (4, BATCH, 2)), jnp.float32))
+
+    def seen(**changes):
+        changed = dataclasses.replace(chooser, policy=dataclasses.replace(chooser.policy, **changes))
+        return selected(changed, attention, memory=memory, steering=steering)
+
+    got = seen(**policy, memory_weight=0.2)
+    assert got == seen(opening_weight=weight, opening_life=1e9, memory_weight=0.0)
+
+
+@pytest.mark.parametrize("opening_weight", [0.0, 0.5])
+def test_verification_notes_what_its_first_token_gave_to_what_it_read(opening_weight):
+    models = Models(tiny_model(0, num_layers=3, scale=8.0), tiny_model(1, num_layers=2, scale=8.0))
+    changes = {"opening_weight": opening_weight, "memory_weight": 0.5, "dense_layers": 1, "num_recent": 1}
+    chooser = selection_for(models.target, models.draft, "default", 0.5, **changes)
+    strategy = SpecAttn(chooser, window=3)
+    state = start(strategy, Session(models), [[1, 2, 3, 4, 5, 6, 7, 1] * 3, [2, 2, 7, 1, 1, 3, 6] * 2], 12)
+    for _ in range(2):
+        before = state.own.memory
+        state, record = strategy.step(models, state)
+        cache, slots = record.seen.cache, np.arange(record.seen.cache.num_slots)
+        np.testing.assert_array_equal(state.own.memory[0], before[0], "nothing is noted where everything is read")
+        for layer in (1, 2):
+            one = record.seen.layers[layer]
+            read = np.asarray(past_mask(one.plan, record.seen.past, cache))
+            assert 0 < read.sum() < (slots < np.asarray(record.seen.past)[:, None, None]).sum() * 2
+            wanted = np.where(read, attention_read(layer, one.q, cache, one.plan, 1), before[layer])
+            np.testing.assert_allclose(state.own.memory[layer], wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("threshold", ["exact", "linear"])
@@ -302,6 +344,8 @@ def test_a_sparse_draft_reads_some_entries_however_short_the_text():
         ({"draft_reads": 0.0}, "expected a share"),
         ({"opening_weight": -0.1}, "expected a number of at least 0"),
         ({"opening_weight": float("nan")}, "expected a number of at least 0"),
+        ({"memory_weight": -0.1}, "memory_weight is -0.1; expected a number of at least 0"),
+        ({"memory_weight": float("inf")}, "expected a number of at least 0"),
         ({"opening_life": 0.0}, "expected a number of windows above 0"),
         ({"draft_reads": 0.5, "prediction": "layer_map"}, "needs the attention of a draft that reads everything"),
     ],

@@ -159,6 +159,7 @@ class KVCache:
         plan: SelectionPlan | None = None,
         *,
         valid: Int32[Array, " B"] | None = None,
+        memory: Float[Array, "B K S"] | None = None,
         return_scores: Scores = False,
         return_lse: bool = False,
     ) -> AttentionOutput:
@@ -170,6 +171,7 @@ class KVCache:
             plan: what they read of the past; None is everything.
             valid: slots of each sequence, for prompts that are padded on the right: for tokens beyond them anything
                 comes out. A promise that may save work, nothing more.
+            memory: how much each slot got when it was last read, which is noted anew; only where a plan is read.
             return_scores: which softmax weights to return; only where everything is read.
             return_lse: whether to return the log-sum-exp of the scaled logits that were read.
         """
@@ -183,7 +185,7 @@ class KVCache:
             return decode_attention(q, k, v, lengths, return_scores=return_scores, return_lse=return_lse, **lies)
         if return_scores:
             raise ValueError("return_scores is set, but where a plan is read there are no weights of all slots.")
-        return sparse_decode_attention(q, k, v, plan, lengths, return_lse=return_lse, **lies)
+        return sparse_decode_attention(q, k, v, plan, lengths, memory=memory, return_lse=return_lse, **lies)
 
     def attend_within(
         self, layer: int, q: Float[Array, "B T N H"], reach: Reach, *, valid: Int32[Array, " B"] | None = None

@@ -28,7 +28,7 @@ from specattn_jax.models.sharding import replicated, target_split
 from specattn_jax.selection.alignment import Alignment, NucleusMass, Steering, reduce_heads
 from specattn_jax.selection.looks import attend_and_look, note_look, score_looks, window_looks
 from specattn_jax.selection.policy import LEAST_DRAFT_ENTRIES, SelectionPolicy
-from specattn_jax.selection.protocol import LayerChoice, Opened, Opening, Seen
+from specattn_jax.selection.protocol import LayerChoice, Opened, Opening, Remembered, Seen
 from specattn_jax.selection.reads import layer_shares
 
 # Layers for which is selected at a time where there are no kernels.
@@ -46,13 +46,14 @@ class MixtureState:
             largest attention so far, `[B, R, S]`, in the draft's dtype, as it only puts entries in order.
         draft_plan: what the draft reads, layer by layer; None is everything.
         steering: what the target read so far.
-        opening: what the target itself looked at when decoding began; None where the policy does not want it.
+        memory: layer by layer, how much each slot got from the target: when decoding began, or when it was last read
+            where the policy wants that; None where it wants neither.
     """
 
     watched: Look | Float[Array, "B R S"]
     draft_plan: SelectionPlan | None
     steering: Steering
-    opening: Float[Array, "B L K S"] | None
+    memory: tuple[Float[Array, "B K S"], ...] | None
 
 
 @jax.tree_util.register_dataclass
@@ -115,12 +116,16 @@ class Mixture:
             scores = score_looks(read.notes, cache, opening.past)
             draft_plan = self._draft_plan(scores, opening.past, opening.window, cache.split)
         steering = lay(opening.split, Steering.start(opening.batch, self.target.num_layers), "B")
-        looked, target_cache = None, opening.target_cache
+        memory, target_cache = None, opening.target_cache
         if self.policy.opening_weight > 0.0:
             seen = opening.read_target(attend_and_look(None))
             target_cache = seen.cache
             looked = score_looks(seen.notes, target_cache, opening.past)
-        return Opened(MixtureState(watched, draft_plan, steering, looked), cache, target_cache)
+            memory = tuple(looked[:, layer] for layer in range(self.target.num_layers))
+        elif self.policy.memory_weight > 0.0:
+            nothing = jnp.zeros((opening.batch, self.target.num_kv_heads, opening.num_slots), target_cache.dtype)
+            memory = (lay(target_cache.split, nothing, "B K S"),) * self.target.num_layers
+        return Opened(MixtureState(watched, draft_plan, steering, memory), cache, target_cache)
 
     def observe(
         self, state: MixtureState, read: Callable[[Attend], Read], step: Int32[Array, ""]
@@ -161,13 +166,19 @@ class Mixture:
             sources, watched = state.watched, jnp.zeros_like(state.watched)
         split = None if draft_cache is None else target_split(draft_cache.split)
         plans = self._select(sources, state, past, split)
-        choices = tuple(None if layer < self.policy.dense_layers else plan for layer, plan in enumerate(plans))
-        return choices, dataclasses.replace(state, watched=watched, draft_plan=draft_plan)
+        choices: list[LayerChoice] = list(plans)
+        if state.memory is not None and self.policy.memory_weight > 0.0:
+            choices = [Remembered(*both) for both in zip(plans, state.memory, strict=True)]
+        choices[: self.policy.dense_layers] = [None] * self.policy.dense_layers
+        return tuple(choices), dataclasses.replace(state, watched=watched, draft_plan=draft_plan)
 
     def learn(self, state: MixtureState, seen: Seen) -> MixtureState:
-        """Notes what was read, to meet the wanted saving."""
-        steering = state.steering.add(layer_shares(seen), seen.active)
-        return dataclasses.replace(state, steering=steering)
+        """Notes how much was read, to meet the wanted saving, and what it got."""
+        steering, memory = state.steering.add(layer_shares(seen), seen.active), state.memory
+        if memory is not None:
+            noted = zip(seen.layers, memory, strict=True)
+            memory = tuple(before if layer.memory is None else layer.memory for layer, before in noted)
+        return dataclasses.replace(state, steering=steering, memory=memory)
 
     def _draft_plan(
         self, scores: Float[Array, "B M K S"], past: Int32[Array, " B"], window: int, split: Split | None
@@ -223,14 +234,15 @@ class Mixture:
         rows, batch = size * heads, sources.shape[0]
         p = self._row_p(past, state.steering)
         age = state.steering.windows.astype(jnp.float32) / self.policy.opening_life
-        fresh = (self.policy.opening_weight / (1.0 + age)).astype(sources.dtype)
+        weight = jnp.maximum(self.policy.opening_weight / (1.0 + age), self.policy.memory_weight)
+        known = None if state.memory is None else jnp.stack(state.memory, axis=1).astype(sources.dtype)
 
         def select(first: Int32[Array, ""] | int) -> SelectionPlan:
             # With an axis of heads, along which devices that hold some of them mix those alone.
             predicted = self._mix(sources, past, first, size)
-            if state.opening is not None:
-                own = jax.lax.dynamic_slice_in_dim(state.opening, first // heads, size, axis=1)
-                predicted += fresh[:, None, None, None] * own.astype(predicted.dtype)
+            if known is not None:
+                own = jax.lax.dynamic_slice_in_dim(known, first // heads, size, axis=1)
+                predicted += weight.astype(own.dtype)[:, None, None, None] * own
             return select_blocks(
                 predicted,
                 jax.lax.dynamic_slice_in_dim(p, first, rows, axis=1).reshape(batch, size, heads),

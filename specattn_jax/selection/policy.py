@@ -39,7 +39,11 @@ class SelectionPolicy:
         opening_weight: weight, beside the mixture's, of what the target itself looked at when decoding began: the
             largest attention of the prompt's last token and the first new one. A draft may not find what was asked
             for; the target has already. 0 does without.
-        opening_life: windows after which that weight is half as large; it falls as 1 / (1 + windows / opening_life).
+        opening_life: windows after which that weight is half as large; it falls as 1 / (1 + windows / opening_life),
+            down to `memory_weight`.
+        memory_weight: if above 0, every verification notes for each entry that it reads how much the window's first
+            token gave it, in the place of what was known of that entry before; this is what it weighs beside the
+            mixture once the opening weighs less. A slot that got much is often wanted again.
     """
 
     prediction: Literal["layer_map", "mixture"]
@@ -53,6 +57,7 @@ class SelectionPolicy:
     block_size: int = 1
     opening_weight: float = 0.0
     opening_life: float = 8.0
+    memory_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0.0 < self.draft_reads <= 1.0:
@@ -65,6 +70,8 @@ class SelectionPolicy:
             )
         if not 0.0 <= self.opening_weight < math.inf:
             raise UserError(f"opening_weight is {self.opening_weight}; expected a number of at least 0.")
+        if not 0.0 <= self.memory_weight < math.inf:
+            raise UserError(f"memory_weight is {self.memory_weight}; expected a number of at least 0.")
         if not 0.0 < self.opening_life < math.inf:
             raise UserError(f"opening_life is {self.opening_life}; expected a number of windows above 0.")
 

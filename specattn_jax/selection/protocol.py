@@ -17,6 +17,18 @@ from specattn_jax.models.config import ModelConfig
 from specattn_jax.models.forward import Attend, Read, attend_to_all
 
 
+class Remembered(NamedTuple):
+    """A plan, and what is remembered of the slots of the layer that reads it.
+
+    Attributes:
+        plan: the slots of the past that are read.
+        memory: how much each slot got when it was last read; noted anew for those that are.
+    """
+
+    plan: SelectionPlan
+    memory: Float[Array, "B K S"]
+
+
 class LayerRead(NamedTuple):
     """What a layer that attended by itself gives.
 
@@ -24,17 +36,19 @@ class LayerRead(NamedTuple):
         out: the attention output.
         plan: the slots of the past that it read; None is all of them.
         share: the share of the past that each kv head read, where the plan does not say all of it.
+        memory: what is remembered of the slots now, where that was asked for.
     """
 
     out: Float[Array, "B T N H"]
     plan: SelectionPlan | None
     share: Float[Array, "B K"] | None = None
+    memory: Float[Array, "B K S"] | None = None
 
 
 # Attends in the place of the cache: takes the layer, the queries of the T new tokens, and the cache that holds them.
 LayerReader: TypeAlias = Callable[[int, Float[Array, "B T N H"], KVCache], LayerRead]
 # What one target layer reads of the past: a plan, everything (None), or what it finds out once its queries are there.
-LayerChoice: TypeAlias = SelectionPlan | LayerReader | None
+LayerChoice: TypeAlias = SelectionPlan | Remembered | LayerReader | None
 
 
 class LayerSeen(NamedTuple):
@@ -44,11 +58,13 @@ class LayerSeen(NamedTuple):
         q: the queries of the T tokens.
         plan: the slots of the past that were read; None is all of them.
         share: the share of the past that each kv head read, where the plan does not say all of it.
+        memory: what is remembered of the slots now, where that was asked for.
     """
 
     q: Float[Array, "B T N H"]
     plan: SelectionPlan | None
     share: Float[Array, "B K"] | None
+    memory: Float[Array, "B K S"] | None = None
 
 
 class Seen(NamedTuple):

@@ -12,7 +12,16 @@ from specattn_kernels import SelectionPlan, plan_slots
 
 from specattn_jax.models.cache import KVCache
 from specattn_jax.models.forward import Attend, Attended
-from specattn_jax.selection.protocol import LayerChoice, LayerRead, LayerSeen, Opened, Opening, Seen, Undrafted
+from specattn_jax.selection.protocol import (
+    LayerChoice,
+    LayerRead,
+    LayerSeen,
+    Opened,
+    Opening,
+    Remembered,
+    Seen,
+    Undrafted,
+)
 
 
 def attend_as_chosen(choices: Sequence[LayerChoice] | None) -> Attend:
@@ -20,8 +29,13 @@ def attend_as_chosen(choices: Sequence[LayerChoice] | None) -> Attend:
 
     def attend(layer: int, q: Float[Array, "B T N H"], cache: KVCache) -> Attended:
         choice = None if choices is None else choices[layer]
-        read = choice(layer, q, cache) if callable(choice) else LayerRead(cache.attend(layer, q, choice).out, choice)
-        return Attended(read.out, LayerSeen(q, read.plan, read.share))
+        if callable(choice):
+            read = choice(layer, q, cache)
+        else:
+            plan, memory = choice if isinstance(choice, Remembered) else (choice, None)
+            attended = cache.attend(layer, q, plan, memory=memory)
+            read = LayerRead(attended.out, plan, memory=attended.memory)
+        return Attended(read.out, LayerSeen(q, read.plan, read.share, read.memory))
 
     return attend
 
