@@ -129,7 +129,7 @@ def _attention(
         # Logits of slots that no program came to are not there; those of rows that see nothing are never read.
         scores = jnp.where(visible, jnp.exp2(ungroup(logits).astype(jnp.float32) - total), 0.0)
     if memory is not None and logits is not None and plan is not None:
-        memory = remember(memory, logits, lse[:, 0], plan, lengths - tokens)
+        memory = remember(memory, logits, lse, plan, lengths - tokens)
     return AttentionOutput(out, lse / LOG2_E if return_lse else None, scores, memory)
 
 

@@ -26,16 +26,16 @@ MAX_SPLITS = 16
 def remember(
     memory: Float[Array, "B K S"],
     logits: Float[Array, "B K G entries"],
-    lse: Float[Array, "B N"],
+    lse: Float[Array, "B T N"],
     plan: SelectionPlan,
     past: Int32[Array, " B"],
 ) -> Float[Array, "B K S"]:
-    """The memory with the weights of one token at the slots of a plan; see `api.sparse_decode_attention`.
+    """The memory with the weights of the oldest token at the slots of a plan; see `api.sparse_decode_attention`.
 
     Args:
         memory: what was noted before.
-        logits: the token's, in powers of two, for the plan's entries in their order, and room behind them.
-        lse: the token's log2-sum-exps.
+        logits: that token's, in powers of two, for the plan's entries in their order, and room behind them.
+        lse: the log2-sum-exps of all tokens.
         plan: what was read.
         past: slots that the plan may read.
     """
@@ -69,7 +69,7 @@ def _remember(
 ) -> jax.Array:
     """See `remember`."""
     batch, kv_heads, slots = memory.shape
-    group, layers, capacity = logits.shape[2], ids.shape[1], ids.shape[3]
+    tokens, group, layers, capacity = lse.shape[1], logits.shape[2], ids.shape[1], ids.shape[3]
     splits = max(1, min(MAX_SPLITS, -(-capacity * block_size // BLOCK)))
 
     def per_head(*size: int) -> pl.BlockSpec:
@@ -81,7 +81,7 @@ def _remember(
         in_specs=[
             per_head(slots),
             per_head(group, logits.shape[3]),
-            per_head(group),
+            pl.BlockSpec((None, tokens, None, group), lambda b, h, _: (b, 0, h, 0)),
             pl.BlockSpec((None, layers, None, capacity), lambda b, h, _: (b, 0, h, 0)),
             pl.BlockSpec((None, layers, None), lambda b, h, _: (b, 0, h)),
             pl.BlockSpec((1,), lambda *_: (0,)),
@@ -93,7 +93,7 @@ def _remember(
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="remember",
-    )(memory, logits, lse.reshape(batch, kv_heads, group), ids, counts, layer, past[:, None])
+    )(memory, logits, lse.reshape(batch, tokens, kv_heads, group), ids, counts, layer, past[:, None])
     return noted
 
 
@@ -123,7 +123,7 @@ def _note(
         slot = ids_ref[layer, entry // block_size] * block_size + entry % block_size
         weight = jnp.zeros((BLOCK,), jnp.float32)
         for member in range(group):
-            lse = lse_ref[member]
+            lse = lse_ref[0, member]
             # A token that sees nothing gives nothing.
             weight += jnp.exp2(logits_ref[member, entry].astype(jnp.float32) - jnp.where(lse > -jnp.inf, lse, jnp.inf))
         kept = listed & (slot >= 0) & (slot < past)
