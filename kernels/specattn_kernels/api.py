@@ -214,9 +214,9 @@ def sparse_decode_attention(
             options: dict[str, Any] = {"scale": scale, "return_lse": return_lse, "implementation": implementation}
             return sparse_decode_attention(q, k, v, plan, lengths, memory=memory, **options)
 
-        rest: tuple[Any, ...] = (plan, lengths) if memory is None else (plan, lengths, memory)
-        axes = (_plan_axes(plan), "B", "B K S")[: len(rest)]
-        return _split_attention(split, local, (q, k, v, *rest), axes, return_lse=return_lse, remembers=len(rest) == 3)
+        noted, noted_axes = ((), ()) if memory is None else ((memory,), ("B K S",))
+        arguments, axes = (q, k, v, plan, lengths, *noted), (_plan_axes(plan), "B", *noted_axes)
+        return _split_attention(split, local, arguments, axes, return_lse=return_lse, remembers=memory is not None)
     backend = find_backend(_call(op, q, k, plan.block_size), implementation)
     plan = jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), plan)
     return _differentiable(
@@ -320,13 +320,7 @@ def merge_states(
     return xla.merge_states(out_a, lse_a.astype(jnp.float32), out_b, lse_b.astype(jnp.float32))
 
 
-def _call(
-    op: str,
-    q: jax.Array,
-    k: jax.Array,
-    block_size: int | None = None,
-    scores: bool = False,
-) -> AttentionCall:
+def _call(op: str, q: jax.Array, k: jax.Array, block_size: int | None = None, scores: bool = False) -> AttentionCall:
     """What backends are told of an attention call."""
     return AttentionCall(op, k.shape, q.shape[1], q.shape[2] // k.shape[1], k.dtype, q.dtype, block_size, scores)
 
@@ -342,9 +336,12 @@ def _split_attention(
     remembers: bool = False,
 ) -> AttentionOutput:
     """An attention op on every device; `rest` are the axes of the arguments after queries, keys and values."""
-    wanted = {"out": True, "lse": return_lse, "scores": return_scores, "memory": remembers}
-    axes = {"out": "B T N H", "lse": "B T N", "scores": "B T N S", "memory": "B K S"}
-    result: Any = AttentionOutput(**{name: axes[name] if has else None for name, has in wanted.items()})  # type: ignore[arg-type]
+    result: Any = AttentionOutput(
+        "B T N H",  # type: ignore[arg-type]
+        "B T N" if return_lse else None,  # type: ignore[arg-type]
+        "B T N S" if return_scores else None,  # type: ignore[arg-type]
+        "B K S" if remembers else None,  # type: ignore[arg-type]
+    )
     split = split.fitting(B=len(arguments[0]), K=arguments[1].shape[1])
     attended: AttentionOutput = split.run(op, arguments, ("B T N H", "B K S H", "B K S H", *rest), result)
     return attended

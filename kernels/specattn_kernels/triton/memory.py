@@ -40,17 +40,9 @@ def remember(
         past: slots that the plan may read.
     """
     ids, counts, layer = plan.stacked()
-    return _remember(
-        memory,
-        logits,
-        lse,
-        ids,
-        counts,
-        layer,
-        past,
-        block_size=plan.block_size,
-        interpret=interpreted(),
-    )
+    options = {"block_size": plan.block_size, "interpret": interpreted()}
+    noted: jax.Array = _remember(memory, logits, lse, ids, counts, layer, past, **options)
+    return noted
 
 
 # Of the many layers of a model only the first is traced.
