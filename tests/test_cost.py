@@ -73,7 +73,9 @@ def test_bytes_by_hand():
     assert sparse.target_cache == dense.target_cache / 4
     sources, rows = 16 * 8, 32 * 8
     keys = dense.draft_cache / 5 / 2
-    once = 6 * sources + 2 * (sources + rows) + 4 * rows + 8 * rows / 4
+    # Groups of four query heads: of a quarter of the entries four logits are written and read, and one number noted.
+    remembered = 6 * rows + rows * 2 * (2 * 4 + 1) / 4
+    once = 6 * sources + 2 * (sources + rows) + 4 * rows + 8 * rows / 4 + remembered
     assert sparse.selection == keys + 8 * 32768 * once
     assert moved(LLAMA, ALONE)._replace(target_weights=0, target_cache=0).total == 0
     assert speedup(LLAMA, SPARSE, over=DENSE) == pytest.approx(dense.total / sparse.total)

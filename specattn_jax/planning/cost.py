@@ -93,12 +93,18 @@ def scoring_bytes(scenario: Scenario, scored: ModelConfig, share: float) -> floa
 
 
 def planning_bytes(scenario: Scenario) -> float:
-    """The choice of what the target reads: scores are mixed, the mixtures are selected from, and the ids are read."""
+    """The choice of what the target reads: scores are mixed, the mixtures are selected from, and the ids are read.
+
+    Besides, what is remembered is put together and mixed in; of what is read the logits of a token are written and read
+    back, and what each entry got is noted.
+    """
+    target, share = scenario.target, 1 - scenario.kv_reduction
     sources = scenario.draft.num_layers * scenario.draft.num_kv_heads
-    rows = scenario.target.num_layers * scenario.target.num_kv_heads
+    rows = target.num_layers * target.num_kv_heads
     mix = (sources + rows) * _SCORE_BYTES
-    select = rows * (2 * _SCORE_BYTES + (1 - scenario.kv_reduction) * 2 * _ID_BYTES)
-    return scenario.batch * scenario.context * (mix + select)
+    select = rows * (2 * _SCORE_BYTES + share * 2 * _ID_BYTES)
+    remember = rows * _SCORE_BYTES * (3 + share * (2 * target.group_size + 1))
+    return scenario.batch * scenario.context * (mix + select + remember)
 
 
 def weights_of_vocabulary(config: ModelConfig) -> float:
