@@ -346,6 +346,16 @@ def test_a_sparse_draft_reads_some_entries_however_short_the_text():
         ({"opening_weight": float("nan")}, "expected a number of at least 0"),
         ({"memory_weight": -0.1}, "memory_weight is -0.1; expected a number of at least 0"),
         ({"memory_weight": float("inf")}, "expected a number of at least 0"),
+        (
+            {
+                "prediction": "layer_map",
+                "opening_weight": 0.0,
+                "memory_weight": 0.5,
+                "draft_reads": 1.0,
+                "fits_draft_reads": False,
+            },
+            "prediction 'layer_map' has nothing that they could be weighed against",
+        ),
         ({"opening_life": 0.0}, "expected a number of windows above 0"),
         ({"draft_reads": 0.5, "prediction": "layer_map"}, "needs the attention of a draft that reads everything"),
     ],
@@ -365,3 +375,14 @@ def test_a_draft_reads_sparsely_only_where_it_is_scored_once_a_window():
 def test_unknown_policy_is_refused():
     with pytest.raises(UserError, match="policy is 'best'; expected one of default, paper"):
         load_policy("best")
+
+
+def test_more_dense_layers_than_there_are():
+    assert selected(selection("default", 0.8, dense_layers=9), draft_attention(2)) == [None] * 4
+
+
+def test_nothing_is_noted_where_there_is_no_plan():
+    _, cache = attending(draft_attention(3))
+    q, memory = jnp.zeros((BATCH, 1, 4, DRAFT.head_dim)), jnp.zeros((BATCH, 2, SLOTS))
+    with pytest.raises(ValueError, match="memory is given without a plan"):
+        cache.attend(0, q, memory=memory)

@@ -179,6 +179,8 @@ class KVCache:
         lengths = starts + q.shape[1]
         k, v = self.k[layer], self.v[layer]
         lies: dict[str, Any] = {"implementation": self.implementation, "split": self.split}
+        if memory is not None and plan is None:
+            raise ValueError("memory is given without a plan; only what a plan reads is noted.")
         if plan is None and not return_scores and q.shape[1] >= MANY_TOKENS:
             return prefill_attention(q, k, v, starts, lengths=valid, return_lse=return_lse, **lies)
         if plan is None:

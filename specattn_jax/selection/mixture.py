@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -166,11 +166,11 @@ class Mixture:
             sources, watched = state.watched, jnp.zeros_like(state.watched)
         split = None if draft_cache is None else target_split(draft_cache.split)
         plans = self._select(sources, state, past, split)
-        choices: list[LayerChoice] = list(plans)
+        choices: Sequence[LayerChoice] = plans
         if state.memory is not None and self.policy.memory_weight > 0.0:
             choices = [Remembered(*both) for both in zip(plans, state.memory, strict=True)]
-        choices[: self.policy.dense_layers] = [None] * self.policy.dense_layers
-        return tuple(choices), dataclasses.replace(state, watched=watched, draft_plan=draft_plan)
+        sparse = tuple(None if layer < self.policy.dense_layers else choice for layer, choice in enumerate(choices))
+        return sparse, dataclasses.replace(state, watched=watched, draft_plan=draft_plan)
 
     def learn(self, state: MixtureState, seen: Seen) -> MixtureState:
         """Notes how much was read, to meet the wanted saving, and what it got."""

@@ -72,6 +72,11 @@ class SelectionPolicy:
             raise UserError(f"opening_weight is {self.opening_weight}; expected a number of at least 0.")
         if not 0.0 <= self.memory_weight < math.inf:
             raise UserError(f"memory_weight is {self.memory_weight}; expected a number of at least 0.")
+        if (self.opening_weight or self.memory_weight) and self.prediction != "mixture":
+            raise UserError(
+                f"opening_weight is {self.opening_weight} and memory_weight {self.memory_weight}, but prediction "
+                f"{self.prediction!r} has nothing that they could be weighed against; expected 0."
+            )
         if not 0.0 < self.opening_life < math.inf:
             raise UserError(f"opening_life is {self.opening_life}; expected a number of windows above 0.")
 
