@@ -9,7 +9,7 @@ import warnings
 import jax.numpy as jnp
 import pytest
 from specattn_kernels import Choice, backends
-from specattn_kernels.triton import attention, long_rows, merge, scores, selection, short_rows
+from specattn_kernels.triton import attention, long_rows, memory, merge, scores, selection, short_rows
 from tiny import selection_for, trace_decoding
 
 from specattn_jax.decoding.protocol import Models
@@ -66,7 +66,7 @@ def test_temporaries_stay_under_five_percent_of_the_cache(policy):
     assert temporaries[8192] < 0.05
 
 
-TRITON_MODULES = (attention, long_rows, merge, scores, selection, short_rows)
+TRITON_MODULES = (attention, long_rows, memory, merge, scores, selection, short_rows)
 HOST_WORDS = ("callback", "infeed", "outfeed", "send", "recv")
 
 
@@ -91,5 +91,5 @@ def test_no_kernel_touches_the_host(monkeypatch):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*Triton.*", category=DeprecationWarning)
             text = traced.lower(lowering_platforms=("cuda",)).as_text()
-        assert all(name in text for name in kernels | {"sparse_decode", "score_cache"})
+        assert all(name in text for name in kernels | {"sparse_decode", "score_cache", "remember"})
         assert not re.findall(r"stablehlo\.(?:infeed|outfeed|send|recv)\b|custom_call @\w*callback", text)
