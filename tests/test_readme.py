@@ -34,7 +34,6 @@ DECODE = json.loads((RESULTS / "decode-nvidia-h100" / "decode.json").read_text(e
 PAIRS = {"Llama-3.2-1B / 3.1-8B": "llama-3.1-8b", "TinyLlama-1.1B / Llama-2-7B": "llama-2-7b"}
 
 
-# Rows of the table of quality, by rows of the ablation; that of `default` is measured with today's draft.
 def blocks(text: str, language: str = "") -> list[str]:
     """Fenced blocks of a page."""
     found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)

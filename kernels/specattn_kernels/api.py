@@ -132,13 +132,14 @@ def prefill_attention(
     checks.check_attention(op, q, k, v, starts, "starts")
     if split is not None:
 
-        def local(q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, *valid: jax.Array) -> AttentionOutput:
-            (lengths,) = valid or (None,)
+        def local(
+            q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, lengths: jax.Array | None
+        ) -> AttentionOutput:
             options: dict[str, Any] = {"scale": scale, "return_lse": return_lse, "implementation": implementation}
             return prefill_attention(q, k, v, starts, lengths=lengths, **options)
 
-        rows = (starts,) if lengths is None else (starts, jnp.asarray(lengths))
-        return _split_attention(split, local, (q, k, v, *rows), ("B",) * len(rows), return_lse=return_lse)
+        valid, valid_axes = (None, None) if lengths is None else (jnp.asarray(lengths), "B")
+        return _split_attention(split, local, (q, k, v, starts, valid), ("B", valid_axes), return_lse=return_lse)
     limits = starts.astype(jnp.int32) + q.shape[1]
     if lengths is not None:
         lengths = jnp.asarray(lengths)
@@ -208,15 +209,15 @@ def sparse_decode_attention(
     if split is not None:
 
         def local(
-            q: jax.Array, k: jax.Array, v: jax.Array, plan: SelectionPlan, lengths: jax.Array, *noted: jax.Array
+            q: jax.Array, k: jax.Array, v: jax.Array, plan: SelectionPlan, lengths: jax.Array, memory: jax.Array | None
         ) -> AttentionOutput:
-            (memory,) = noted or (None,)
             options: dict[str, Any] = {"scale": scale, "return_lse": return_lse, "implementation": implementation}
             return sparse_decode_attention(q, k, v, plan, lengths, memory=memory, **options)
 
-        noted, noted_axes = ((), ()) if memory is None else ((memory,), ("B K S",))
-        arguments, axes = (q, k, v, plan, lengths, *noted), (_plan_axes(plan), "B", *noted_axes)
-        return _split_attention(split, local, arguments, axes, return_lse=return_lse, remembers=memory is not None)
+        remembers = memory is not None
+        axes = (_plan_axes(plan), "B", "B K S" if remembers else None)
+        arguments = (q, k, v, plan, lengths, memory)
+        return _split_attention(split, local, arguments, axes, return_lse=return_lse, remembers=remembers)
     backend = find_backend(_call(op, q, k, plan.block_size), implementation)
     plan = jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), plan)
     return _differentiable(
@@ -335,7 +336,10 @@ def _split_attention(
     return_scores: Scores = False,
     remembers: bool = False,
 ) -> AttentionOutput:
-    """An attention op on every device; `rest` are the axes of the arguments after queries, keys and values."""
+    """An attention op on every device; `rest` are the axes of the arguments after queries, keys and values.
+
+    An argument that is None has None for its axes.
+    """
     result: Any = AttentionOutput(
         "B T N H",  # type: ignore[arg-type]
         "B T N" if return_lse else None,  # type: ignore[arg-type]

@@ -116,8 +116,8 @@ def sparse_decode_attention(
 
     What is remembered is worked out beside it: the keys are read once more, all of them.
     """
-    attended = _attention(q, k, v, plan, lengths, scale, return_lse or memory is not None)
-    return attended if memory is None else remember(attended, q, k, plan, lengths, scale, memory, return_lse)
+    attended = _attention(q, k, v, plan, lengths, scale, True)
+    return remember(attended, q, k, plan, lengths, scale, memory, return_lse)
 
 
 def _attention(
