@@ -108,11 +108,12 @@ def _points(grid: RequestGrid) -> list[Point]:
     elif grid == "real":
         every = tuple(name for name in REAL_METHODS if name != "specattn paper")
         # What one text accepts is luck: single sequences are several, one after the other.
-        wanted = [
-            (real(LARGER, 30000, 256, texts=4), every), (real(LARGER, 30000, 256, 16), every),
-            (real(LARGER, 30000, 256, 32), every), (real(LARGER, 8000, 256, texts=4), every),
-            (real(REAL, 6144, 256, texts=4), every),
-        ]  # fmt: skip
+        cases = [
+            real(LARGER, prompt, 256, batch, 4 if batch == 1 else 1)
+            for prompt in (30000, 8000)
+            for batch in (1, 8, 16, 32)
+        ]
+        wanted = [(one, every) for one in (*cases, real(REAL, 6144, 256, texts=4))]
     elif grid == "lossless":
         # What needs no draft comes first: the prompts are read once by the target, and once more by both models.
         chosen = (AUTOREGRESSIVE, LOOKUP, ALONE, HIERARCHY_OF_TEXT, SPECULATIVE, SPARSE_DRAFT, HIERARCHY)
