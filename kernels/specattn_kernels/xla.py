@@ -7,6 +7,7 @@ attention slices it, sparse attention gathers only the selected rows.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -117,10 +118,17 @@ def score_cache(
     kv_heads, slots = k.shape[1:3]
     queries, total = group_queries(q, kv_heads), group_queries(lse[..., None], kv_heads)
     valid = jnp.arange(slots) < lengths[:, None]
-    logits = _logits(queries, k, valid[:, None, None], scale)
-    weights = jnp.where(total > -jnp.inf, jnp.exp(jnp.minimum(logits - total, 0.0)), 0.0)
-    largest: jax.Array = weights.mean(axis=3).max(axis=2).astype(dtype)
-    return largest
+
+    def weigh(queries: jax.Array, k: jax.Array, total: jax.Array) -> jax.Array:
+        logits = _logits(queries, k, valid[:, None, None], scale)
+        weights = jnp.where(total > -jnp.inf, jnp.exp(jnp.minimum(logits - total, 0.0)), 0.0)
+        return weights.mean(axis=3).max(axis=2).astype(dtype)
+
+    def nothing(*_: jax.Array) -> jax.Array:
+        return jnp.zeros((k.shape[0], kv_heads, slots), dtype)
+
+    # A branch is worked off as a whole, so that the weights of one layer are held at a time.
+    return lax.cond(lengths.max() > 0, weigh, nothing, queries, k, total)
 
 
 class _Attended(NamedTuple):
@@ -150,9 +158,7 @@ def _attend_cache(
     logits_bytes = 4 * queries.size // queries.shape[-1] * slots
     if return_scores or logits_bytes <= max(SINGLE_PASS_LOGITS_BYTES, k.size * k.dtype.itemsize // 2):
         visible = _visible(jnp.arange(slots), lengths, q.shape[1], past_mask)
-        # Slots beyond the length may hold NaN, and zero weight times NaN is NaN. Logits are masked after the dot.
-        in_use = (jnp.arange(slots) < lengths[:, None])[:, None, :, None]
-        part = _attend(queries, k, jnp.where(in_use, v, 0), visible, scale)
+        part = _attend(queries, k, v, visible, scale, lengths)
     else:
         part = _attend_in_chunks(queries, k, v, lengths, past_mask, scale)
     return _output(part, q.dtype, return_scores, return_lse)
@@ -172,14 +178,25 @@ def _visible(slot: jax.Array, lengths: jax.Array, tokens: int, past_mask: jax.Ar
     return causal & (past_mask | is_new[:, None])[:, :, None]
 
 
-def _attend(queries: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, scale: float | jax.Array) -> _Attended:
-    """Attends to all of k and v [B, K, s, H] in one pass, under `visible` [B, K or 1, T, s]."""
+def _attend(
+    queries: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible: jax.Array,
+    scale: float | jax.Array,
+    lengths: jax.Array | None = None,
+) -> _Attended:
+    """Attends to all of k and v [B, K, s, H] in one pass, under `visible` [B, K or 1, T, s].
+
+    With `lengths` slots beyond them may hold anything; without, values must be finite.
+    """
     logits = _logits(queries, k, visible, scale)
     top = _finite_max(logits.max(axis=-1))
     exps = jnp.exp(logits - top[..., None])
     total = exps.sum(axis=-1)
     weights = exps / jnp.where(total > 0, total, 1.0)[..., None]
-    return _Attended(_weighted_values(weights, v, queries.dtype), _log_sum(top, total), weights)
+    weigh = _weighted_values if lengths is None else functools.partial(_weighted_values_in_use, lengths)
+    return _Attended(weigh(weights, v, queries.dtype), _log_sum(top, total), weights)
 
 
 def _attend_in_chunks(
@@ -254,6 +271,22 @@ def _weighted_values(weights: jax.Array, v: jax.Array, query_dtype: DTypeLike) -
     rows = weights.reshape(batch, kv_heads, tokens * group, slots).astype(dtype)
     out = jnp.einsum("bkrs,bksh->bkrh", rows, v, precision=_precision(dtype), preferred_element_type=jnp.float32)
     return out.reshape(batch, kv_heads, tokens, group, v.shape[3])
+
+
+def _weighted_values_in_use(lengths: jax.Array, weights: jax.Array, v: jax.Array, query_dtype: DTypeLike) -> jax.Array:
+    """The same for values that may be anything beyond the lengths: zero weight times NaN is NaN, so these are masked.
+
+    In a branch the masked copy is not made before the weights are there, so that several layers never hold one at once.
+    """
+    in_use = (jnp.arange(v.shape[2]) < lengths[:, None])[:, None, :, None]
+
+    def masked(weights: jax.Array, v: jax.Array) -> jax.Array:
+        return _weighted_values(weights, jnp.where(in_use, v, 0), query_dtype)
+
+    def whole(weights: jax.Array, v: jax.Array) -> jax.Array:
+        return _weighted_values(weights, v, query_dtype)
+
+    return lax.cond(lengths.min() < v.shape[2], masked, whole, weights, v)
 
 
 def _finite_max(top: jax.Array) -> jax.Array:
