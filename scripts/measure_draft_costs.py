@@ -3,7 +3,7 @@
 `specattn calibrate` does this at its end. Alignments of before, and those made with other settings, get it here: each
 length is read in passages of its own, and the alignment is written anew with what was found, otherwise as it was.
 
-    python scripts/measure_draft_costs.py --pair qwen2.5-coder --text kinds/train --passages 5 --out DIR
+    python scripts/measure_draft_costs.py --pair qwen2.5-coder --text kinds/train --out DIR
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specattn_jax.calibration.draft_reads import measure_draft_reads
-from specattn_jax.calibration.passages import CalibrationSettings, choose_passages
+from specattn_jax.calibration.passages import CalibrationSettings, choose_passages, usual_passages
 from specattn_jax.files import atomic_folder, write_json
 from specattn_jax.loading.pair import ModelPair, load_pair
 from specattn_jax.reporting.provenance import commit, hardware, versions
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--pair", default="smollm2")
     parser.add_argument("--alignment", type=Path, help="a folder; without it the pair's own")
     parser.add_argument("--text", nargs="+", default=[], help="as --text of the command; the shipped books without")
-    parser.add_argument("--passages", type=int, default=5, help="of all kinds of text in turn")
+    parser.add_argument("--passages", type=int, help="of all kinds of text in turn; without it two of each")
     parser.add_argument("--seed", type=int, default=1, help="of where passages begin")
     parser.add_argument("--again", action="store_true", help="also where it has been measured")
     parser.add_argument("--dtype", default="auto")
@@ -62,7 +62,7 @@ def main() -> None:
         kind: [pair.tokenizer.encode(read_text(path), add_special=False) for path in files]
         for kind, files in paths.items()
     }
-    settings = CalibrationSettings(passages=options.passages, seed=options.seed)
+    settings = CalibrationSettings(passages=options.passages or usual_passages(len(paths)), seed=options.seed)
     every = [
         measured(pair, one, texts, settings) if options.again or not one.draft_losses else one
         for one in alignment.every
