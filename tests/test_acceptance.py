@@ -10,9 +10,10 @@ from specattn_jax.planning.acceptance import Acceptance
 from specattn_jax.planning.gate import prior_acceptance
 
 
-def test_what_is_seen_is_believed_in_the_end():
-    true = Acceptance(0.6)
-    seen = Acceptance(0.9).observe(5, 2000, round(2000 * true.expected(5)))
+@pytest.mark.parametrize("further", [1.0, 0.4])
+def test_what_is_seen_is_believed_in_the_end(further):
+    true = Acceptance(0.6, further=further)
+    seen = Acceptance(0.9, further=further).observe(5, 2000, round(2000 * true.expected(5)))
     assert seen.rate == pytest.approx(0.6, abs=0.01)
     # Another window tells the same rate.
     assert seen.observe(3, 2000, round(2000 * true.expected(3))).rate == pytest.approx(0.6, abs=0.01)
@@ -21,6 +22,15 @@ def test_what_is_seen_is_believed_in_the_end():
 def test_few_windows_move_it_little():
     assert 0.7 > Acceptance(0.7).observe(5, 1, 0).rate > 0.6
     assert Acceptance(0.7).observe(5, 0, 0) == Acceptance(0.7)
+
+
+@pytest.mark.parametrize("further", [1.0, 0.4, 0.0])
+def test_rows_tell_what_becomes_of_further_tokens(further):
+    true = Acceptance(0.3, further=further)
+    assert true.expected(1) == pytest.approx(0.3)
+    assert Acceptance(0.3).in_rows(8, true.expected(8)).further == pytest.approx(further, abs=1e-6)
+    # Less than tokens that are all alike give is no news of further ones.
+    assert Acceptance(0.3).in_rows(8, 0.1).further == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("accepted", [0, 5 * 1000])

@@ -55,6 +55,17 @@ def test_a_text_that_repeats_itself_is_looked_up():
     assert "90% of those by the text" in decision.explain()[0]
 
 
+def test_of_a_text_in_rows_longer_windows_are_looked_up():
+    """As of code, whose tokens are found rarely, but then one after the other."""
+    shape, windows = load_shape("qwen2.5-coder-1.5b"), [PromptLookup(window=window) for window in WINDOWS]
+
+    def chosen(further):
+        known = Situation(8192, 1000, can_draft=False, text_acceptance=Acceptance(0.4, further=further))
+        return choose_strategy(Scenario(shape, shape), H100, known, windows).choice.window
+
+    assert chosen(0.4) > chosen(1.0) > 1
+
+
 def test_a_text_that_helps_is_looked_up_below_the_target_where_caches_are_large():
     by_windows = [kind(window=window) for kind in (PromptLookup, SelfSpeculative) for window in WINDOWS]
 

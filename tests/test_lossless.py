@@ -34,7 +34,7 @@ from specattn_jax.planning.acceptance import Replay, text_acceptance
 from specattn_jax.planning.gate import Choice, Decision
 from specattn_jax.runtime.generate import generate
 from specattn_jax.runtime.request import Request, find_candidates
-from specattn_jax.runtime.session import Session
+from specattn_jax.runtime.session import Session, begin_alike
 from specattn_jax.selection.own import OwnReads, SparseDraft
 from specattn_jax.texts import find_text, read_text
 
@@ -354,6 +354,25 @@ def test_a_replay_counts_what_looking_up_would_have_found(text):
     assert replay.found - begun == sum(right)
     assert replay.tokens == len(text)
     assert 0.0 <= text_acceptance([replay]).rate < 1.0
+
+
+def test_what_repeats_itself_is_expected_in_rows():
+    """A text of long quotations and new tokens: windows of every length accept what looking up would give."""
+    rng = np.random.default_rng(0)
+    text = rng.integers(0, 2000, 400).tolist()
+    while len(text) < 3000:
+        begin = int(rng.integers(0, len(text) - 20))
+        text += [*rng.integers(0, 2000, 6).tolist(), *text[begin : begin + int(rng.integers(5, 20))]]
+    replay = Replay()
+    replay.push(text)
+    expected = text_acceptance([replay])
+    proposed = [(text[place : place + 8], followed(text[:place], 3, 8)) for place in range(600, 2990, 11)]
+    right = [begin_alike(after, ahead) for after, ahead in proposed]
+    for window in (1, 3, 5, 8):
+        found = np.minimum(right, window).mean()
+        assert expected.expected(window) == pytest.approx(found, rel=0.15)
+    # As if tokens of a window were alike, not half of that would be expected.
+    assert expected._replace(further=1.0).expected(8) < found / 2
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ def _choose(case: DecodeCase, good: dict[str, dict[str, Any]], profile: DevicePr
     decision = choose_strategy(
         asked[SPECATTN].scenario,
         profile,
-        Situation(case.context, _REMAINING, Acceptance.of_mean(case.window, case.mean_accepted)),
+        Situation(case.context, _REMAINING, Acceptance().at_mean(case.window, case.mean_accepted)),
         tuple(one.strategy for one in asked.values()),
     )
     return {

@@ -64,7 +64,7 @@ class Rates(NamedTuple):
 
 def _rate(accepted: float, proposed: int = 5) -> float:
     """The rate at which so many of so many tokens are accepted on average."""
-    return Acceptance.of_mean(proposed, accepted).rate
+    return Acceptance().at_mean(proposed, accepted).rate
 
 
 # What pairs accepted while they continued a novel greedily, by preset: 16 sequences of 256 tokens after 24,000

@@ -368,7 +368,7 @@ def _conclude(report: Report) -> None:
         if len(fixed) < len(CHOICES) or case.mesh:
             continue
         asked = {name: predict(case, methods()[name], None) for name in CHOICES}
-        acceptance = Acceptance.of_mean(case.window, case.mean_accepted)
+        acceptance = Acceptance().at_mean(case.window, case.mean_accepted)
         situation = Situation(case.context, case.room, acceptance, draft_reach=DRAFT_REACH)
         strategies = tuple(one.strategy for one in asked.values())
         decision = choose_strategy(asked[SPECATTN].scenario, report_profile(report), situation, strategies)
