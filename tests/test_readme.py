@@ -180,6 +180,15 @@ def test_the_table_of_decoding(page):
     assert found >= 3
 
 
+# What the tables of the real pair call some methods.
+LINES = {
+    "lookup": "lookup, window 5",
+    "specattn": "specattn, 75 % saved",
+    "specattn, window 3": "specattn, 75 % saved, window 3",
+    "specattn, window auto": "specattn, 75 % saved, window auto",
+}
+
+
 def request_points(folder: str) -> list[dict[str, Any]]:
     """What `specattn bench request` measured."""
     points: list[dict[str, Any]] = json.loads((RESULTS / folder / "request.json").read_text(encoding="utf-8"))["points"]
@@ -207,16 +216,10 @@ def test_the_table_of_all_modes_on_the_real_pair():
     points = request_points("request-real-nvidia-h100")
     points = [one for one in points if one["case"]["target"] == "qwen2.5-coder" and one["prompt_tokens"] == 30_000]
     text, shown = section("docs/results.md", "A real pair"), 0
-    lines = {
-        "lookup": "lookup, window 5",
-        "specattn": "specattn, 75 % saved",
-        "specattn, window 3": "specattn, 75 % saved, window 3",
-        "specattn, window auto": "specattn, 75 % saved, window auto",
-    }
     for point in points:
         if point["method"] == "auto, lossless":
             continue
-        (cells,) = rows(text, lines.get(point["method"], point["method"]))
+        (cells,) = rows(text, LINES.get(point["method"], point["method"]))
         at = 1 + 3 * [1, 16, 32].index(point["case"]["batch"])
         # An empty cell at the end is not told apart from the end of the line.
         found = [*cells, ""][at : at + 3]
@@ -224,6 +227,21 @@ def test_the_table_of_all_modes_on_the_real_pair():
         assert [float(cell or 0) for cell in found] == pytest.approx(wanted, abs=0.0051, rel=0.01)
         shown += 1
     assert shown == 35
+
+
+def test_the_table_of_the_real_pair_with_memory():
+    """Seconds to the first token and for the others, and in brackets what is accepted, of each method and case."""
+    cases = [(batch, prompt) for prompt in (30_000, 8_000) for batch in (1, 8, 32)]
+    points = request_points("request-real-nvidia-h200")
+    text = section("docs/results.md", "The real pair on H200s, with memory")
+    for point in points:
+        (cells,) = rows(text, LINES.get(point["method"], point["method"]))
+        shown = cells[1 + cases.index((point["case"]["batch"], point["prompt_tokens"]))]
+        found = [float(number) for number in re.findall(r"[\d.]+", shown)]
+        wanted = [point["prefill_seconds"], point["decode_seconds_median"], point["accepted_per_window"]]
+        assert found == pytest.approx(wanted[: 2 if point["method"] == "autoregressive" else 3], abs=0.0051, rel=0.01)
+    # And none that were not measured.
+    assert text.count(" + ") == len(points) == 61
 
 
 def test_the_table_of_lossless_modes():
