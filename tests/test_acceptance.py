@@ -6,7 +6,7 @@ import pytest
 
 from specattn_jax.examples import tiny_pair
 from specattn_jax.loading import get_preset
-from specattn_jax.planning.acceptance import Acceptance
+from specattn_jax.planning.acceptance import Acceptance, Replay, text_acceptance
 from specattn_jax.planning.gate import prior_acceptance
 
 
@@ -37,6 +37,18 @@ def test_rows_tell_what_becomes_of_further_tokens(further):
 def test_all_and_nothing(accepted):
     rate = Acceptance().observe(5, 1000, accepted).rate
     assert 0 <= rate < 1
+
+
+def test_greedy_words_repeat_more_than_the_prompt():
+    replay = Replay()
+    replay.push([*range(100), *range(50)])
+    drawn, greedy = (text_acceptance([replay], greedy=whether) for whether in (False, True))
+    assert drawn.rate < greedy.rate < 1
+    assert (drawn.further, drawn.weight) == (greedy.further, greedy.weight)
+    # Where the prompt tells nearly everything, little is left that its words could repeat besides.
+    replay.push([*range(50)] * 40)
+    most = text_acceptance([replay])
+    assert text_acceptance([replay], greedy=True).rate - most.rate < 0.5 * (1 - most.rate) < 0.05
 
 
 def test_what_is_known_before():

@@ -11,6 +11,9 @@ _DEFAULT_RATE, _PRIOR_WINDOWS = 0.7, 4.0
 _MOST_WEIGHT = 64.0
 # Tokens of the rows that are counted in a text, and found ones that count as if further ones were no likelier.
 ROW, _PRIOR_FOUND = 8, 16.0
+# Of the tokens that the prompt does not tell, those that greedy decoding repeats of its own; most models repeat more
+# (scripts/results/repetition-two-cores).
+_REPEATED = 1 / 3
 # Tokens of all prompts together from which is counted how often they repeat themselves.
 _MOST_TEXT = 2**16
 
@@ -108,14 +111,21 @@ class Replay:
             self.in_a_row += min(self._row, ROW)
 
 
-def text_acceptance(replays: Sequence[Replay]) -> Acceptance:
-    """What texts say of themselves; prompts are no more than a hint of what is written behind them."""
+def text_acceptance(replays: Sequence[Replay], *, greedy: bool = False) -> Acceptance:
+    """What texts say of themselves; prompts are no more than a hint of what is written behind them.
+
+    Args:
+        replays: of the prompts.
+        greedy: whether always the likeliest token is written: a model that does so repeats itself, whatever the prompt.
+    """
     tokens, found, in_a_row = (sum(getattr(one, name) for one in replays) for name in ("tokens", "found", "in_a_row"))
     known = TEXT_ACCEPTANCE.observe(1, tokens, found)
     # Of few that were found nothing is learned: they count beside some after which all are alike.
     alike = known.expected(ROW) / known.rate
     row = known.rate * (in_a_row + _PRIOR_FOUND * alike) / (found + _PRIOR_FOUND)
-    return known.in_rows(ROW, row)._replace(weight=_PRIOR_WINDOWS)
+    known = known.in_rows(ROW, row)
+    rate = known.rate + (_REPEATED if greedy else 0.0) * (1.0 - known.rate)
+    return known._replace(rate=rate, weight=_PRIOR_WINDOWS)
 
 
 def replay_prompts(prompts: Sequence[Sequence[int]]) -> list[Replay]:

@@ -122,7 +122,9 @@ def generate(
     if len(possible) > 1:
         if any(one.needs_text for one in possible):
             replays = replay_prompts(encoded)
-            known = known._replace(text_acceptance=text_acceptance(replays))
+            # A batch ends with its slowest sequence, which may be one that does not repeat itself.
+            repeats = len(encoded) == 1 and request.sampling.greedy and not request.sampling.minds_history
+            known = known._replace(text_acceptance=text_acceptance(replays, greedy=repeats))
         decide = decide or make_gate(pair, len(encoded), possible, selection)
         first = decide(known)
         if on_decision is not None:
