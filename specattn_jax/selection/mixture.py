@@ -120,8 +120,7 @@ class Mixture:
         if self.policy.opening_weight > 0.0:
             seen = opening.read_target(attend_and_look(None))
             target_cache = seen.cache
-            looked = score_looks(seen.notes, target_cache, opening.past)
-            memory = tuple(looked[:, layer] for layer in range(self.target.num_layers))
+            memory = tuple(target_cache.score(layer, look, opening.past) for layer, look in enumerate(seen.notes))
         elif self.policy.memory_weight > 0.0:
             nothing = jnp.zeros((opening.batch, self.target.num_kv_heads, opening.num_slots), target_cache.dtype)
             memory = (lay(target_cache.split, nothing, "B K S"),) * self.target.num_layers
