@@ -19,10 +19,10 @@ from specattn_jax.calibration.draft_reads import measure_draft_reads
 from specattn_jax.calibration.passages import CalibrationSettings, choose_passages, usual_passages
 from specattn_jax.files import atomic_folder, write_json
 from specattn_jax.loading.pair import ModelPair, load_pair
-from specattn_jax.reporting.provenance import commit, hardware, versions
+from specattn_jax.reporting.provenance import commit, given, hardware, versions
 from specattn_jax.selection.alignment import Alignment, join_alignments, load_alignment, save_alignment
 from specattn_jax.selection.policy import load_policy
-from specattn_jax.texts import Documents, find_kinds, name_texts, read_text, shipped_books
+from specattn_jax.texts import UNNAMED, Documents, find_kinds, name_texts, read_text, shipped_books
 
 
 def measured(pair: ModelPair, alignment: Alignment, texts: Documents, settings: CalibrationSettings) -> Alignment:
@@ -57,7 +57,7 @@ def main() -> None:
     alignment = pair.alignment if options.alignment is None else load_alignment(options.alignment)
     if alignment is None:
         parser.error(f"{options.pair} has no alignment; name one with --alignment.")
-    paths = find_kinds(options.text) or {"": shipped_books("train")}
+    paths = find_kinds(options.text) or {UNNAMED: shipped_books("train")}
     texts = {
         kind: [pair.tokenizer.encode(read_text(path), add_special=False) for path in files]
         for kind, files in paths.items()
@@ -72,8 +72,7 @@ def main() -> None:
     with atomic_folder(options.out) as folder:
         save_alignment(join_alignments(every), folder)
         facts = {"commit": commit(), "hardware": hardware(), "versions": versions(), "texts": name_texts(paths)}
-        command = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-        write_json(folder / "costs.json", {"command": command, **facts, "kl_by_length": found})
+        write_json(folder / "costs.json", {"command": given(vars(options)), **facts, "kl_by_length": found})
 
 
 if __name__ == "__main__":

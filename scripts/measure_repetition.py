@@ -19,8 +19,8 @@ from specattn_jax import generate, load_pair
 from specattn_jax.files import write_json
 from specattn_jax.loading.pair import ModelPair
 from specattn_jax.planning.acceptance import ROW, Replay
-from specattn_jax.reporting.provenance import commit, hardware, versions
-from specattn_jax.texts import read_text, shipped_books
+from specattn_jax.reporting.provenance import commit, given, hardware, versions
+from specattn_jax.texts import find_text, read_text, spread_parts
 
 BOOKS = {"novel": "pride_and_prejudice", "play": "shakespeare"}
 MODULES = ("argparse", "tarfile", "typing", "mailbox")
@@ -31,10 +31,7 @@ def prompts(pair: ModelPair, tokens: int, count: int) -> Mapping[str, Sequence[S
     """So many prompts of each kind of text."""
     found: dict[str, Sequence[Sequence[int]]] = {}
     for kind, name in BOOKS.items():
-        (path,) = [one for one in (*shipped_books("valid"), *shipped_books("train")) if one.name.startswith(name)]
-        text = pair.encode(read_text(path)[:800_000])
-        spread = (len(text) - tokens) // count
-        found[kind] = [text[at * spread :][:tokens] for at in range(count)]
+        found[kind] = spread_parts(pair.encode(read_text(find_text(name))[:800_000]), tokens, count)
     sources = [importlib.util.find_spec(name) for name in MODULES[:count]]
     texts = [pair.encode(read_text(Path(source.origin))) for source in sources if source and source.origin]
     return {**found, "code": [text[len(text) // 4 :][:tokens] for text in texts]}
@@ -65,7 +62,6 @@ def main() -> None:
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     facts = {"commit": commit(), "hardware": hardware(), "versions": versions(), "row": ROW}
-    command = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     for name in options.pairs:
         pair = load_pair(name, "none")
         for kind, texts in prompts(pair, options.tokens, options.prompts).items():
@@ -76,7 +72,7 @@ def main() -> None:
                     about = {"pair": name, "kind": kind, "temperature": temperature}
                     rows.append({**about, **measure(text, result.tokens)})
                     print({**about, **{part: rows[-1][part]["found"] for part in ("prompt", "output")}}, flush=True)
-        write_json(options.out, {"command": command, **facts, "rows": rows})
+        write_json(options.out, {"command": given(vars(options)), **facts, "rows": rows})
 
 
 if __name__ == "__main__":

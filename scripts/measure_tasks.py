@@ -28,6 +28,7 @@ from specattn_jax.evaluation.tasks.answering import LOSSLESS_MODES, SPECULATIVE
 from specattn_jax.evaluation.tasks.report import join_results, write_results
 from specattn_jax.evaluation.tasks.run import RULER, TASKS, TaskRun, TaskSettings, open_task_store
 from specattn_jax.loading.pair import ModelPair, check_alignment, load_pair
+from specattn_jax.reporting.provenance import given
 from specattn_jax.runtime.session import DRAFT_REACH
 from specattn_jax.selection.alignment import load_alignment
 from specattn_jax.selection.policy import read_policies
@@ -125,7 +126,7 @@ def main() -> None:
 
     run = TaskRun(pair, settings, open_task_store(options.out, pair, settings), tell, slots=options.slots)
     about = f"{options.pair}, {options.samples} questions of each task, {pair.target.dtype}, windows of 5."
-    command = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    command = given(vars(options))
     rows = []
     for length in options.lengths:
         for task in options.tasks:

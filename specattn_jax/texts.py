@@ -78,6 +78,18 @@ def find_kinds(names: Sequence[str]) -> dict[str, list[Path]]:
     return found
 
 
+def spread_parts(text: Sequence[int], tokens: int, count: int) -> list[list[int]]:
+    """So many parts of a text that begin at evenly spaced places, the first one at its beginning; long ones overlap.
+
+    Args:
+        text: token ids.
+        tokens: of each part.
+        count: how many.
+    """
+    spread = (len(text) - tokens) // count
+    return [list(text[at * spread :][:tokens]) for at in range(count)]
+
+
 def by_kind(
     texts: Sequence[_Text] | Mapping[str, Sequence[_Text]],
 ) -> Mapping[str, Sequence[_Text]]:

@@ -7,7 +7,6 @@ attention slices it, sparse attention gathers only the selected rows.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -195,8 +194,11 @@ def _attend(
     exps = jnp.exp(logits - top[..., None])
     total = exps.sum(axis=-1)
     weights = exps / jnp.where(total > 0, total, 1.0)[..., None]
-    weigh = _weighted_values if lengths is None else functools.partial(_weighted_values_in_use, lengths)
-    return _Attended(weigh(weights, v, queries.dtype), _log_sum(top, total), weights)
+    if lengths is None:
+        out = _weighted_values(weights, v, queries.dtype)
+    else:
+        out = _weighted_values_in_use(weights, v, queries.dtype, lengths)
+    return _Attended(out, _log_sum(top, total), weights)
 
 
 def _attend_in_chunks(
@@ -273,7 +275,7 @@ def _weighted_values(weights: jax.Array, v: jax.Array, query_dtype: DTypeLike) -
     return out.reshape(batch, kv_heads, tokens, group, v.shape[3])
 
 
-def _weighted_values_in_use(lengths: jax.Array, weights: jax.Array, v: jax.Array, query_dtype: DTypeLike) -> jax.Array:
+def _weighted_values_in_use(weights: jax.Array, v: jax.Array, query_dtype: DTypeLike, lengths: jax.Array) -> jax.Array:
     """The same for values that may be anything beyond the lengths: zero weight times NaN is NaN, so these are masked.
 
     In a branch the masked copy is not made before the weights are there, so that several layers never hold one at once.

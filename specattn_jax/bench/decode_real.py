@@ -17,7 +17,7 @@ from specattn_jax.runtime.generate import generate
 from specattn_jax.runtime.request import NEVER_DRAFTED
 from specattn_jax.runtime.results import Generations
 from specattn_jax.runtime.session import Memory, begin_alike
-from specattn_jax.texts import read_text, shipped_books
+from specattn_jax.texts import read_text, shipped_books, spread_parts
 from specattn_jax.timing import median_and_spread
 
 # More tokens than this are read once for all methods: reading them would take most of the time.
@@ -48,9 +48,7 @@ def book_prompts(pair: ModelPair, tokens: int, count: int) -> list[list[int]]:
     """
     book = read_text(_book())
     # A part of the text suffices for one: no token of any tokenizer is longer than some letters on average.
-    text = list(pair.encode(book[: 16 * tokens] if count == 1 else book))
-    spread = (len(text) - tokens) // count
-    return [text[at * spread :][:tokens] for at in range(count)]
+    return spread_parts(pair.encode(book[: 16 * tokens] if count == 1 else book), tokens, count)
 
 
 def real_method(pair: ModelPair, method: str) -> tuple[ModelPair, dict[str, Any]]:

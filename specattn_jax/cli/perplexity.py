@@ -89,6 +89,7 @@ def perplexity_command(
         from specattn_jax.evaluation.report import evaluate_into, evaluate_kinds_into
         from specattn_jax.loading.pair import load_pair
         from specattn_jax.planning.mesh_choice import Wanted, default_mesh
+        from specattn_jax.reporting.provenance import given
 
     if dataset is not None:
         load_dataset_preset(dataset)
@@ -115,7 +116,7 @@ def perplexity_command(
         source = dataset or ", ".join(path.name.split(".")[0] for path in paths.get(UNNAMED, []))
         how: dict[str, Any] = {
             "names": {"target": target, "draft": draft, "texts": source},
-            "command": {name: str(value) if isinstance(value, Path) else value for name, value in ctx.params.items()},
+            "command": given(ctx.params),
             "drift_tokens": drift_tokens,
             "seed": seed,
             "progress": functools.partial(_show, bar),

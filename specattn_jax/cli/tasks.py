@@ -76,6 +76,7 @@ def tasks_command(
         )
         from specattn_jax.loading.pair import load_pair
         from specattn_jax.planning.mesh_choice import Wanted, default_mesh
+        from specattn_jax.reporting.provenance import given
 
     groups = {"ruler": RULER, "own": tuple(OWN_TASKS)}
     names = [one for name in options.split_names(tasks, "--tasks") for one in groups.get(name, (name,))]
@@ -98,8 +99,7 @@ def tasks_command(
         f"{target}, drafted by {draft}, {samples} questions of each task, {pair.target.dtype}, windows of {window}; "
         "± is one standard error over questions."
     )
-    command = {name: str(value) if isinstance(value, Path) else value for name, value in ctx.params.items()}
-    write_results(out, rows, about, command)
+    write_results(out, rows, about, given(ctx.params))
     seconds = time.perf_counter() - began
     if as_json:
         print_json({"out": str(out), "rows": rows, "seconds": seconds})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 _DEFAULT_RATE, _PRIOR_WINDOWS = 0.7, 4.0
@@ -57,22 +57,25 @@ class Acceptance(NamedTuple):
 
     def at_mean(self, window: int, accepted: float) -> Acceptance:
         """The same with the rate at which this many of W drafted tokens are accepted on average."""
-        low, high = 0.0, 0.999
-        for _ in range(30):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self._replace(rate=middle).expected(window) < accepted else (low, middle)
-        return self._replace(rate=low)
+        below, _ = _halved(0.999, lambda rate: self._replace(rate=rate).expected(window) < accepted)
+        return self._replace(rate=below)
 
     def in_rows(self, window: int, accepted: float) -> Acceptance:
         """The same with what becomes of further tokens so that this many of W drafted tokens are accepted on average.
 
         They are at least as likely as the first one.
         """
-        low, high = 0.0, 1.0
-        for _ in range(30):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self._replace(further=middle).expected(window) > accepted else (low, middle)
-        return self._replace(further=high)
+        _, above = _halved(1.0, lambda further: self._replace(further=further).expected(window) > accepted)
+        return self._replace(further=above)
+
+
+def _halved(most: float, is_below: Callable[[float], bool]) -> tuple[float, float]:
+    """Both sides of the place from 0 to `most` up to which numbers are below what is looked for."""
+    low, high = 0.0, most
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if is_below(middle) else (low, middle)
+    return low, high
 
 
 # Of a model that reads a tenth of its own cache: a guess until windows tell.

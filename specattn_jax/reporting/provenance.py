@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,11 @@ def hardware() -> dict[str, Any]:
     """The devices that JAX computes on."""
     devices = jax.devices()
     return {"backend": jax.default_backend(), "device": devices[0].device_kind, "devices": len(devices)}
+
+
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a command, as JSON holds them: paths as text."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
 
 
 def _digest(parts: Iterable[bytes]) -> str:
